@@ -1,0 +1,107 @@
+"""How a Monitor stands on a model: its hooks, which passes concern it, what it may observe."""
+
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unitfisher.layers import PER_SAMPLE, LayerSelectionError, parametric
+
+Schedule = int | Callable[[int], bool]
+
+
+class UncoveredLayersWarning(UserWarning):
+    """Modules with parameters that the Monitor does not observe."""
+
+
+class Hook:
+    """A Monitor's hook on a model. Copies and pickles of the model carry an idle one instead."""
+
+    def __init__(self, act: Callable[..., None], layers: Collection[nn.Module]) -> None:
+        self.act, self.layers = act, layers
+
+    def __call__(self, *args: Any) -> None:
+        self.act(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # does nothing, needs nothing to be unpickled
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """See through DataParallel and DistributedDataParallel.
+
+    Raises:
+        LayerSelectionError: The model is compiled, and a compiled model calls no hooks.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise LayerSelectionError(
+            "this model is compiled, and compiled code calls no hooks: attach to the model that "
+            "was compiled and call monitor.measure(x) on it between steps"
+        )
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return model.module if isinstance(model, wrappers) else model
+
+
+def elsewhere() -> bool:
+    """Inside torch.func, a compiler's trace, or a recomputation during backward."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.compiler.is_compiling()
+        or torch._C._current_graph_task_id() != -1
+    )
+
+
+def sample_units(
+    layers: Mapping[str, nn.Module], units: int | None, seed: int
+) -> dict[str, Tensor]:
+    if units is None:
+        return {}
+    chance = torch.Generator().manual_seed(seed)
+    sampled = {}
+    for name, layer in layers.items():
+        total = layer.weight.shape[0]
+        sampled[name] = torch.randperm(total, generator=chance)[:units].sort().values
+    return sampled
+
+
+def require_numbers(damping: float, every: Schedule, units: int | None) -> None:
+    if not damping >= 0:
+        raise ValueError(f"damping must be 0 or more, got {damping!r}")
+    if not callable(every) and (isinstance(every, bool) or every != int(every) or every < 1):
+        raise ValueError(
+            f"every must be a whole number from 1 (measure each n-th training pass) or a "
+            f"predicate of the step, got {every!r}"
+        )
+    if units is not None and units < 1:
+        raise ValueError(f"units must be at least 1 or None for all, got {units!r}")
+
+
+def require_unobserved(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    wanted = {id(layer): name for name, layer in chosen.items()}
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if not isinstance(hook, Hook):
+                continue
+            twice = [wanted[id(m)] for m in hook.layers if id(m) in wanted]
+            if twice:
+                raise LayerSelectionError(
+                    f"layers {', '.join(map(repr, twice))} are observed by a Monitor already: "
+                    f"detach() that one first, or choose other layers"
+                )
+
+
+def name_uncovered(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """Say once which modules with parameters are not observed, and what to do about it."""
+    left = {n: m for n, m in parametric(model) if n not in chosen}
+    if left:
+        names = ", ".join(f"{n or 'the model itself'} ({type(m).__name__})" for n, m in left.items())
+        warnings.warn(
+            f"not observed, having no form as units over shared inputs: {names}. To leave them "
+            f"out without this note name the layers to observe, such as "
+            f"layers=(nn.Linear, nn.Conv2d). {PER_SAMPLE}",
+            UncoveredLayersWarning,
+            stacklevel=3,
+        )

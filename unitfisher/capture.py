@@ -1,0 +1,172 @@
+"""What one forward pass shows: the activations into each layer, and where its errors will arrive.
+
+Hooks stand on the layers for the length of one pass. Nothing is set on the user's modules, and a
+gradient edge taken at once survives the in-place activations that break module backward hooks.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from weakref import ReferenceType, ref
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from unitfisher.layers import LayerSelectionError, at_units
+
+NONLINEARITIES = frozenset(
+    """celu clamp clamp_min clip elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu
+    logsigmoid maximum mish prelu relu relu6 rrelu selu sigmoid silu softplus softshrink softsign
+    tanh tanhshrink threshold""".split()
+)
+TRANSPARENT = frozenset(
+    """alpha_dropout batch_norm dropout dropout1d dropout2d dropout3d feature_alpha_dropout
+    group_norm instance_norm layer_norm rms_norm""".split()
+)
+
+
+class UnitMeans(NamedTuple):
+    """Mean and variance of each unit's own output over samples and positions."""
+
+    cases: int
+    mean: Float[Tensor, " u"]
+    var: Float[Tensor, " u"]
+    nonlinearity: str | None
+
+    @classmethod
+    def of(cls, y: Float[Tensor, "n t u"], nonlinearity: str | None) -> "UnitMeans":
+        y = y.flatten(0, 1)
+        y = y if y.dtype == torch.float64 else y.float()
+        var, mean = torch.var_mean(y, dim=0, correction=0)
+        return cls(len(y), mean, var, nonlinearity)
+
+    def joined(self, other: "UnitMeans") -> "UnitMeans":
+        """Return the statistics of both sets of cases together."""
+        cases = self.cases + other.cases
+        p, q = self.cases / cases, other.cases / cases
+        shift = other.mean - self.mean
+        var = p * self.var + q * other.var + p * q * shift**2
+        return UnitMeans(cases, self.mean + q * shift, var, self.nonlinearity)
+
+
+@dataclass
+class Call:
+    """One call of a layer."""
+
+    layer: str
+    activations: Tensor  # as the layer received them
+    version: int  # of that tensor: a later change in place would be seen
+    shape: torch.Size  # of the layer's output
+    edge: GradientEdge | None  # where ∂/∂net arrives; None when no graph is built
+    means: UnitMeans  # of the preactivation, until a nonlinearity follows
+
+    def require_unchanged(self) -> None:
+        if _version(self.activations) != self.version:
+            raise LayerSelectionError(
+                f"the input of layer {self.layer!r} was changed in place after the layer read it, "
+                f"so its activations are gone; make that operation out of place, or leave the "
+                f"layer out"
+            )
+
+
+@dataclass
+class Seen:
+    """The calls of one forward pass, in order."""
+
+    calls: list[Call] = field(default_factory=list)
+
+    def by_layer(self) -> dict[str, list[Call]]:
+        found: dict[str, list[Call]] = {}
+        for call in self.calls:
+            found.setdefault(call.layer, []).append(call)
+        return found
+
+    @property
+    def net_numbers(self) -> int:
+        """Count the preactivations of the pass: what one column of errors takes."""
+        return sum(call.shape.numel() for call in self.calls)
+
+    def means(self) -> dict[str, UnitMeans]:
+        """Join each layer's calls."""
+        joined: dict[str, UnitMeans] = {}
+        for call in self.calls:
+            first = joined.get(call.layer)
+            joined[call.layer] = first.joined(call.means) if first else call.means
+        return joined
+
+
+@contextmanager
+def capture(layers: Mapping[str, nn.Module]) -> Iterator[Seen]:
+    """Watch these layers, and the nonlinearity that follows each, until the block ends."""
+    seen = Seen()
+    follow = _Follow()
+    handles = [
+        layer.register_forward_hook(_watch(name, seen, follow), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        with follow:
+            yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch(name: str, seen: Seen, follow: "_Follow") -> Callable[..., None]:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return  # inside vmap or grad: shapes and levels are not those of the pass
+        x = args[0] if args else kwargs["input"]
+        edge = get_gradient_edge(y) if y.requires_grad else None
+        means = UnitMeans.of(at_units(layer, y.detach()), nonlinearity=None)
+        call = Call(name, x.detach(), _version(x), y.shape, edge, means)
+        seen.calls.append(call)
+        follow.start(y, layer, call)
+
+    return hook
+
+
+class _Follow(TorchFunctionMode):
+    """Follows each preactivation through normalisation and dropout to its nonlinearity.
+
+    A function mode sees ``F.elu(x)``, ``x.relu_()`` and ``nn.ELU()(x)`` alike; module hooks would
+    see only the last.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: dict[int, tuple[ReferenceType[Tensor], nn.Module, Call]] = {}
+
+    def start(self, y: Tensor, layer: nn.Module, call: Call) -> None:
+        self.open[id(y)] = ref(y), layer, call
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.open:
+            x = args[0] if args else (kwargs or {}).get("input")
+            self._step(getattr(func, "__name__", "").rstrip("_"), x, result)
+        return result
+
+    def _step(self, name: str, x: Any, result: Any) -> None:
+        alive, layer, call = self.open.get(id(x), (None, None, None))
+        if alive is None or layer is None or call is None or alive() is not x:
+            return
+        if name in TRANSPARENT:
+            self.start(result, layer, call)
+        elif name in NONLINEARITIES:
+            del self.open[id(x)]
+            call.means = UnitMeans.of(at_units(layer, result.detach()), nonlinearity=name)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version

@@ -1,0 +1,229 @@
+"""One layer in one forward pass: what its units received and the errors that came back.
+
+A case is a sample (joint, reduce) or one position of a sample (expand), with r columns of error.
+From them come the moments, for as many units at a time as memory allows.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from unitfisher.capture import Call
+from unitfisher.layers import LayerSelectionError, at_units, incoming
+from unitfisher.moments import Moments, UnitMoments, UnitRows
+
+MOMENTS_BYTES = 128 * 2**20  # what the second moments held at one time may take
+
+
+@dataclass(frozen=True)
+class UnitCases:
+    """Activations and errors of a layer, from which any moments are formed.
+
+    With one position a case, columns fold: only D = Σ_r δ² is kept, as one column √D. With
+    several (``sharing="joint"``) they may not: each column's gradient is Σ_t δ a, then squared.
+    """
+
+    a: Float[Tensor, "g m t d"]
+    delta: Float[Tensor, "r m t u"]
+    samples: int
+
+    @property
+    def units(self) -> int:
+        return self.delta.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        return self.delta.shape[0] * self.delta.shape[1]
+
+    @cached_property
+    def D(self) -> Float[Tensor, "m u"]:
+        """Σ_r (Σ_t δ)²: how much a case weighs for a unit."""
+        return (self.delta.sum(2, dtype=torch.float64) ** 2).sum(0)
+
+    @cached_property
+    def mean(self) -> Float[Tensor, "*g d"]:
+        """E_p(a): one for all units, or one a unit where groups see different inputs."""
+        first = self.a[:, :1, :1]  # about some case, or a large mean loses its digits
+        mean = first.double()[:, 0, 0] + (self.a - first).mean((1, 2), dtype=torch.float64)
+        return mean[0] if len(mean) == 1 else mean.repeat_interleave(self.units // len(mean), 0)
+
+    @cached_property
+    def trace_variance(self) -> Float[Tensor, "*g"]:
+        """E_p‖a - E_p(a)‖²."""
+        groups = len(self.a)
+        spread = ((self.a - self._group_origin) ** 2).sum(-1).mean((1, 2), dtype=torch.float64)
+        return spread[0] if groups == 1 else spread.repeat_interleave(self.units // groups)
+
+    @property
+    def n_eff(self) -> Float[Tensor, " u"]:
+        """1 / Σ w² of the cases' weights w ∝ D; NaN for a dead unit."""
+        return self.D.sum(0) ** 2 / (self.D**2).sum(0)
+
+    def parts(self) -> Iterator[tuple[slice, Moments]]:
+        """Yield the moments of part after part of the units, as memory allows."""
+        if self._per_part >= self.units:
+            yield slice(None), self._moments
+            return
+        for start in range(0, self.units, self._per_part):
+            part = slice(start, start + self._per_part)
+            yield part, self._of_units(part)._moments
+
+    def sums(self) -> UnitMoments:
+        """Form the second moments of all units at once, u·d² numbers."""
+        if self.delta.shape[2] == 1:
+            a = self.a.squeeze(2)
+            a = a.squeeze(0) if len(a) == 1 else a
+            return UnitMoments.of(a, self.D, origin=self._origin, samples=self.samples)
+        G, S = self._gradients()
+        origin = self._origin.double()
+        joined = UnitMoments.of_gradients(G, S, torch.zeros_like(origin), samples=self.samples)
+        return replace(joined, origin=origin, sum_a=self.mean - origin)
+
+    @cached_property
+    def _moments(self) -> Moments:
+        return self.sums() if self.rows > self.a.shape[-1] else self._weighted_rows()
+
+    @property
+    def _per_part(self) -> int:
+        """Units at a time: their weighted copies of the cases and their second moments."""
+        d, joint = self.a.shape[-1], self.delta.shape[2] > 1
+        copies = 8 if joint or self.rows <= d else self.a.element_size()
+        return max(1, MOMENTS_BYTES // (2 * copies * self.rows * d + 16 * min(self.rows, d) ** 2))
+
+    def _of_units(self, part: slice) -> "UnitCases":
+        a = self.a
+        if len(a) > 1:  # keep only the groups of these units, one each
+            a = a.repeat_interleave(self.units // len(a), 0)[part]
+        return replace(self, a=a, delta=self.delta[..., part])
+
+    def _weighted_rows(self) -> UnitRows:
+        G, S = self._gradients()
+        total = (S**2).sum(0)
+        safe = torch.where(total > 0, total, 1.0)
+        shift = (S.unsqueeze(-1) * G).sum(0) / safe[:, None]  # E_q(a) about the origin
+        Z = (G - S.unsqueeze(-1) * shift) / safe.sqrt()[:, None]
+        origin = self._origin.double()
+        return UnitRows(
+            c=total / self.samples,
+            mu_p=self.mean,
+            mu_q=origin + shift,
+            mean_shift=origin - self.mean + shift,
+            Z=Z.transpose(0, 1),
+            ridge=torch.zeros_like(total),
+        )
+
+    def _gradients(self) -> tuple[Float[Tensor, "r u d"], Float[Tensor, "r u"]]:
+        """Per case and column: Σ_t δ (a - origin) for each unit's weights, Σ_t δ for its bias."""
+        about = self.a.double() - self._group_origin.double()
+        delta = self.delta.double().unflatten(-1, (len(self.a), -1))
+        G = torch.einsum("rmtgv,gmtd->rmgvd", delta, about).flatten(2, 3)
+        return G.flatten(0, 1), delta.sum(2).flatten(2).flatten(0, 1)
+
+    @property
+    def _origin(self) -> Float[Tensor, "*g d"]:
+        """The mean in the precision of the activations, so that a - origin is exact."""
+        return self.mean.to(self.a.dtype)
+
+    @property
+    def _group_origin(self) -> Float[Tensor, "g 1 1 d"]:
+        groups = len(self.a)
+        origin = self._origin if groups == 1 else self._origin[:: self.units // groups]
+        return origin.reshape(groups, 1, 1, -1)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One layer in one forward pass; several calls are further positions of the same weights."""
+
+    name: str
+    layer: nn.Module
+    calls: Sequence[Call]
+    samples: int
+    sharing: str
+    units: Int[Tensor, " u"] | None = None  # which of the layer's; None: all
+
+    @cached_property
+    def activations(self) -> Float[Tensor, "g n t d"]:
+        """The calls' incoming activations, in single precision at least."""
+        for call in self.calls:
+            call.require_unchanged()
+        seen = [incoming(self.layer, call.activations) for call in self.calls]
+        a = torch.cat([self._by_sample(x) for x in seen], 2)
+        a = a if a.dtype == torch.float64 else a.float()
+        if len(a) == 1 or self.units is None:
+            return a
+        return a[self.units.to(a.device) // (len(self.calls[0].means.mean) // len(a))]
+
+    def errors(self, grads: Sequence[Tensor | None]) -> Float[Tensor, "r n t u"]:
+        """Arrange a block of columns, (r, *output.shape) for each call.
+
+        None stands for a call that the model's output does not depend on: no error.
+        """
+        columns = next((len(g) for g in grads if g is not None), 1)
+        parts = []
+        for call, grad in zip(self.calls, grads, strict=True):
+            if grad is None:
+                grad = call.activations.new_zeros(columns, *call.shape)
+            delta = at_units(self.layer, grad.flatten(0, 1)).unflatten(0, (columns, -1))
+            parts.append(self._by_sample(delta))
+        delta = torch.cat(parts, 2)
+        return delta if self.units is None else delta[..., self.units.to(delta.device)]
+
+    def gradient(
+        self, delta: Float[Tensor, "1 n t u"]
+    ) -> tuple[Float[Tensor, "u d"], Float[Tensor, " u"]]:
+        """Return (g, g0) of the mean over samples whose errors these are."""
+        a = self.activations.flatten(1, 2)
+        origin = a.mean(1, keepdim=True)
+        by_group = delta.flatten(0, 2).unflatten(-1, (len(a), -1)).permute(1, 2, 0)  # g v n
+        g0 = by_group.sum(-1, keepdim=True, dtype=torch.float64)
+        about = (by_group.to(a.dtype) @ (a - origin)).double()
+        g = about + g0 * origin.double()  # in double: g - g0 μ_q nearly cancels for a large mean
+        return g.flatten(0, 1) / self.samples, g0.flatten() / self.samples
+
+    def _by_sample(self, x: Tensor) -> Tensor:
+        """Give the second axis the samples and the third the positions."""
+        rows = x.shape[1] * x.shape[2]
+        if x.shape[1] == self.samples:
+            return x
+        if rows % self.samples or self.sharing != "expand":
+            raise LayerSelectionError(
+                f"layer {self.name!r} was called on {x.shape[1]} rows where the model's output "
+                f"has {self.samples} samples: which rows belong to which sample is not known. "
+                f"Keep the samples on the first axis, leave the layer out with layers=..., or, "
+                f"when the rows divide evenly, use sharing='expand'"
+            )
+        return x.flatten(1, 2).unflatten(1, (self.samples, -1))
+
+
+class Folding:
+    """Gathers a layer's errors block by block; folds columns as soon as the sharing permits."""
+
+    def __init__(self, observed: Observed) -> None:
+        self.observed = observed
+        self.D: Tensor | None = None
+        self.columns: list[Tensor] = []
+
+    def add(self, delta: Float[Tensor, "r n t u"]) -> None:
+        if self.observed.sharing == "joint" and delta.shape[2] > 1:
+            self.columns.append(delta)
+            return
+        if self.observed.sharing == "reduce":
+            delta = delta.sum(2, keepdim=True)
+        D = (delta.double() ** 2).sum(0)
+        self.D = D if self.D is None else self.D.add_(D)
+
+    def cases(self) -> UnitCases:
+        """Put the errors beside the activations."""
+        a, samples = self.observed.activations, self.observed.samples
+        if self.columns:
+            return UnitCases(a, torch.cat(self.columns), samples)
+        assert self.D is not None, "no column was sent back"
+        if self.observed.sharing == "reduce":
+            a = a.mean(2, keepdim=True)
+        delta = self.D.sqrt().flatten(0, 1)[None, :, None]
+        return UnitCases(a.flatten(1, 2).unsqueeze(2), delta, samples)

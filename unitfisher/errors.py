@@ -1,0 +1,135 @@
+"""From the model's output back to the units: δ = ∂ ln p(y | z) / ∂net, one column at a time.
+
+Columns are those of the output Fisher's root S, drawn labels, random signs or the observed label.
+Several at once go through one vmapped backward of the graph that the forward pass has built.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from unitfisher.likelihoods import Likelihood, Output
+
+FISHERS = ("exact", "mc", "rademacher", "empirical")
+SHARINGS = ("expand", "joint", "reduce")
+COLUMN_BYTES = 128 * 2**20  # what the errors of columns sent back together may take
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Which Fisher: of what likelihood, over which labels, with what sharing of weights."""
+
+    likelihood: Likelihood
+    fisher: str = "exact"
+    samples: int = 1
+    sharing: str = "expand"
+
+    def __post_init__(self) -> None:
+        require_choice("fisher", self.fisher, FISHERS)
+        require_choice("sharing", self.sharing, SHARINGS)
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, got {self.samples!r}")
+
+
+def require_choice(option: str, value: object, valid: Sequence[str]) -> None:
+    if value not in valid:
+        names = ", ".join(map(repr, valid))
+        raise ValueError(f"{option} must be one of {names}, got {value!r}")
+
+
+def columns(
+    z: Output,
+    estimator: Estimator,
+    generator: torch.Generator,
+    targets: Tensor | None,
+    together: int = 1,
+) -> Iterator[Float[Tensor, "r n t y"]]:
+    """Yield cotangents of z whose squared errors sum to D = E_y δ² (or its estimate)."""
+    likelihood, samples = estimator.likelihood, estimator.samples
+    if estimator.fisher == "exact":
+        yield from _exact(z, likelihood, together)
+    elif estimator.fisher == "mc":
+        for _ in range(samples):
+            score = likelihood.score(z, likelihood.sample(z, generator))
+            yield score.unsqueeze(0) / samples**0.5
+    elif estimator.fisher == "rademacher":
+        for _ in range(samples):
+            yield _signed(z, likelihood, generator).unsqueeze(0) / samples**0.5
+    else:
+        if targets is None:
+            raise ValueError(
+                "fisher='empirical' needs the observed labels: set monitor.targets = y before the "
+                "forward pass, or pass targets=y"
+            )
+        yield likelihood.score(z, targets).unsqueeze(0)
+
+
+def _exact(z: Output, likelihood: Likelihood, together: int) -> Iterator[Tensor]:
+    """One position after another: the labels of two positions are independent."""
+    total = likelihood.columns(z)
+    for position in range(z.shape[1]):
+        here = slice(position, position + 1)
+        for start in range(0, total, together):
+            root = likelihood.root(z[:, here], start, min(start + together, total))
+            column = z.new_zeros(len(root), *z.shape)
+            column[:, :, here] = root
+            yield column
+
+
+def _signed(z: Output, likelihood: Likelihood, generator: torch.Generator) -> Output:
+    """A random ±1 for every column, sample and position: E v vᵀ = S Sᵀ, no label drawn."""
+    signed, total, together = torch.zeros_like(z), likelihood.columns(z), 64
+    for start in range(0, total, together):
+        root = likelihood.root(z, start, min(start + together, total))
+        coin = torch.empty(root.shape[:3], device=z.device).bernoulli_(0.5, generator=generator)
+        signed += (root * (2 * coin - 1).to(z.dtype).unsqueeze(-1)).sum(0)
+    return signed
+
+
+def send_back(
+    output: Tensor, edges: Sequence[GradientEdge], column: Float[Tensor, "r n t y"]
+) -> tuple[Tensor | None, ...]:
+    """Return ∂/∂net at each edge for r columns, (r, *net.shape); None where z does not depend."""
+    cotangent = column.reshape(len(column), *output.shape).to(output.dtype)
+    if len(column) == 1:
+        grads = torch.autograd.grad(
+            output, edges, cotangent[0], retain_graph=True, allow_unused=True
+        )
+        return tuple(None if g is None else g.unsqueeze(0) for g in grads)
+    return torch.autograd.grad(
+        output, edges, cotangent, retain_graph=True, allow_unused=True, is_grads_batched=True
+    )
+
+
+def send_all_back(
+    output: Tensor, edges: Sequence[GradientEdge], blocks: Iterator[Float[Tensor, "r n t y"]]
+) -> Iterator[tuple[Tensor | None, ...]]:
+    """Send block after block of columns back, together where the graph can be vmapped.
+
+    Operations without a batching rule (checkpointed segments, custom functions) take their
+    columns one by one, with the same result.
+    """
+    vmapped = True
+    for block in blocks:
+        if vmapped and len(block) > 1:
+            try:
+                yield send_back(output, edges, block)
+                continue
+            except RuntimeError:
+                vmapped = False
+        for column in block.split(1):
+            yield send_back(output, edges, column)
+
+
+def columns_together(output: Tensor, net_numbers: int, convolutional: bool) -> int:
+    """How many columns to send back at once.
+
+    On a CPU a convolution's batched backward leaves the cache and loses to a loop.
+    """
+    if convolutional and output.device.type == "cpu":
+        return 1
+    return max(1, COLUMN_BYTES // max(1, net_numbers * output.element_size()))

@@ -1,0 +1,114 @@
+"""The table of what a Monitor has measured: one row per step, layer and unit."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from unitfisher.record import Run
+from unitfisher.statistics import UnitStatistics
+
+TABLE = "units"
+Columns = dict[str, Any]  # a tensor (u,) or one value for all units
+
+
+def columns_of(measured: UnitStatistics, phase: str) -> Columns:
+    """Lay one layer's measurement out as columns; nothing is copied from the device yet."""
+    norm = torch.linalg.vector_norm
+    return {
+        "step": measured.step,
+        "layer": measured.layer,
+        "unit": measured.units,
+        "phase": phase,
+        "c": measured.c,
+        "s": measured.s,
+        "k": measured.k,
+        "sc": measured.s * measured.c,
+        "mean_norm": norm(measured.mean, dim=-1).expand_as(measured.c),
+        "mean_q_norm": norm(measured.mean_q, dim=-1),
+        "corrected_mean_norm": norm(measured.corrected_mean, dim=-1),
+        "n_eff": measured.n_eff,
+        "damping": measured.damping,
+        "damping_share": measured.damping_share,
+        "mean_share": measured.mean_share.expand_as(measured.c),
+        "mean_share_q": measured.mean_share_q,
+        "cosine": measured.cosine,
+        "bias_shift_share_gradient": measured.bias_shift_share_gradient,
+        "bias_shift_share_natural": measured.bias_shift_share_natural,
+        "output_mean": measured.output_mean.double(),
+        "output_var": measured.output_var.double(),
+        "dead": measured.dead,
+        "finite": measured.finite,
+    }
+
+
+class History:
+    """Keeps rows in a run's record, or in memory where there is none.
+
+    The newest measurement is held back until the next pass begins, so that a gradient that
+    arrives with its backward pass can still complete its rows.
+    """
+
+    def __init__(self, run: Run | None, owned: bool) -> None:
+        self.run, self.owned = run, owned
+        self.rows: list[Columns] = []
+        self.newest: dict[str, UnitStatistics] = {}
+        self.phase = "train"
+
+    @classmethod
+    def opened(cls, record: str | Path | Run | None, config: Mapping[str, Any]) -> "History":
+        """Open a record in the folder given, or use the Run that its owner has opened."""
+        if isinstance(record, str | Path):
+            return cls(Run(record, config), owned=True)
+        return cls(record, owned=False)
+
+    def hold(self, measured: dict[str, UnitStatistics], phase: str) -> None:
+        """Commit what was held, and hold this measurement."""
+        self.commit()
+        self.newest, self.phase = measured, phase
+
+    def complete(self, measured: dict[str, UnitStatistics]) -> None:
+        """Replace the measurement held, unless it was committed already."""
+        self.newest = {name: measured[name] for name in self.newest}
+
+    def commit(self) -> None:
+        newest, self.newest = self.newest, {}
+        for measured in newest.values():
+            columns = columns_of(measured, self.phase)
+            if self.run is None:
+                self.rows.append(columns)
+            else:
+                self.run.append(TABLE, columns)
+
+    def flush(self) -> None:
+        self.commit()
+        if self.run is not None:
+            self.run.flush()
+
+    def close(self) -> None:
+        self.flush()
+        if self.run is not None and self.owned:
+            self.run.close()
+
+    def frame(self) -> pd.DataFrame:
+        """Return all rows, one per step, layer and unit, in order of measuring."""
+        self.commit()
+        if self.run is not None and TABLE in self.run.tables:
+            return self.run.read(TABLE)
+        if not self.rows:
+            return pd.DataFrame()
+        return pd.concat([pd.DataFrame(_on_host(row)) for row in self.rows], ignore_index=True)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [v for row in self.rows for v in row.values() if isinstance(v, Tensor)]
+
+
+def _on_host(columns: Columns) -> Columns:
+    return {
+        name: value.cpu().numpy() if isinstance(value, Tensor) else value
+        for name, value in columns.items()
+    }

@@ -1,0 +1,146 @@
+"""Every supported layer kind, brought to one form, after which the mathematics is written once.
+
+Incoming activations become (g, n, t, d): groups, samples, positions that share the weights,
+inputs of a unit in the order of ``weight[i].flatten()``. What stands at the units (preactivation,
+error, output) becomes (n, t, u). A new kind joins with ``incoming.register`` and
+``at_units.register``.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import singledispatch
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+Selection = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+Layers = None | Selection | Sequence[Selection]
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class LayerSelectionError(ValueError):
+    """The layers asked for cannot be observed; the message says which and what to do."""
+
+
+@singledispatch
+def incoming(layer: nn.Module, x: Tensor) -> Float[Tensor, "g n t d"]:
+    """Return what the units of the layer see, each position a row."""
+    raise LayerSelectionError(f"{type(layer).__name__} has no form as units over shared inputs")
+
+
+@singledispatch
+def at_units(layer: nn.Module, y: Tensor) -> Float[Tensor, "n t u"]:
+    """Return a tensor of the layer's output shape with one column per unit."""
+    raise LayerSelectionError(f"{type(layer).__name__} has no form as units over shared inputs")
+
+
+@incoming.register
+def _(layer: nn.Linear, x: Tensor) -> Float[Tensor, "g n t d"]:
+    return x.reshape(1, len(x), -1, x.shape[-1])
+
+
+@at_units.register
+def _(layer: nn.Linear, y: Tensor) -> Float[Tensor, "n t u"]:
+    return y.reshape(len(y), -1, y.shape[-1])
+
+
+@incoming.register(nn.Conv1d)
+@incoming.register(nn.Conv2d)
+@incoming.register(nn.Conv3d)
+def _(layer: Conv, x: Tensor) -> Float[Tensor, "g n t d"]:
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
+    taps = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    for axis, (size, stride, dilation) in enumerate(taps, start=2):
+        x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    s = len(layer.kernel_size)
+    x = x.unflatten(1, (layer.groups, -1))  # n g c, s axes of positions, s axes of taps
+    x = x.permute(1, 0, *range(3, 3 + s), 2, *range(3 + s, 3 + 2 * s))
+    return x.flatten(2 + s).flatten(2, 1 + s)
+
+
+@at_units.register(nn.Conv1d)
+@at_units.register(nn.Conv2d)
+@at_units.register(nn.Conv3d)
+def _(layer: Conv, y: Tensor) -> Float[Tensor, "n t u"]:
+    return y.flatten(2).mT
+
+
+def supported(layer: nn.Module) -> bool:
+    """Say whether the layer has a canonical form.
+
+    The output projection inside ``nn.MultiheadAttention`` looks like a linear layer but is never
+    called: attention reads its weight directly.
+    """
+    kind = incoming.dispatch(type(layer))
+    known = kind is not incoming.dispatch(nn.Module)
+    return known and not isinstance(layer, NonDynamicallyQuantizableLinear)
+
+
+def parametric(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that own trainable parameters, by their ``named_modules()`` name."""
+    for name, module in model.named_modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            yield name, module
+
+
+def select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
+    """Return the layers asked for: patterns, module types, predicates, or None for all supported.
+
+    Raises:
+        LayerSelectionError: A choice matches no module, or none that is supported.
+    """
+    modules = dict(model.named_modules())
+    if layers is None:
+        chosen = {name: m for name, m in parametric(model) if supported(m)}
+        if not chosen:
+            raise LayerSelectionError(
+                f"{type(model).__name__} has no trainable layer of a supported kind "
+                f"(Linear, Conv1d, Conv2d, Conv3d); it has {_kinds(model)}. {PER_SAMPLE}"
+            )
+        return chosen
+    choices = [layers] if isinstance(layers, str | type) or callable(layers) else list(layers)
+    chosen = {}
+    for choice in choices:
+        chosen |= _match(modules, choice)
+    return {name: m for name, m in modules.items() if name in chosen}  # in the model's order
+
+
+PER_SAMPLE = (
+    "unitfisher.per_sample_gradients(model, x) and unitfisher.unit_fisher(model, x, layers=...) "
+    "take any module by the per-sample route"
+)
+
+
+def _match(modules: dict[str, nn.Module], choice: Selection) -> dict[str, nn.Module]:
+    if isinstance(choice, str):
+        found = {n: m for n, m in modules.items() if fnmatchcase(n, choice)}
+    elif isinstance(choice, type):
+        found = {n: m for n, m in modules.items() if isinstance(m, choice)}
+    else:
+        found = {n: m for n, m in modules.items() if choice(n, m)}
+    if not found:
+        near = get_close_matches(choice, modules, cutoff=0.4) if isinstance(choice, str) else []
+        hint = f"near names: {', '.join(near)}" if near else f"names: {_some(modules)}"
+        raise LayerSelectionError(f"layers={choice!r} matches no module of the model; {hint}")
+    covered = {n: m for n, m in found.items() if supported(m)}
+    if not covered:
+        kinds = ", ".join(sorted({type(m).__name__ for m in found.values()}))
+        raise LayerSelectionError(
+            f"layers={choice!r} matches {_some(found)} ({kinds}), which have no canonical form. "
+            f"{PER_SAMPLE}"
+        )
+    return covered
+
+
+def _some(names: Iterable[str], most: int = 8) -> str:
+    shown = [repr(n) for n in names if n]
+    return ", ".join(shown[:most]) + (", ..." if len(shown) > most else "")
+
+
+def _kinds(model: nn.Module) -> str:
+    kinds = sorted({type(m).__name__ for _, m in parametric(model)})
+    return ", ".join(kinds) if kinds else "no trainable parameters at all"

@@ -1,0 +1,184 @@
+"""What the model's output means: the Fisher of the output and a root of it.
+
+For an output z the Fisher of ln p(y | z) in z is S Sᵀ. Sent backward from z, a column of S gives
+one column of every unit's error; squares of columns sum to D = E_y δ². No label is needed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Output = Float[Tensor, "n t y"]
+
+
+class OutputError(ValueError):
+    """The model's output or targets do not fit the likelihood."""
+
+
+@runtime_checkable
+class Likelihood(Protocol):
+    """A family p(y | z). Outputs are given as (n, t, y): samples, positions, logits."""
+
+    def arrange(self, output: Tensor) -> Output:
+        """View the model's output as (n, t, y), or raise OutputError."""
+        ...
+
+    def columns(self, z: Output) -> int:
+        """Count the columns of the root at one position."""
+        ...
+
+    def root(self, z: Output, start: int, stop: int) -> Float[Tensor, "r n t y"]:
+        """Return columns start to stop of S, with S Sᵀ the output Fisher at each position."""
+        ...
+
+    def sample(self, z: Output, generator: torch.Generator) -> Tensor:
+        """Draw y ~ p(y | z)."""
+        ...
+
+    def score(self, z: Output, y: Tensor) -> Output:
+        """Return ∂ ln p(y | z) / ∂z."""
+        ...
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """Softmax over the last axis; outputs (n, C) or (n, T, C), logits or log-probabilities."""
+
+    def arrange(self, output: Tensor) -> Output:
+        if output.dim() not in (2, 3) or output.shape[-1] < 2:
+            raise OutputError(
+                f"likelihood 'categorical' takes logits (n, C) or (n, T, C) with at least two "
+                f"classes, got {tuple(output.shape)}; bring the classes last with "
+                f"output=lambda z: ..., or choose 'bernoulli' or 'gaussian'"
+            )
+        return output if output.dim() == 3 else output.unsqueeze(1)
+
+    def columns(self, z: Output) -> int:
+        return z.shape[-1] - 1
+
+    def root(self, z: Output, start: int, stop: int) -> Float[Tensor, "r n t y"]:
+        """Set each class against the mean of the later ones (Tanabe & Sagae 1992, eq. 4).
+
+        Column j is √(π_j r_j / (π_j + r_j)) (e_j - π_{>j} / r_j) with r_j = Σ_{i>j} π_i.
+        Tails are sums of positive numbers: a saturated softmax keeps its digits.
+        """
+        pi = z.double().softmax(-1)
+        tail = pi.flip(-1).cumsum(-1).flip(-1)
+        head, rest = pi[..., start:stop], tail[..., start + 1 : stop + 1]
+        tiny = torch.finfo(pi.dtype).tiny
+        scale = (head * rest / tail[..., start:stop].clamp_min(tiny)).sqrt()
+        classes = torch.arange(z.shape[-1], device=z.device)
+        j = classes[start:stop, None]
+        later = pi.unsqueeze(-2) / rest.clamp_min(tiny).unsqueeze(-1) * (classes > j)
+        column = scale.unsqueeze(-1) * ((classes == j).double() - later)  # n t r y
+        return column.movedim(-2, 0).to(z.dtype)
+
+    def sample(self, z: Output, generator: torch.Generator) -> Tensor:
+        pi = z.detach().double().softmax(-1).flatten(0, 1)
+        return torch.multinomial(pi, 1, generator=generator).view(z.shape[:2])
+
+    def score(self, z: Output, y: Tensor) -> Output:
+        y = y.unsqueeze(1) if y.dim() == 1 else y
+        if y.shape != z.shape[:2] or y.is_floating_point() or y.is_complex():
+            raise OutputError(
+                f"targets must be class indices of shape {_leading(z)}, got {tuple(y.shape)} "
+                f"of {y.dtype}"
+            )
+        one_hot = torch.zeros_like(z).scatter_(-1, y.long().unsqueeze(-1), 1.0)
+        return one_hot - z.softmax(-1)
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Independent yes or no for every output, given as logits (n, ...)."""
+
+    def arrange(self, output: Tensor) -> Output:
+        return _independent(output, "bernoulli")
+
+    def columns(self, z: Output) -> int:
+        return z.shape[-1]
+
+    def root(self, z: Output, start: int, stop: int) -> Float[Tensor, "r n t y"]:
+        p = z.double().sigmoid()
+        return _diagonal((p * (-z.double()).sigmoid()).sqrt().to(z.dtype), start, stop)
+
+    def sample(self, z: Output, generator: torch.Generator) -> Tensor:
+        return torch.bernoulli(z.detach().sigmoid(), generator=generator)
+
+    def score(self, z: Output, y: Tensor) -> Output:
+        return _matching(y, z) - z.sigmoid()
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Normal noise of one variance on every output (n, ...): ½ squared error has variance 1."""
+
+    variance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.variance > 0:
+            raise ValueError(f"variance must be positive, got {self.variance!r}")
+
+    def arrange(self, output: Tensor) -> Output:
+        return _independent(output, "gaussian")
+
+    def columns(self, z: Output) -> int:
+        return z.shape[-1]
+
+    def root(self, z: Output, start: int, stop: int) -> Float[Tensor, "r n t y"]:
+        return _diagonal(torch.full_like(z, self.variance**-0.5), start, stop)
+
+    def sample(self, z: Output, generator: torch.Generator) -> Tensor:
+        noise = torch.empty_like(z).normal_(generator=generator)
+        return z.detach() + self.variance**0.5 * noise
+
+    def score(self, z: Output, y: Tensor) -> Output:
+        return (_matching(y, z) - z) / self.variance
+
+
+BY_NAME: dict[str, Callable[[], Likelihood]] = {
+    "categorical": Categorical,
+    "bernoulli": Bernoulli,
+    "gaussian": Gaussian,
+}
+
+
+def likelihood_of(choice: str | Likelihood) -> Likelihood:
+    """Return the likelihood itself, or the one of that name."""
+    if isinstance(choice, str) and choice in BY_NAME:
+        return BY_NAME[choice]()
+    if isinstance(choice, Likelihood) and not isinstance(choice, type):
+        return choice
+    names = ", ".join(map(repr, BY_NAME))
+    raise ValueError(f"likelihood must be one of {names} or a Likelihood object, got {choice!r}")
+
+
+def _independent(output: Tensor, name: str) -> Output:
+    if output.dim() < 1 or output.numel() == 0:
+        raise OutputError(
+            f"likelihood {name!r} takes outputs (n, ...), one row per sample, "
+            f"got {tuple(output.shape)}"
+        )
+    return output.reshape(len(output), 1, -1)
+
+
+def _diagonal(scale: Output, start: int, stop: int) -> Float[Tensor, "r n t y"]:
+    rows = torch.eye(scale.shape[-1], dtype=scale.dtype, device=scale.device)[start:stop]
+    return rows[:, None, None, :] * scale
+
+
+def _matching(y: Tensor, z: Output) -> Output:
+    if y.numel() != z.numel() or len(y) != len(z):
+        raise OutputError(
+            f"targets must have the output's shape, {z.numel() // len(z)} numbers for each of "
+            f"{len(z)} samples, got {tuple(y.shape)}"
+        )
+    return y.to(z.dtype).reshape(z.shape)
+
+
+def _leading(z: Output) -> str:
+    return f"({len(z)},)" if z.shape[1] == 1 else str(tuple(z.shape[:2]))

@@ -1,0 +1,311 @@
+"""What the units of one layer see: c, E_p(a), E_q(a) and the second moments under q.
+
+Two forms of the same thing. ``UnitMoments`` holds sums: additive over batches, small when a unit
+has few inputs. ``UnitRows`` holds the cases themselves: exact and cheap when there are fewer cases
+than inputs, where the sums would be singular and large. The theorems take either.
+
+F = [[A, b], [bᵀ, c]] is summed over the positions of a sample and averaged over samples; means
+and variances are averages over all cases, under p and under q ∝ D = E_y δ².
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol, Self
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from unitfisher.solvers import (
+    ADVICE,
+    SingularFisherError,
+    cholesky,
+    cholesky_solve,
+    dot,
+    outer,
+)
+
+
+class Moments(Protocol):
+    """What the theorems ask of a layer's units."""
+
+    @property
+    def c(self) -> Float[Tensor, " u"]: ...
+    @property
+    def mu_p(self) -> Float[Tensor, "*g d"]: ...
+    @property
+    def mu_q(self) -> Float[Tensor, "u d"]: ...
+    @property
+    def mean_shift(self) -> Float[Tensor, "u d"]: ...
+    @property
+    def trace_Var_q(self) -> Float[Tensor, " u"]: ...
+    @property
+    def ridge(self) -> Float[Tensor, " u"]: ...
+    @property
+    def alive(self) -> Bool[Tensor, " u"]: ...
+    def damped(self, damping: float) -> Self: ...
+    def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
+        """Return Var_q⁻¹ rhs."""
+        ...
+
+
+@dataclass(frozen=True)
+class UnitMoments:
+    """Sums over cases, taken about a fixed origin near the mean so that variances keep digits.
+
+    D is the squared error signal E_y δ² of a unit in a case. Moments of parts with the same
+    origin add up: ``m1 + m2``.
+
+    >>> a, D = torch.randn(100, 3), torch.rand(100, 5)  # 100 cases, 3 inputs, 5 units
+    >>> m = UnitMoments.of(a, D)
+    >>> tuple(m.A.shape)
+    (5, 3, 3)
+    """
+
+    origin: Float[Tensor, "*g d"]
+    cases: Float[Tensor, ""]  # Σ 1 over samples and positions
+    samples: Float[Tensor, ""]  # Σ 1 over samples
+    sum_a: Float[Tensor, "*g d"]  # Σ (a - origin)
+    sum_D: Float[Tensor, " u"]  # Σ D
+    sum_DD: Float[Tensor, " u"]  # Σ D²
+    sum_Da: Float[Tensor, "u d"]  # Σ D (a - origin)
+    sum_Daa: Float[Tensor, "u d d"]  # Σ D (a - origin)(a - origin)ᵀ
+    ridge: Float[Tensor, " u"]  # λ on the weight block of F
+
+    @classmethod
+    def of(
+        cls,
+        a: Float[Tensor, "*g n d"],
+        D: Float[Tensor, "n u"],
+        *,
+        origin: Float[Tensor, "*u d"] | None = None,
+        samples: float | None = None,
+    ) -> "UnitMoments":
+        """Sum over cases.
+
+        Args:
+            a: Incoming activations. A leading axis g holds groups; each has u / g units.
+            D: Squared error signals, not negative. Sums are kept in its precision, products are
+                formed in that of ``a``.
+            origin: Near the mean of ``a``; this batch's mean if not given.
+            samples: How many samples the cases belong to, when positions share the weights.
+        """
+        groups = len(a) if a.dim() == 3 else 1
+        grouped = a.reshape(groups, *a.shape[-2:])
+        if origin is None:
+            origin = _per_unit(grouped.detach().mean(1), D.shape[1])
+        about = grouped - _per_group(origin, groups).unsqueeze(1)
+        scale = D.detach().amax(0).clamp_min(torch.finfo(D.dtype).tiny)
+        weight = (D / scale).to(a.dtype).T.unflatten(0, (groups, -1))  # g v n, tiny D keeps digits
+        Da = weight.unsqueeze(2) * about.mT.unsqueeze(1)  # g v d n
+        Daa = Da.flatten(1, 2) @ about
+        units, d = D.shape[1], a.shape[-1]
+        return cls(
+            origin=origin.to(D.dtype),
+            cases=D.new_tensor(len(D)),
+            samples=D.new_tensor(len(D) if samples is None else samples),
+            sum_a=_per_unit(about.sum(1), units).to(D.dtype),
+            sum_D=D.sum(0),
+            sum_DD=(D**2).sum(0),
+            sum_Da=(weight @ about).reshape(units, d).to(D.dtype) * scale[:, None],
+            sum_Daa=Daa.reshape(units, d, d).to(D.dtype) * scale[:, None, None],
+            ridge=D.new_zeros(units),
+        )
+
+    @classmethod
+    def of_gradients(
+        cls,
+        G: Float[Tensor, "r u d"],
+        S: Float[Tensor, "r u"],
+        mean: Float[Tensor, "*g d"],
+        *,
+        samples: float | None = None,
+    ) -> "UnitMoments":
+        """Sum over gradients that are already joined over positions (``sharing="joint"``).
+
+        Args:
+            G: Weight gradients Σ_t δ a, one row per sample and column of the label expectation.
+            S: Bias gradients Σ_t δ.
+            mean: E_p(a) over all positions.
+            samples: How many samples the rows belong to; all rows if not given.
+        """
+        about = G - S.unsqueeze(-1) * mean
+        D = S**2
+        return cls(
+            origin=mean,
+            cases=S.new_ones(()),
+            samples=S.new_tensor(len(S) if samples is None else samples),
+            sum_a=torch.zeros_like(mean),
+            sum_D=D.sum(0),
+            sum_DD=(D**2).sum(0),
+            sum_Da=(S.unsqueeze(-1) * about).sum(0),
+            sum_Daa=about.permute(1, 2, 0) @ about.transpose(0, 1),
+            ridge=S.new_zeros(S.shape[1]),
+        )
+
+    def __add__(self, other: "UnitMoments") -> "UnitMoments":
+        if self.origin.shape != other.origin.shape or not self.origin.equal(other.origin):
+            raise ValueError("moments add up about one origin: UnitMoments.of(..., origin=m.origin)")
+        if bool(self.ridge.any()) or bool(other.ridge.any()):
+            raise ValueError("moments add up before damping: (m1 + m2).damped(...)")
+        sums = ("cases", "samples", "sum_a", "sum_D", "sum_DD", "sum_Da", "sum_Daa")
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in sums})
+
+    def damped(self, damping: float, *, block: str = "weight") -> "UnitMoments":
+        """Return the moments of F + λ diag(1, ..., 1, 0), λ = damping · trace(A) / d per unit.
+
+        Only Var_q changes, by (λ/c) I; the theorems stay exact. ``block="full"`` damps the bias
+        too, F + λI, by pseudo-cases ±√d e_j of D mass λ/2d each: c and E_q(a) change with it.
+
+        Raises:
+            ValueError: Negative damping, or no such block.
+        """
+        if damping < 0:
+            raise ValueError(f"damping must not be negative, got {damping!r}")
+        d = self.sum_Da.shape[-1]
+        ridge = damping * self.c * (self.trace_Var_q + dot(self.mu_q, self.mu_q)) / d
+        if block == "weight":
+            return replace(self, ridge=self.ridge + ridge)
+        if block != "full":
+            raise ValueError(f"block must be 'weight' or 'full', got {block!r}")
+        mass = (ridge * self.samples)[:, None]
+        origin = self.origin.expand_as(self.sum_Da)
+        eye = torch.eye(d, dtype=ridge.dtype, device=ridge.device)
+        return replace(
+            self,
+            sum_D=self.sum_D + mass.squeeze(1),
+            sum_Da=self.sum_Da - mass * origin,
+            sum_Daa=self.sum_Daa + mass[..., None] * (eye + outer(origin, origin)),
+        )
+
+    @property
+    def alive(self) -> Bool[Tensor, " u"]:
+        return self.sum_D > 0
+
+    @property
+    def c(self) -> Float[Tensor, " u"]:
+        return self.sum_D / self.samples
+
+    @property
+    def n_eff(self) -> Float[Tensor, " u"]:
+        return self.sum_D**2 / self.sum_DD
+
+    @property
+    def mu_p(self) -> Float[Tensor, "*g d"]:
+        return self.origin + self.sum_a / self.cases
+
+    @property
+    def mu_q(self) -> Float[Tensor, "u d"]:
+        return self.origin + self._mean
+
+    @property
+    def mean_shift(self) -> Float[Tensor, "u d"]:
+        """E_q(a) - E_p(a), formed about the origin: no digits lost to a large mean."""
+        return self._mean - self.sum_a / self.cases
+
+    @property
+    def Var_q(self) -> Float[Tensor, "u d d"]:
+        weight = self._safe(self.sum_D)[:, None, None]
+        eye = torch.eye(self.sum_Da.shape[-1], dtype=weight.dtype, device=weight.device)
+        ridge = (self.ridge / self._safe(self.c))[:, None, None]
+        return self.sum_Daa / weight - outer(self._mean, self._mean) + ridge * eye
+
+    @property
+    def trace_Var_q(self) -> Float[Tensor, " u"]:
+        trace = self.sum_Daa.diagonal(dim1=-2, dim2=-1).sum(-1) / self._safe(self.sum_D)
+        d = self.sum_Da.shape[-1]
+        return trace - dot(self._mean, self._mean) + d * self.ridge / self._safe(self.c)
+
+    @property
+    def A(self) -> Float[Tensor, "u d d"]:
+        return self.c[:, None, None] * (self.Var_q + outer(self.mu_q, self.mu_q))
+
+    @property
+    def b(self) -> Float[Tensor, "u d"]:
+        return self.c[:, None] * self.mu_q
+
+    @property
+    def F(self) -> Float[Tensor, "u e e"]:
+        """The Fisher itself, (u, d+1, d+1), bias last."""
+        weights = torch.cat([self.A, self.b.unsqueeze(-1)], -1)
+        bias = torch.cat([self.b, self.c.unsqueeze(-1)], -1)
+        return torch.cat([weights, bias.unsqueeze(-2)], -2)
+
+    def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
+        """Return Var_q⁻¹ rhs; zero where a unit is dead."""
+        return cholesky_solve(self._factor, rhs) * self.alive[:, None]
+
+    @cached_property
+    def _factor(self) -> Float[Tensor, "u d d"]:
+        """Cholesky factor; of the identity where a unit is idle, whose answer is 0 at any rate."""
+        eye = torch.eye(self.sum_Da.shape[-1], dtype=self.c.dtype, device=self.c.device)
+        return cholesky(torch.where(_idle(self)[:, None, None], eye, self.Var_q))
+
+    @property
+    def _mean(self) -> Float[Tensor, "u d"]:
+        return self.sum_Da / self._safe(self.sum_D)[:, None]
+
+    def _safe(self, weight: Float[Tensor, " u"]) -> Float[Tensor, " u"]:
+        return torch.where(self.alive, weight, 1.0)
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """Weighted centred cases Z of each unit, Var_q = ZᵀZ + (λ/c) I, solved on the cases' side."""
+
+    c: Float[Tensor, " u"]
+    mu_p: Float[Tensor, "*g d"]
+    mu_q: Float[Tensor, "u d"]
+    mean_shift: Float[Tensor, "u d"]
+    Z: Float[Tensor, "u n d"]
+    ridge: Float[Tensor, " u"]
+
+    @property
+    def alive(self) -> Bool[Tensor, " u"]:
+        return self.c > 0
+
+    @property
+    def epsilon(self) -> Float[Tensor, " u"]:
+        return self.ridge / torch.where(self.alive, self.c, 1.0)
+
+    @property
+    def trace_Var_q(self) -> Float[Tensor, " u"]:
+        return (self.Z**2).sum((1, 2)) + self.Z.shape[-1] * self.epsilon
+
+    def damped(self, damping: float) -> "UnitRows":
+        """Damp the weight block; see UnitMoments.damped."""
+        trace = self.trace_Var_q + dot(self.mu_q, self.mu_q)
+        return replace(self, ridge=self.ridge + damping * self.c * trace / self.Z.shape[-1])
+
+    def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
+        """Return Var_q⁻¹ rhs = (rhs - Zᵀ (Z Zᵀ + ε I)⁻¹ Z rhs) / ε; zero where a unit is dead."""
+        factor, epsilon = self._factor
+        y = cholesky_solve(factor, (self.Z @ rhs.unsqueeze(-1)).squeeze(-1))
+        back = (y.unsqueeze(1) @ self.Z).squeeze(1)
+        return (rhs - back) / epsilon[:, None] * self.alive[:, None]
+
+    @cached_property
+    def _factor(self) -> tuple[Float[Tensor, "u n n"], Float[Tensor, " u"]]:
+        """Cholesky factor of Z Zᵀ + ε I, and ε; ε = 1 where a unit is idle."""
+        epsilon = torch.where(_idle(self), 1.0, self.epsilon)
+        if bool((epsilon == 0).any()):
+            raise SingularFisherError(
+                f"the Fisher of unit {int((epsilon == 0).nonzero()[0])} is singular: "
+                f"{self.Z.shape[1]} cases for {self.Z.shape[2]} inputs; {ADVICE}"
+            )
+        eye = torch.eye(self.Z.shape[1], dtype=self.Z.dtype, device=self.Z.device)
+        return cholesky(self.Z @ self.Z.mT + epsilon[:, None, None] * eye), epsilon
+
+
+def _idle(m: Moments) -> Bool[Tensor, " u"]:
+    """Dead, or fed with nothing but zeros."""
+    silent = (m.trace_Var_q == 0) & (m.mu_q == 0).all(-1)
+    return ~m.alive | silent
+
+
+def _per_unit(x: Float[Tensor, "g d"], units: int) -> Float[Tensor, "*u d"]:
+    return x.squeeze(0) if len(x) == 1 else x.repeat_interleave(units // len(x), 0)
+
+
+def _per_group(x: Float[Tensor, "*u d"], groups: int) -> Float[Tensor, "g d"]:
+    return x.unsqueeze(0) if x.dim() == 1 else x.reshape(groups, -1, x.shape[-1])[:, 0]

@@ -1,0 +1,356 @@
+"""The Monitor: one line attached to a model, and its training steps are measured.
+
+Two hooks stand on the model itself. When a step is due, the layers are watched for that one
+forward pass; when the pass ends, the errors are sent back through the graph it has just built.
+Labels, loss, parameters, gradients and the global random state are not touched.
+"""
+
+import atexit
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self, TypedDict
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from unitfisher.attachment import (
+    Hook,
+    Schedule,
+    UncoveredLayersWarning,
+    elsewhere,
+    name_uncovered,
+    require_numbers,
+    require_unobserved,
+    sample_units,
+    unwrapped,
+)
+from unitfisher.capture import Seen, capture
+from unitfisher.errors import Estimator, require_choice
+from unitfisher.fisher import (
+    Chance,
+    Gradient,
+    Observation,
+    Observer,
+    Pick,
+    device_of,
+    observe_now,
+    require_finite,
+)
+from unitfisher.history import History
+from unitfisher.layers import Layers, select
+from unitfisher.likelihoods import Likelihood, likelihood_of
+from unitfisher.record import Run
+from unitfisher.statistics import LayerStep, UnitStatistics, statistics, tensors_of
+
+
+class MonitorState(TypedDict):
+    """What a Monitor needs to go on after a restart."""
+
+    step: int
+    generators: dict[str, Tensor]
+    units: dict[str, Tensor]
+    history: list[dict[str, Any]]
+
+
+class Monitor:
+    """Measures every unit's Fisher quantities of a model in live training.
+
+    Each n-th training forward pass is measured while it happens, from its own graph. Passes in
+    eval mode, under ``no_grad`` or inside ``torch.func`` transforms are neither measured nor
+    counted. The model's parameters, gradients and the global random state stay bit-identical to
+    an unobserved run.
+
+    Args:
+        model: Any module. A wrapper of one module (DataParallel, DDP) is seen through.
+        layers: Pattern(s) on ``named_modules()`` names, module type(s) or a predicate
+            ``(name, module) -> bool``; None: every trainable layer of a supported kind.
+        likelihood: "categorical", "bernoulli", "gaussian" or a Likelihood object, for example
+            ``Gaussian(variance=0.5)``.
+        fisher: "exact", "mc" (drawn labels), "rademacher" (random signs) or "empirical".
+        samples: Columns for "mc" and "rademacher"; more do not change the scale.
+        sharing: "expand" (every position a case), "joint" (the true Fisher block) or "reduce".
+        damping: Relative, on the weight block: λ = damping · trace(A) / d for each unit.
+        every: Measure every n-th training pass, the first included, or a predicate of the step.
+        units: Observe a fixed random sample of this many units per layer; None: all.
+        output: Picks the logits from what forward returns: index, key, attribute or callable.
+        on_nonfinite: "raise", or "record": a pass with NaN or infinity is kept as such.
+        record: Folder or Run that receives what is measured; None: kept in memory.
+        seed: Of drawn labels, signs and units.
+
+    Raises:
+        LayerSelectionError: No layer to observe, or they are observed already.
+        ValueError: An unknown name or impossible number for an option.
+
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 2))
+    >>> monitor = Monitor(model, every=1)
+    >>> _ = model(torch.randn(10, 3))
+    >>> tuple(monitor.latest["0"].k.shape)
+    (4,)
+    """
+
+    latest: dict[str, UnitStatistics]
+    targets: Tensor | None  # observed labels of the next training pass, then forgotten
+    step: int  # training passes so far
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers = None,
+        likelihood: str | Likelihood = "categorical",
+        *,
+        fisher: str = "exact",
+        samples: int = 1,
+        sharing: str = "expand",
+        damping: float = 1e-3,
+        every: Schedule = 50,
+        units: int | None = None,
+        output: Pick = None,
+        on_nonfinite: str = "raise",
+        record: str | Path | Run | None = None,
+        seed: int = 0,
+    ) -> None:
+        require_choice("on_nonfinite", on_nonfinite, ("raise", "record"))
+        require_numbers(damping, every, units)
+        self.model = unwrapped(model)
+        self.damping, self.every, self.on_nonfinite = damping, every, on_nonfinite
+        estimator = Estimator(likelihood_of(likelihood), fisher, samples, sharing)
+        chosen = select(self.model, layers)
+        require_unobserved(self.model, chosen)
+        if layers is None:
+            name_uncovered(self.model, chosen)
+        self._observer = Observer(
+            chosen, estimator, sample_units(chosen, units, seed), Chance(seed), output
+        )
+        self.latest, self.targets, self.step = {}, None, 0
+        config = {"layers": list(chosen), "units": units, "damping": damping, "every": every}
+        config |= {"estimator": estimator, "on_nonfinite": on_nonfinite, "seed": seed}
+        self._history = History.opened(record, config)
+        self._paused = False
+        self._pass: tuple[ExitStack, Seen, int] | None = None
+        self._uncalled: set[str] = set()
+        self._attach()
+
+    @property
+    def layers(self) -> Mapping[str, nn.Module]:
+        """The observed layers by name."""
+        return self._observer.layers
+
+    def measure(
+        self, inputs: Any, targets: Tensor | None = None
+    ) -> dict[str, UnitStatistics]:
+        """Measure now on this input, in eval mode, and leave the model exactly as it was.
+
+        Args:
+            inputs: The model's input, a tuple of its arguments or a mapping of keyword arguments.
+            targets: Observed labels; with them the gradient of the mean log-likelihood is taken
+                too, and its cosine and bias-shift shares are filled in.
+
+        Returns:
+            Statistics by layer, also in ``latest`` and in the record.
+        """
+        with exactly(device_of(self.model)):
+            seen, observations = observe_now(self.model, inputs, self._observer, targets)
+            return self._keep(seen, observations, self.step, "measure")
+
+    def natural_gradient(self) -> dict[str, LayerStep]:
+        """Return the unit natural gradient of the current ``.grad``, by the newest measured Fisher.
+
+        Gradients are taken as averaged over samples; where a loss also averages over T positions,
+        multiply by T. The angles and shares of a complete gradient join the newest measurement.
+
+        Returns:
+            ``{layer: (dw, dw0)}`` in the shapes of weight and bias (rows of the observed units).
+
+        Raises:
+            ValueError: Nothing was measured yet, or no observed layer has a gradient.
+        """
+        if not self.latest:
+            raise ValueError("nothing was measured yet: run a training pass or monitor.measure(x)")
+        steps, completed = {}, dict(self.latest)
+        for name, measured in self.latest.items():
+            gradient = _gradient_of(self.layers[name], measured)
+            if gradient is None:
+                continue
+            with exactly(device_of(self.model)):
+                steps[name] = measured.natural_gradient(*gradient)
+                completed[name] = measured.with_gradient(Gradient.of(*gradient), steps[name])
+        if not steps:
+            raise ValueError("no observed layer has a gradient: call loss.backward() first")
+        self._history.complete(completed)
+        self.latest = completed
+        return steps
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return everything measured, one row per step, layer and unit."""
+        return self._history.frame()
+
+    def flush(self) -> None:
+        """Write everything measured so far to the record."""
+        self._history.flush()
+
+    def pause(self) -> None:
+        """Measure no training pass until `resume`; passes still count as steps."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Go on measuring."""
+        self._paused = False
+
+    def detach(self) -> None:
+        """Take the hooks off the model and close the record; safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._drop_pass()
+        self._history.close()
+        atexit.unregister(self.detach)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def state_dict(self) -> MonitorState:
+        """Return what is needed to go on after a restart: steps, random state, units, rows."""
+        self._history.commit()
+        return {
+            "step": self.step,
+            "generators": self._observer.chance.state(),
+            "units": dict(self._observer.units),
+            "history": list(self._history.rows),
+        }
+
+    def load_state_dict(self, state: MonitorState) -> None:
+        """Go on from `state_dict`.
+
+        Raises:
+            ValueError: The state observes other layers' units than this Monitor.
+        """
+        if state["units"].keys() != dict(self._observer.units).keys():
+            raise ValueError(
+                f"the state samples units of layers {sorted(state['units'])}, this Monitor of "
+                f"{sorted(self._observer.units)}: attach with the same layers= and units="
+            )
+        self.step = state["step"]
+        self._observer.chance.load(state["generators"])
+        self._observer = replace(self._observer, units=dict(state["units"]))
+        self._history.rows = list(state["history"])
+
+    def memory_usage(self) -> dict[str, int]:
+        """Count the bytes held between passes: the newest measurement and the rows in memory."""
+        latest = _bytes(t for m in self.latest.values() for t in tensors_of(m))
+        history = _bytes(self._history.tensors)
+        return {"latest": latest, "history": history, "total": latest + history}
+
+    def _attach(self) -> None:
+        observed = list(self.layers.values())
+        self._handles = [
+            self.model.register_forward_pre_hook(Hook(self._before, observed)),
+            self.model.register_forward_hook(Hook(self._after, observed), always_call=True),
+        ]
+        atexit.register(self.detach)
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        self._drop_pass()  # a pass that was interrupted
+        if not self._concerned():
+            return
+        self._history.commit()
+        step, self.step = self.step, self.step + 1
+        if self._paused or not self._due(step):
+            return
+        stack = ExitStack()
+        self._pass = stack, stack.enter_context(capture(self.layers)), step
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        if self._pass is None:
+            if self._concerned():
+                self.targets = None
+            return
+        (stack, seen, step), self._pass = self._pass, None
+        targets, self.targets = self.targets, None
+        stack.close()
+        if result is None:  # forward raised, and this hook runs on the way out
+            return
+        with exactly(device_of(model)):
+            self._keep(seen, self._observer.observe(result, seen, targets), step, "train")
+
+    def _concerned(self) -> bool:
+        return self.model.training and torch.is_grad_enabled() and not elsewhere()
+
+    def _due(self, step: int) -> bool:
+        return self.every(step) if callable(self.every) else step % self.every == 0
+
+    def _drop_pass(self) -> None:
+        if self._pass is not None:
+            (stack, _, _), self._pass = self._pass, None
+            stack.close()
+
+    def _keep(
+        self, seen: Seen, observations: Mapping[str, Observation], step: int, phase: str
+    ) -> dict[str, UnitStatistics]:
+        means = seen.means()
+        if self.on_nonfinite == "raise":
+            for name, observation in observations.items():
+                require_finite(name, observation)
+        self._name_uncalled(observations)
+        measured = {
+            name: statistics(
+                name,
+                self.layers[name],
+                observation,
+                means[name],
+                step=step,
+                units=self._observer.units.get(name),
+                damping=self.damping,
+            )
+            for name, observation in observations.items()
+        }
+        self.latest = measured
+        self._history.hold(measured, phase)
+        return measured
+
+    def _name_uncalled(self, observations: Mapping[str, Observation]) -> None:
+        missing = self.layers.keys() - observations.keys() - self._uncalled
+        if missing:
+            self._uncalled |= missing
+            warnings.warn(
+                f"layers {', '.join(sorted(map(repr, missing)))} were not called in a measured "
+                f"pass: nothing is recorded of them there",
+                UncoveredLayersWarning,
+                stacklevel=2,
+            )
+
+
+def _gradient_of(
+    layer: nn.Module, measured: UnitStatistics
+) -> tuple[Tensor, Tensor | None] | None:
+    """Rows of .grad of the measured units; None where a needed gradient is missing."""
+    g = getattr(layer.weight, "grad", None)
+    g0 = getattr(layer.bias, "grad", None)
+    if g is None or (measured.biased and g0 is None):
+        return None
+    return g[measured.units], None if g0 is None else g0[measured.units]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+@contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """Compute without autocast, reduced-precision products or a graph of our own."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    asked = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, asked, strict=True):
+            backend.fp32_precision = precision

@@ -1,0 +1,49 @@
+"""Batched symmetric positive definite systems, one per unit.
+
+Only Cholesky and triangular solves: batched LU on CPU (torch 2.13 and 2.15, two threads, from
+256×256) raises or is silently wrong.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class SingularFisherError(ValueError):
+    """The Fisher matrix of some unit has no inverse."""
+
+
+ADVICE = "observe more samples, or damp it: moments.damped(1e-3)"
+
+
+def cholesky(matrix: Float[Tensor, "u m m"]) -> Float[Tensor, "u m m"]:
+    """Factor one symmetric positive definite matrix per unit.
+
+    Raises:
+        SingularFisherError: A matrix is not positive definite; names the first such unit.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if bool((info != 0).any()):
+        unit = int((info != 0).nonzero()[0])
+        raise SingularFisherError(f"the Fisher of unit {unit} is singular; {ADVICE}")
+    return factor
+
+
+def cholesky_solve(
+    factor: Float[Tensor, "u m m"], rhs: Float[Tensor, "u m"]
+) -> Float[Tensor, "u m"]:
+    """Solve with a factor from `cholesky`."""
+    y = torch.linalg.solve_triangular(factor, rhs.unsqueeze(-1), upper=False)
+    return torch.linalg.solve_triangular(factor.mT, y, upper=True).squeeze(-1)
+
+
+def solve(matrix: Float[Tensor, "u m m"], rhs: Float[Tensor, "u m"]) -> Float[Tensor, "u m"]:
+    return cholesky_solve(cholesky(matrix), rhs)
+
+
+def dot(x: Float[Tensor, "*u d"], y: Float[Tensor, "*v d"]) -> Float[Tensor, "*w"]:
+    return (x * y).sum(-1)
+
+
+def outer(x: Float[Tensor, "u d"], y: Float[Tensor, "u d"]) -> Float[Tensor, "u d d"]:
+    return x.unsqueeze(-1) * y.unsqueeze(-2)

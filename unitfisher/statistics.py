@@ -1,0 +1,213 @@
+"""What one measurement says of one layer: the theorems' quantities for every unit."""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from unitfisher.capture import UnitMeans
+from unitfisher.cases import UnitCases
+from unitfisher.diagnostics import bias_shift_share, cosine, mean_share, with_bias
+from unitfisher.fisher import Gradient, Observation
+from unitfisher.moments import Moments
+from unitfisher.solvers import SingularFisherError
+from unitfisher.theorems import (
+    bias_shift_correction,
+    damping_share,
+    unit_natural_gradient,
+    weight_natural_gradient,
+)
+
+
+class LayerStep(NamedTuple):
+    """Unit natural gradient in the shapes of the layer's weight and bias."""
+
+    dw: Tensor
+    dw0: Float[Tensor, " u"] | None  # None for a layer without bias
+
+
+@dataclass(frozen=True)
+class UnitStatistics:
+    """One layer's measurement; tensors stay on the device of the model, without a graph.
+
+    Theorem quantities of a dead unit (no error ever reaches it) are NaN. For a layer without bias
+    s and k are those that its bias would have.
+    """
+
+    layer: str
+    step: int
+    units: Int[Tensor, " u"]  # which units of the layer
+    damping: float  # relative: λ = damping · trace(A) / d
+    c: Float[Tensor, " u"]  # E_p(D)
+    mean: Float[Tensor, "*g d"]  # E_p(a); (u, d) where groups see different inputs
+    mean_q: Float[Tensor, "u d"]  # E_q(a)
+    s: Float[Tensor, " u"]
+    k: Float[Tensor, " u"]  # the poster's: the paper's is 1 + k
+    corrected_mean: Float[Tensor, "u d"]  # E_p(a) - (1 + k) E_q(a)
+    dead: Bool[Tensor, " u"]
+    n_eff: Float[Tensor, " u"]  # 1 / Σ w², the effective number of cases under q
+    damping_share: Float[Tensor, " u"]  # how much of s is made by the damping
+    mean_share: Float[Tensor, "*g"]  # ‖E_p(a)‖² / E_p‖a‖²
+    mean_share_q: Float[Tensor, " u"]  # ‖E_q(a)‖² / E_q‖a‖²
+    output_mean: Float[Tensor, " u"]  # after the nonlinearity
+    output_var: Float[Tensor, " u"]
+    nonlinearity: str | None  # the function seen after the layer; None: linear
+    finite: bool
+    cosine: Float[Tensor, " u"]  # of gradient and unit natural gradient; NaN without gradient
+    bias_shift_share_gradient: Float[Tensor, " u"]
+    bias_shift_share_natural: Float[Tensor, " u"]
+    biased: bool
+    cases: UnitCases = field(repr=False)
+    gradient: Gradient | None = field(repr=False)
+
+    def natural_gradient(
+        self, g: Float[Tensor, "u *d"], g0: Float[Tensor, " u"] | None = None
+    ) -> LayerStep:
+        """Return F⁻¹ (g, g0) for these units, in the shape and precision of the gradient given.
+
+        Args:
+            g: Gradient in the weights, (u, d) or the shape of ``weight``, averaged over samples.
+            g0: The same for the bias; None for a layer without.
+
+        Raises:
+            ValueError: The gradient does not fit the layer.
+            SingularFisherError: A unit's Fisher has no inverse at this damping.
+        """
+        if g.flatten(1).shape != self.mean_q.shape or (g0 is None) == self.biased:
+            bias = "its bias" if self.biased else "no bias"
+            raise ValueError(
+                f"layer {self.layer!r} measured {tuple(self.mean_q.shape)} weights and {bias}; "
+                f"got a gradient of {tuple(g.shape)} and "
+                f"{'no bias gradient' if g0 is None else tuple(g0.shape)}"
+            )
+        if not self.finite:
+            return LayerStep(torch.full_like(g, torch.nan), None if g0 is None else g0 * torch.nan)
+        dw, dw0 = torch.zeros_like(self.mean_q), torch.zeros_like(self.c)
+        for part, m in self._damped_parts():
+            dw[part], dw0[part] = natural_gradient(m, g[part], None if g0 is None else g0[part])
+        return LayerStep(dw.to(g.dtype).view_as(g), None if g0 is None else dw0.to(g0.dtype))
+
+    def damped(self, damping: float) -> "UnitStatistics":
+        """Return the same measurement at another relative damping."""
+        if not self.finite:
+            return replace(self, damping=damping)
+        changed = replace(self, damping=damping, **theory(self.layer, self.cases, damping))
+        return changed if self.gradient is None else changed.with_gradient(self.gradient)
+
+    def with_gradient(
+        self, gradient: Gradient, natural: LayerStep | None = None
+    ) -> "UnitStatistics":
+        """Return the same measurement with the angles and shares of this gradient."""
+        g, g0 = gradient.g.to(self.mean_q), gradient.g0.to(self.mean_q)
+        bias = g0 if self.biased else None
+        dw, dw0 = natural or self.natural_gradient(g, bias)
+        dw = dw.flatten(1).to(g)
+        if bias is None or dw0 is None:
+            angle = cosine(g, dw)
+        else:
+            angle = cosine(with_bias(g, bias), with_bias(dw, dw0.to(g)))
+        return replace(
+            self,
+            gradient=gradient,
+            cosine=angle,
+            bias_shift_share_gradient=bias_shift_share(self.mean, g, bias),
+            bias_shift_share_natural=bias_shift_share(self.mean, dw, dw0),
+        )
+
+    def _damped_parts(self) -> list[tuple[slice, Moments]]:
+        return [(part, m.damped(self.damping)) for part, m in self.cases.parts()]
+
+
+def natural_gradient(
+    m: Moments, g: Float[Tensor, "u *d"], g0: Float[Tensor, " u"] | None
+) -> tuple[Float[Tensor, "u d"], Float[Tensor, " u"]]:
+    """Return F⁻¹ (g, g0) in double precision; without a bias A⁻¹ g and zero."""
+    g = g.flatten(1).to(m.mu_q.dtype)
+    if g0 is None:
+        return weight_natural_gradient(m, g), torch.zeros_like(m.c)
+    return unit_natural_gradient(m, g, g0.to(m.mu_q.dtype))
+
+
+def statistics(
+    layer: str,
+    module: nn.Module,
+    observation: Observation,
+    means: UnitMeans,
+    *,
+    step: int,
+    units: Int[Tensor, " u"] | None,
+    damping: float,
+) -> UnitStatistics:
+    """Compute a layer's statistics from what a pass showed of it."""
+    cases = observation.cases
+    finite = observation.finite
+    found = theory(layer, cases, damping) if finite else unknown(cases)
+    lost = torch.full_like(found["c"], torch.nan)
+    kept = slice(None) if units is None else units
+    measured = UnitStatistics(
+        layer=layer,
+        step=step,
+        units=torch.arange(cases.units, device=lost.device) if units is None else units,
+        damping=damping,
+        mean=cases.mean,
+        dead=cases.D.sum(0) == 0,
+        n_eff=cases.n_eff,
+        mean_share=mean_share(cases.mean, cases.trace_variance),
+        output_mean=means.mean[kept],
+        output_var=means.var[kept],
+        nonlinearity=means.nonlinearity,
+        finite=finite,
+        cosine=lost,
+        bias_shift_share_gradient=lost,
+        bias_shift_share_natural=lost,
+        biased=module.bias is not None,
+        cases=cases,
+        gradient=None,
+        **found,
+    )
+    gradient = observation.gradient
+    return measured.with_gradient(gradient) if finite and gradient else measured
+
+
+def theory(layer: str, cases: UnitCases, damping: float) -> dict[str, Tensor]:
+    """Compute what the theorems say, part after part of the units."""
+    parts = []
+    for _, m in cases.parts():
+        damped = m.damped(damping)
+        try:
+            s, k = bias_shift_correction(damped)
+        except SingularFisherError as error:
+            raise SingularFisherError(f"layer {layer!r}: {error}") from error
+        share = mean_share(m.mu_q, m.trace_Var_q)
+        corrected_mean = m.mu_p - (1 + k)[:, None] * m.mu_q
+        parts.append((m.c, m.mu_q, s, k, corrected_mean, damping_share(damped), share))
+    joined = map(torch.cat, zip(*parts, strict=True))
+    return _dead_are_nan(dict(zip(THEORY, joined, strict=True)))
+
+
+THEORY = ("c", "mean_q", "s", "k", "corrected_mean", "damping_share", "mean_share_q")
+
+
+def unknown(cases: UnitCases) -> dict[str, Tensor]:
+    """NaN for every quantity of the theory: the pass was not finite."""
+    u, d = cases.units, cases.a.shape[-1]
+    wide = cases.mean.new_full((u, d), torch.nan)
+    return {name: wide if name in ("mean_q", "corrected_mean") else wide[:, 0] for name in THEORY}
+
+
+def _dead_are_nan(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    living = torch.where(found["c"] > 0, 1.0, torch.nan)
+    for name in ("mean_q", "mean_share_q"):
+        found[name] = found[name] * (living if found[name].dim() == 1 else living[:, None])
+    return found
+
+
+def tensors_of(measured: UnitStatistics) -> list[Tensor]:
+    """List the tensors that a measurement keeps, for counting their memory."""
+    own = [getattr(measured, f.name) for f in fields(measured)]
+    kept = [*own, *vars(measured.cases).values(), *(measured.gradient or ())]
+    moments = vars(measured.cases).get("_moments")
+    kept += vars(moments).values() if moments is not None else []
+    return [t for t in kept if isinstance(t, Tensor)]

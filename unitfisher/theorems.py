@@ -1,0 +1,111 @@
+"""Theorems 1 and 2 of the ELU paper, for all units of a layer at once.
+
+The unit natural gradient (Δw, Δw₀) solves F (Δw, Δw₀) = (g, g₀) with F = [[A, b], [bᵀ, c]] the
+Fisher of one unit's weights and bias. k is the poster's; the arXiv paper's is 1 + k.
+
+References:
+    Clevert, Unterthiner, Hochreiter (2016), arXiv 1511.07289, section 2, Theorems 1 and 2.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unitfisher.moments import Moments, UnitMoments
+from unitfisher.solvers import dot, solve
+
+
+class BiasShiftCorrection(NamedTuple):
+    """The two scalars of the theorems, per unit; NaN for a dead unit."""
+
+    s: Float[Tensor, " u"]  # scales the bias update
+    k: Float[Tensor, " u"]  # corrects the incoming mean by -(1 + k) E_q(a)
+
+
+class UnitStep(NamedTuple):
+    """An update of each unit's weights and bias, not yet scaled by a learning rate."""
+
+    dw: Float[Tensor, "u d"]
+    dw0: Float[Tensor, " u"]
+
+
+def bias_shift_correction(m: Moments) -> BiasShiftCorrection:
+    """Compute s = (1 + μ_qᵀ Var_q⁻¹ μ_q) / c and k = (μ_q - μ_p)ᵀ Var_q⁻¹ μ_q.
+
+    Raises:
+        SingularFisherError: Var_q of some living unit is not positive definite.
+    """
+    x = m.solve(m.mu_q)  # Var_q⁻¹ μ_q
+    s = (1 + dot(m.mu_q, x)) / m.c
+    k = dot(m.mean_shift, x)
+    dead = torch.full_like(s, torch.nan)
+    return BiasShiftCorrection(torch.where(m.alive, s, dead), torch.where(m.alive, k, dead))
+
+
+def theorem_1(m: UnitMoments, g: Float[Tensor, "u d"], g0: Float[Tensor, " u"]) -> UnitStep:
+    """Solve F (Δw, Δw₀) = (g, g₀) block by block, as printed.
+
+    Δw = A⁻¹ (g - Δw₀ b) and Δw₀ = s (g₀ - bᵀ A⁻¹ g). For living units; the form to compute with
+    is `unit_natural_gradient`.
+    """
+    s, _ = bias_shift_correction(m)
+    dw0 = s * (g0 - dot(m.b, solve(m.A, g)))
+    dw = solve(m.A, g - dw0[:, None] * m.b)
+    return UnitStep(dw, dw0)
+
+
+def theorem_2(
+    m: UnitMoments, g: Float[Tensor, "u d"], g0: Float[Tensor, " u"]
+) -> Float[Tensor, " u"]:
+    """Bias shift μ_pᵀ Δw + Δw₀ of that step, as a corrected mean times A⁻¹ g.
+
+    (μ_p - (1 + k) μ_q)ᵀ A⁻¹ g + (1 + k) g₀ / c: the correction of the incoming mean of Theorem 2.
+    """
+    _, k = bias_shift_correction(m)
+    corrected_mean = m.mu_p - (1 + k)[:, None] * m.mu_q
+    return dot(corrected_mean, solve(m.A, g)) + (1 + k) * g0 / m.c
+
+
+def unit_natural_gradient(
+    m: Moments, g: Float[Tensor, "u d"], g0: Float[Tensor, " u"]
+) -> UnitStep:
+    """Turn each unit's gradient into its natural gradient: F⁻¹ (g, g₀).
+
+    Theorem 1 in coordinates centred at μ_q, where F is block diagonal: one solve per unit and no
+    cancellation. A dead unit gets a zero step.
+
+    Args:
+        m: Moments; damp them when there are no more cases than inputs.
+        g: Gradient in the weights, averaged over samples.
+        g0: The same for the bias.
+
+    Raises:
+        SingularFisherError: Var_q of some living unit is not positive definite.
+    """
+    c, mu_q = torch.where(m.alive, m.c, 1.0), m.mu_q.double()
+    centred = (g.double() - g0.double()[:, None] * mu_q).to(g.dtype)  # large means nearly cancel
+    dw = m.solve(centred) / c[:, None]
+    dw0 = g0.double() / c - dot(mu_q, dw.double())
+    return UnitStep(dw, (dw0 * m.alive).to(g.dtype))
+
+
+def weight_natural_gradient(m: Moments, g: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
+    """Compute A⁻¹ g = Var_q⁻¹ (g - μ_q μ_qᵀ Var_q⁻¹ g / (1 + μ_qᵀ Var_q⁻¹ μ_q)) / c.
+
+    The natural gradient of a unit without bias; zero for a dead unit.
+    """
+    x, y = m.solve(m.mu_q), m.solve(g)
+    correction = dot(m.mu_q, y) / (1 + dot(m.mu_q, x))
+    return (y - correction[:, None] * x) / torch.where(m.alive, m.c, 1.0)[:, None]
+
+
+def damping_share(m: Moments) -> Float[Tensor, " u"]:
+    """How much of s is made by the damping: ε ‖x‖² / (1 + μ_qᵀ x), x = Var_q⁻¹ μ_q, ε = λ/c.
+
+    In [0, 1): near 1, s and k say more about the damping than about the data.
+    """
+    x = m.solve(m.mu_q)
+    epsilon = m.ridge / m.c  # 0 / 0 for a dead unit: NaN, as s and k
+    return epsilon * dot(x, x) / (1 + dot(m.mu_q, x))
