@@ -62,8 +62,8 @@ def sample_units(
     chance = torch.Generator().manual_seed(seed)
     sampled = {}
     for name, layer in layers.items():
-        total = layer.weight.shape[0]
-        sampled[name] = torch.randperm(total, generator=chance)[:units].sort().values
+        weight = layer.get_parameter("weight")
+        sampled[name] = torch.randperm(len(weight), generator=chance)[:units].sort().values
     return sampled
 
 
@@ -97,7 +97,9 @@ def name_uncovered(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     """Say once which modules with parameters are not observed, and what to do about it."""
     left = {n: m for n, m in parametric(model) if n not in chosen}
     if left:
-        names = ", ".join(f"{n or 'the model itself'} ({type(m).__name__})" for n, m in left.items())
+        names = ", ".join(
+            f"{n or 'the model itself'} ({type(m).__name__})" for n, m in left.items()
+        )
         warnings.warn(
             f"not observed, having no form as units over shared inputs: {names}. To leave them "
             f"out without this note name the layers to observe, such as "

@@ -19,30 +19,67 @@ from torch.overrides import TorchFunctionMode
 from unitfisher.layers import LayerSelectionError, at_units
 
 NONLINEARITIES = frozenset(
-    """celu clamp clamp_min clip elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu
-    logsigmoid maximum mish prelu relu relu6 rrelu selu sigmoid silu softplus softshrink softsign
-    tanh tanhshrink threshold""".split()
+    [
+        "celu",
+        "clamp",
+        "clamp_min",
+        "clip",
+        "elu",
+        "gelu",
+        "hardshrink",
+        "hardsigmoid",
+        "hardswish",
+        "hardtanh",
+        "leaky_relu",
+        "logsigmoid",
+        "maximum",
+        "mish",
+        "prelu",
+        "relu",
+        "relu6",
+        "rrelu",
+        "selu",
+        "sigmoid",
+        "silu",
+        "softplus",
+        "softshrink",
+        "softsign",
+        "tanh",
+        "tanhshrink",
+        "threshold",
+    ]
 )
 TRANSPARENT = frozenset(
-    """alpha_dropout batch_norm dropout dropout1d dropout2d dropout3d feature_alpha_dropout
-    group_norm instance_norm layer_norm rms_norm""".split()
+    [
+        "alpha_dropout",
+        "batch_norm",
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "feature_alpha_dropout",
+        "group_norm",
+        "instance_norm",
+        "layer_norm",
+        "rms_norm",
+    ]
 )
 
 
 class UnitMeans(NamedTuple):
     """Mean and variance of each unit's own output over samples and positions."""
 
-    cases: int
     mean: Float[Tensor, " u"]
-    var: Float[Tensor, " u"]
-    nonlinearity: str | None
+    var: Float[Tensor, " u"]  # population variance
+    cases: int
+    nonlinearity: str | None  # the function that followed the layer; None: linear
 
     @classmethod
     def of(cls, y: Float[Tensor, "n t u"], nonlinearity: str | None) -> "UnitMeans":
         y = y.flatten(0, 1)
         y = y if y.dtype == torch.float64 else y.float()
         var, mean = torch.var_mean(y, dim=0, correction=0)
-        return cls(len(y), mean, var, nonlinearity)
+        return cls(mean, var, len(y), nonlinearity)
 
     def joined(self, other: "UnitMeans") -> "UnitMeans":
         """Return the statistics of both sets of cases together."""
@@ -50,7 +87,7 @@ class UnitMeans(NamedTuple):
         p, q = self.cases / cases, other.cases / cases
         shift = other.mean - self.mean
         var = p * self.var + q * other.var + p * q * shift**2
-        return UnitMeans(cases, self.mean + q * shift, var, self.nonlinearity)
+        return UnitMeans(self.mean + q * shift, var, cases, self.nonlinearity)
 
 
 @dataclass

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from unitfisher.capture import Call
 from unitfisher.layers import LayerSelectionError, at_units, incoming
-from unitfisher.moments import Moments, UnitMoments, UnitRows
+from unitfisher.moments import Moments, UnitMoments
+from unitfisher.rows import UnitRows
 
 MOMENTS_BYTES = 128 * 2**20  # what the second moments held at one time may take
 
@@ -197,7 +198,7 @@ class Observed:
                 f"Keep the samples on the first axis, leave the layer out with layers=..., or, "
                 f"when the rows divide evenly, use sharing='expand'"
             )
-        return x.flatten(1, 2).unflatten(1, (self.samples, -1))
+        return x.reshape(len(x), self.samples, -1, x.shape[-1])
 
 
 class Folding:

@@ -26,7 +26,7 @@ def with_bias(w: Float[Tensor, "*u d"], w0: Float[Tensor, "*v"]) -> Float[Tensor
 
 def cosine(v: Float[Tensor, "*u d"], w: Float[Tensor, "*v d"]) -> Float[Tensor, "*w"]:
     """vᵀw / (‖v‖ ‖w‖), NaN where one of them is zero."""
-    return dot(v, w) / (v.norm(dim=-1) * w.norm(dim=-1))
+    return dot(v, w) / (dot(v, v) * dot(w, w)).sqrt()
 
 
 def bias_shift_share(

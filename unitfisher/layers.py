@@ -88,34 +88,56 @@ def parametric(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
-    """Return the layers asked for: patterns, module types, predicates, or None for all supported.
+    """Return the layers asked for that have a canonical form, in the model's order.
 
     Raises:
         LayerSelectionError: A choice matches no module, or none that is supported.
     """
-    modules = dict(model.named_modules())
+    found = match(model, layers)
+    covered = {name: m for name, m in found.items() if supported(m)}
+    if not covered:
+        kinds = ", ".join(sorted({type(m).__name__ for m in found.values()}))
+        raise LayerSelectionError(
+            f"layers={layers!r} matches {_some(found)} ({kinds}), which have no form as units "
+            f"over shared inputs. {PER_SAMPLE}"
+        )
+    return covered
+
+
+def match(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
+    """Return the modules that the choice names; None: every trainable layer that is supported.
+
+    A pattern or predicate means modules that own parameters, and of those the supported ones
+    where there are any.
+
+    Raises:
+        LayerSelectionError: A choice matches nothing.
+    """
     if layers is None:
         chosen = {name: m for name, m in parametric(model) if supported(m)}
         if not chosen:
+            kinds = sorted({type(m).__name__ for _, m in parametric(model)})
             raise LayerSelectionError(
-                f"{type(model).__name__} has no trainable layer of a supported kind "
-                f"(Linear, Conv1d, Conv2d, Conv3d); it has {_kinds(model)}. {PER_SAMPLE}"
+                f"{type(model).__name__} has no trainable layer of a supported kind (Linear, "
+                f"Conv1d, Conv2d, Conv3d), only {', '.join(kinds) or 'modules without any'}. "
+                f"{PER_SAMPLE}"
             )
         return chosen
     choices = [layers] if isinstance(layers, str | type) or callable(layers) else list(layers)
     chosen = {}
     for choice in choices:
-        chosen |= _match(modules, choice)
-    return {name: m for name, m in modules.items() if name in chosen}  # in the model's order
+        chosen |= _matching(model, choice)
+    return {name: m for name, m in model.named_modules() if name in chosen}
 
 
 PER_SAMPLE = (
-    "unitfisher.per_sample_gradients(model, x) and unitfisher.unit_fisher(model, x, layers=...) "
-    "take any module by the per-sample route"
+    "unitfisher.per_sample_gradients(model, x), and unitfisher.unit_fisher(model, x, "
+    "layers=..., sharing='joint'), take any module by the per-sample route"
 )
 
 
-def _match(modules: dict[str, nn.Module], choice: Selection) -> dict[str, nn.Module]:
+def _matching(model: nn.Module, choice: Selection) -> dict[str, nn.Module]:
+    modules = {n: m for n, m in model.named_modules() if _owns_parameters(m)}
     if isinstance(choice, str):
         found = {n: m for n, m in modules.items() if fnmatchcase(n, choice)}
     elif isinstance(choice, type):
@@ -124,23 +146,15 @@ def _match(modules: dict[str, nn.Module], choice: Selection) -> dict[str, nn.Mod
         found = {n: m for n, m in modules.items() if choice(n, m)}
     if not found:
         near = get_close_matches(choice, modules, cutoff=0.4) if isinstance(choice, str) else []
-        hint = f"near names: {', '.join(near)}" if near else f"names: {_some(modules)}"
-        raise LayerSelectionError(f"layers={choice!r} matches no module of the model; {hint}")
-    covered = {n: m for n, m in found.items() if supported(m)}
-    if not covered:
-        kinds = ", ".join(sorted({type(m).__name__ for m in found.values()}))
-        raise LayerSelectionError(
-            f"layers={choice!r} matches {_some(found)} ({kinds}), which have no canonical form. "
-            f"{PER_SAMPLE}"
-        )
-    return covered
+        hint = f"near names: {', '.join(near)}" if near else f"its names: {_some(modules)}"
+        raise LayerSelectionError(f"layers={choice!r} matches no layer of the model; {hint}")
+    return {n: m for n, m in found.items() if supported(m)} or found
+
+
+def _owns_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:
-    shown = [repr(n) for n in names if n]
+    shown = [repr(n) for n in names]
     return ", ".join(shown[:most]) + (", ..." if len(shown) > most else "")
-
-
-def _kinds(model: nn.Module) -> str:
-    kinds = sorted({type(m).__name__ for _, m in parametric(model)})
-    return ", ".join(kinds) if kinds else "no trainable parameters at all"

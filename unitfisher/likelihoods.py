@@ -133,11 +133,11 @@ class Gaussian:
         return _diagonal(torch.full_like(z, self.variance**-0.5), start, stop)
 
     def sample(self, z: Output, generator: torch.Generator) -> Tensor:
-        noise = torch.empty_like(z).normal_(generator=generator)
-        return z.detach() + self.variance**0.5 * noise
+        spread = torch.full_like(z, self.variance**0.5)
+        return torch.normal(z.detach(), spread, generator=generator)
 
     def score(self, z: Output, y: Tensor) -> Output:
-        return (_matching(y, z) - z) / self.variance
+        return (_matching(y, z) - z).div(self.variance)
 
 
 BY_NAME: dict[str, Callable[[], Likelihood]] = {

@@ -1,8 +1,7 @@
 """What the units of one layer see: c, E_p(a), E_q(a) and the second moments under q.
 
-Two forms of the same thing. ``UnitMoments`` holds sums: additive over batches, small when a unit
-has few inputs. ``UnitRows`` holds the cases themselves: exact and cheap when there are fewer cases
-than inputs, where the sums would be singular and large. The theorems take either.
+``UnitMoments`` holds them as sums: additive over batches, small when a unit has few inputs. Where
+there are fewer cases than inputs, `rows.UnitRows` holds the cases instead. The theorems take either.
 
 F = [[A, b], [bᵀ, c]] is summed over the positions of a sample and averaged over samples; means
 and variances are averages over all cases, under p and under q ∝ D = E_y δ².
@@ -16,14 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unitfisher.solvers import (
-    ADVICE,
-    SingularFisherError,
-    cholesky,
-    cholesky_solve,
-    dot,
-    outer,
-)
+from unitfisher.solvers import cholesky, cholesky_solve, dot, outer
 
 
 class Moments(Protocol):
@@ -145,7 +137,9 @@ class UnitMoments:
 
     def __add__(self, other: "UnitMoments") -> "UnitMoments":
         if self.origin.shape != other.origin.shape or not self.origin.equal(other.origin):
-            raise ValueError("moments add up about one origin: UnitMoments.of(..., origin=m.origin)")
+            raise ValueError(
+                "moments add up about one origin: UnitMoments.of(..., origin=m.origin)"
+            )
         if bool(self.ridge.any()) or bool(other.ridge.any()):
             raise ValueError("moments add up before damping: (m1 + m2).damped(...)")
         sums = ("cases", "samples", "sum_a", "sum_D", "sum_DD", "sum_Da", "sum_Daa")
@@ -239,7 +233,7 @@ class UnitMoments:
     def _factor(self) -> Float[Tensor, "u d d"]:
         """Cholesky factor; of the identity where a unit is idle, whose answer is 0 at any rate."""
         eye = torch.eye(self.sum_Da.shape[-1], dtype=self.c.dtype, device=self.c.device)
-        return cholesky(torch.where(_idle(self)[:, None, None], eye, self.Var_q))
+        return cholesky(torch.where(idle(self)[:, None, None], eye, self.Var_q))
 
     @property
     def _mean(self) -> Float[Tensor, "u d"]:
@@ -249,55 +243,7 @@ class UnitMoments:
         return torch.where(self.alive, weight, 1.0)
 
 
-@dataclass(frozen=True)
-class UnitRows:
-    """Weighted centred cases Z of each unit, Var_q = ZᵀZ + (λ/c) I, solved on the cases' side."""
-
-    c: Float[Tensor, " u"]
-    mu_p: Float[Tensor, "*g d"]
-    mu_q: Float[Tensor, "u d"]
-    mean_shift: Float[Tensor, "u d"]
-    Z: Float[Tensor, "u n d"]
-    ridge: Float[Tensor, " u"]
-
-    @property
-    def alive(self) -> Bool[Tensor, " u"]:
-        return self.c > 0
-
-    @property
-    def epsilon(self) -> Float[Tensor, " u"]:
-        return self.ridge / torch.where(self.alive, self.c, 1.0)
-
-    @property
-    def trace_Var_q(self) -> Float[Tensor, " u"]:
-        return (self.Z**2).sum((1, 2)) + self.Z.shape[-1] * self.epsilon
-
-    def damped(self, damping: float) -> "UnitRows":
-        """Damp the weight block; see UnitMoments.damped."""
-        trace = self.trace_Var_q + dot(self.mu_q, self.mu_q)
-        return replace(self, ridge=self.ridge + damping * self.c * trace / self.Z.shape[-1])
-
-    def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
-        """Return Var_q⁻¹ rhs = (rhs - Zᵀ (Z Zᵀ + ε I)⁻¹ Z rhs) / ε; zero where a unit is dead."""
-        factor, epsilon = self._factor
-        y = cholesky_solve(factor, (self.Z @ rhs.unsqueeze(-1)).squeeze(-1))
-        back = (y.unsqueeze(1) @ self.Z).squeeze(1)
-        return (rhs - back) / epsilon[:, None] * self.alive[:, None]
-
-    @cached_property
-    def _factor(self) -> tuple[Float[Tensor, "u n n"], Float[Tensor, " u"]]:
-        """Cholesky factor of Z Zᵀ + ε I, and ε; ε = 1 where a unit is idle."""
-        epsilon = torch.where(_idle(self), 1.0, self.epsilon)
-        if bool((epsilon == 0).any()):
-            raise SingularFisherError(
-                f"the Fisher of unit {int((epsilon == 0).nonzero()[0])} is singular: "
-                f"{self.Z.shape[1]} cases for {self.Z.shape[2]} inputs; {ADVICE}"
-            )
-        eye = torch.eye(self.Z.shape[1], dtype=self.Z.dtype, device=self.Z.device)
-        return cholesky(self.Z @ self.Z.mT + epsilon[:, None, None] * eye), epsilon
-
-
-def _idle(m: Moments) -> Bool[Tensor, " u"]:
+def idle(m: Moments) -> Bool[Tensor, " u"]:
     """Dead, or fed with nothing but zeros."""
     silent = (m.trace_Var_q == 0) & (m.mu_q == 0).all(-1)
     return ~m.alive | silent

@@ -30,19 +30,11 @@ from unitfisher.attachment import (
 )
 from unitfisher.capture import Seen, capture
 from unitfisher.errors import Estimator, require_choice
-from unitfisher.fisher import (
-    Chance,
-    Gradient,
-    Observation,
-    Observer,
-    Pick,
-    device_of,
-    observe_now,
-    require_finite,
-)
+from unitfisher.fisher import Gradient, Observation, Observer, observe_now, require_finite
 from unitfisher.history import History
 from unitfisher.layers import Layers, select
 from unitfisher.likelihoods import Likelihood, likelihood_of
+from unitfisher.passes import Chance, Pick, device_of
 from unitfisher.record import Run
 from unitfisher.statistics import LayerStep, UnitStatistics, statistics, tensors_of
 
@@ -126,8 +118,8 @@ class Monitor:
             chosen, estimator, sample_units(chosen, units, seed), Chance(seed), output
         )
         self.latest, self.targets, self.step = {}, None, 0
-        config = {"layers": list(chosen), "units": units, "damping": damping, "every": every}
-        config |= {"estimator": estimator, "on_nonfinite": on_nonfinite, "seed": seed}
+        config: dict[str, Any] = {"layers": list(chosen), "units": units, "every": every}
+        config |= {"estimator": estimator, "damping": damping, "seed": seed}
         self._history = History.opened(record, config)
         self._paused = False
         self._pass: tuple[ExitStack, Seen, int] | None = None
@@ -139,9 +131,7 @@ class Monitor:
         """The observed layers by name."""
         return self._observer.layers
 
-    def measure(
-        self, inputs: Any, targets: Tensor | None = None
-    ) -> dict[str, UnitStatistics]:
+    def measure(self, inputs: Any, targets: Tensor | None = None) -> dict[str, UnitStatistics]:
         """Measure now on this input, in eval mode, and leave the model exactly as it was.
 
         Args:
@@ -325,9 +315,7 @@ class Monitor:
             )
 
 
-def _gradient_of(
-    layer: nn.Module, measured: UnitStatistics
-) -> tuple[Tensor, Tensor | None] | None:
+def _gradient_of(layer: nn.Module, measured: UnitStatistics) -> tuple[Tensor, Tensor | None] | None:
     """Rows of .grad of the measured units; None where a needed gradient is missing."""
     g = getattr(layer.weight, "grad", None)
     g0 = getattr(layer.bias, "grad", None)

@@ -22,6 +22,7 @@ def cholesky(matrix: Float[Tensor, "u m m"]) -> Float[Tensor, "u m m"]:
     Raises:
         SingularFisherError: A matrix is not positive definite; names the first such unit.
     """
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     if bool((info != 0).any()):
         unit = int((info != 0).nonzero()[0])
@@ -34,7 +35,8 @@ def cholesky_solve(
 ) -> Float[Tensor, "u m"]:
     """Solve with a factor from `cholesky`."""
     y = torch.linalg.solve_triangular(factor, rhs.unsqueeze(-1), upper=False)
-    return torch.linalg.solve_triangular(factor.mT, y, upper=True).squeeze(-1)
+    x: Tensor = torch.linalg.solve_triangular(factor.mT, y, upper=True)
+    return x.squeeze(-1)
 
 
 def solve(matrix: Float[Tensor, "u m m"], rhs: Float[Tensor, "u m"]) -> Float[Tensor, "u m"]:

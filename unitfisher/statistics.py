@@ -93,7 +93,9 @@ class UnitStatistics:
         """Return the same measurement at another relative damping."""
         if not self.finite:
             return replace(self, damping=damping)
-        changed = replace(self, damping=damping, **theory(self.layer, self.cases, damping))
+        changed = replace(
+            self, damping=damping, **theory(self.layer, self.cases, damping)._asdict()
+        )
         return changed if self.gradient is None else changed.with_gradient(self.gradient)
 
     def with_gradient(
@@ -143,8 +145,8 @@ def statistics(
     """Compute a layer's statistics from what a pass showed of it."""
     cases = observation.cases
     finite = observation.finite
-    found = theory(layer, cases, damping) if finite else unknown(cases)
-    lost = torch.full_like(found["c"], torch.nan)
+    found = theory(layer, cases, damping) if finite else Theory.unknown(cases)
+    lost = torch.full_like(found.c, torch.nan)
     kept = slice(None) if units is None else units
     measured = UnitStatistics(
         layer=layer,
@@ -165,43 +167,54 @@ def statistics(
         biased=module.bias is not None,
         cases=cases,
         gradient=None,
-        **found,
+        **found._asdict(),
     )
     gradient = observation.gradient
     return measured.with_gradient(gradient) if finite and gradient else measured
 
 
-def theory(layer: str, cases: UnitCases, damping: float) -> dict[str, Tensor]:
-    """Compute what the theorems say, part after part of the units."""
-    parts = []
-    for _, m in cases.parts():
+class Theory(NamedTuple):
+    """What the theorems say of a layer's units at one damping."""
+
+    c: Float[Tensor, " u"]
+    mean_q: Float[Tensor, "u d"]
+    s: Float[Tensor, " u"]
+    k: Float[Tensor, " u"]
+    corrected_mean: Float[Tensor, "u d"]
+    damping_share: Float[Tensor, " u"]
+    mean_share_q: Float[Tensor, " u"]
+
+    @classmethod
+    def of(cls, m: Moments, damping: float) -> "Theory":
         damped = m.damped(damping)
-        try:
-            s, k = bias_shift_correction(damped)
-        except SingularFisherError as error:
-            raise SingularFisherError(f"layer {layer!r}: {error}") from error
-        share = mean_share(m.mu_q, m.trace_Var_q)
-        corrected_mean = m.mu_p - (1 + k)[:, None] * m.mu_q
-        parts.append((m.c, m.mu_q, s, k, corrected_mean, damping_share(damped), share))
-    joined = map(torch.cat, zip(*parts, strict=True))
-    return _dead_are_nan(dict(zip(THEORY, joined, strict=True)))
+        s, k = bias_shift_correction(damped)
+        living = torch.where(m.alive, 1.0, torch.nan)
+        return cls(
+            c=m.c,
+            mean_q=m.mu_q * living[:, None],
+            s=s,
+            k=k,
+            corrected_mean=m.mu_p - (1 + k)[:, None] * m.mu_q,
+            damping_share=damping_share(damped),
+            mean_share_q=mean_share(m.mu_q, m.trace_Var_q) * living,
+        )
+
+    @classmethod
+    def unknown(cls, cases: UnitCases) -> "Theory":
+        """NaN for every quantity: the pass was not finite."""
+        wide = cases.mean.new_full((cases.units, cases.a.shape[-1]), torch.nan)
+        return cls(
+            *(wide if name in ("mean_q", "corrected_mean") else wide[:, 0] for name in cls._fields)
+        )
 
 
-THEORY = ("c", "mean_q", "s", "k", "corrected_mean", "damping_share", "mean_share_q")
-
-
-def unknown(cases: UnitCases) -> dict[str, Tensor]:
-    """NaN for every quantity of the theory: the pass was not finite."""
-    u, d = cases.units, cases.a.shape[-1]
-    wide = cases.mean.new_full((u, d), torch.nan)
-    return {name: wide if name in ("mean_q", "corrected_mean") else wide[:, 0] for name in THEORY}
-
-
-def _dead_are_nan(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    living = torch.where(found["c"] > 0, 1.0, torch.nan)
-    for name in ("mean_q", "mean_share_q"):
-        found[name] = found[name] * (living if found[name].dim() == 1 else living[:, None])
-    return found
+def theory(layer: str, cases: UnitCases, damping: float) -> Theory:
+    """Compute what the theorems say, part after part of the units."""
+    try:
+        parts = [Theory.of(m, damping) for _, m in cases.parts()]
+    except SingularFisherError as error:
+        raise SingularFisherError(f"layer {layer!r}: {error}") from error
+    return Theory(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def tensors_of(measured: UnitStatistics) -> list[Tensor]:

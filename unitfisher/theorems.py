@@ -68,9 +68,7 @@ def theorem_2(
     return dot(corrected_mean, solve(m.A, g)) + (1 + k) * g0 / m.c
 
 
-def unit_natural_gradient(
-    m: Moments, g: Float[Tensor, "u d"], g0: Float[Tensor, " u"]
-) -> UnitStep:
+def unit_natural_gradient(m: Moments, g: Float[Tensor, "u d"], g0: Float[Tensor, " u"]) -> UnitStep:
     """Turn each unit's gradient into its natural gradient: F⁻¹ (g, g₀).
 
     Theorem 1 in coordinates centred at μ_q, where F is block diagonal: one solve per unit and no

@@ -1,0 +1,134 @@
+"""Data sets as whole tensors: small enough to live on the device, so nothing is loaded twice."""
+
+import os
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torchvision.datasets import MNIST
+
+DatasetName = Literal["digits", "mnist", "fashion-mnist"]
+DATA_ROOT: Final = "UNITFISHER_DATA"
+SPLIT_SEED: Final = 0
+TEST_SHARE: Final = 0.2
+
+
+class DataNotFoundError(RuntimeError):
+    """A data set is neither on disk nor to be had from the network."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Flattened images with values in [0, 1] and their classes."""
+
+    train_x: Float[Tensor, "n d"]
+    train_y: Int64[Tensor, " n"]
+    test_x: Float[Tensor, "m d"]
+    test_y: Int64[Tensor, " m"]
+
+    @property
+    def inputs(self) -> int:
+        return self.train_x.shape[1]
+
+    @property
+    def classes(self) -> int:
+        return int(self.train_y.max()) + 1
+
+    def to(self, device: torch.device | str) -> "Dataset":
+        parts = ("train_x", "train_y", "test_x", "test_y")
+        return replace(self, **{part: getattr(self, part).to(device) for part in parts})
+
+
+def load(name: DatasetName, root: Path | str | None = None) -> Dataset:
+    """Load a data set; ``root`` (or the environment's UNITFISHER_DATA) holds torchvision's.
+
+    Args:
+        name: "digits" ships with scikit-learn and needs no root.
+        root: Folder as torchvision lays it out. What is absent there is downloaded into it.
+
+    Raises:
+        DataNotFoundError: No folder was named, or nothing is in it and no network is there.
+        ValueError: The name is unknown.
+    """
+    if name == "digits":
+        return _digits()
+    if name in ("mnist", "fashion-mnist"):
+        return _from_torchvision(name, _root(name, root))
+    raise ValueError(f"no data set {name!r}; there are 'digits', 'mnist' and 'fashion-mnist'")
+
+
+def probe(data: Dataset, cases: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw a fixed subset of the training set to measure on."""
+    chosen = torch.randperm(len(data.train_x), generator=generator)[:cases]
+    chosen = chosen.to(data.train_x.device)
+    return data.train_x[chosen], data.train_y[chosen]
+
+
+def _digits() -> Dataset:
+    spec = find_spec("sklearn")  # importing it costs more seconds than the digits are worth
+    if spec is None or spec.origin is None:
+        raise DataNotFoundError("the digits ship with scikit-learn: pip install scikit-learn")
+    path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if not path.is_file():
+        raise DataNotFoundError(f"scikit-learn is here without its digits ({path}); reinstall it")
+    table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.float32))
+    x, y = table[:, :-1] / 16, table[:, -1].long()
+    is_test = _stratified(y, torch.Generator().manual_seed(SPLIT_SEED))
+    return Dataset(x[~is_test], y[~is_test], x[is_test], y[is_test])
+
+
+def _stratified(y: Int64[Tensor, " n"], generator: torch.Generator) -> Tensor:
+    """Mark the same share of every class, at random, as test."""
+    is_test = torch.zeros(len(y), dtype=torch.bool)
+    for label in range(int(y.max()) + 1):
+        cases = (y == label).nonzero().squeeze(1)
+        shuffled = cases[torch.randperm(len(cases), generator=generator)]
+        is_test[shuffled[: round(TEST_SHARE * len(cases))]] = True
+    return is_test
+
+
+def _root(name: str, root: Path | str | None) -> Path:
+    named = root or os.environ.get(DATA_ROOT)
+    if not named:
+        raise DataNotFoundError(
+            f"{name} needs a folder: give --data-root DIR or set {DATA_ROOT}; "
+            "what is absent there is downloaded into it"
+        )
+    return Path(named).expanduser()
+
+
+def _from_torchvision(name: str, root: Path) -> Dataset:
+    train_x, train_y = _read(name, root, train=True)
+    test_x, test_y = _read(name, root, train=False)
+    return Dataset(train_x, train_y, test_x, test_y)
+
+
+def _read(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
+    from torchvision.datasets import (  # seconds the digits need not pay
+        MNIST,
+        FashionMNIST,
+    )
+
+    reader = {"mnist": MNIST, "fashion-mnist": FashionMNIST}[name]
+    try:
+        part = reader(root, train=train)
+    except RuntimeError:  # torchvision's word for absent
+        part = _download(reader, name, root, train=train)
+    return part.data.flatten(1).float() / 255, part.targets.long()
+
+
+def _download(reader: "type[MNIST]", name: str, root: Path, *, train: bool) -> "MNIST":
+    try:
+        return reader(root, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataNotFoundError(
+            f"{name} is not in {root} and could not be downloaded ({error}); copy its four "
+            f"*-ubyte files to {root / reader.__name__ / 'raw'}, or run again with a network"
+        ) from error

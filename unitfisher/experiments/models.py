@@ -1,0 +1,64 @@
+"""The paper's fully connected networks, alike in everything but the activation."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from math import sqrt
+from types import MappingProxyType
+from typing import Final, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+ActivationName = Literal["relu", "lrelu", "srelu", "elu"]
+
+
+class SReLU(nn.Module):
+    """The shifted rectifier max(-1, x): ELU's negative value with a ReLU's corner."""
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        return x.clamp(min=-1)
+
+
+class Activation(NamedTuple):
+    """An activation function: its name in tables, and how to make one."""
+
+    label: str
+    module: Callable[[], nn.Module]
+
+
+ACTIVATIONS: Final = MappingProxyType(
+    {
+        "relu": Activation("ReLU", nn.ReLU),
+        "lrelu": Activation("LReLU", lambda: nn.LeakyReLU(0.1)),
+        "srelu": Activation("SReLU", SReLU),
+        "elu": Activation("ELU", nn.ELU),
+    }
+)
+
+
+def mlp(sizes: Sequence[int], activation: str, generator: torch.Generator) -> nn.Sequential:
+    """Stack ``hidden1``, ``act1``, ``hidden2``, ..., ``output``.
+
+    One seed gives the same initial weights for every activation, as in the paper.
+
+    Args:
+        sizes: Inputs, hidden units layer by layer, outputs.
+        activation: A key of ``ACTIVATIONS``.
+        generator: Draws the weights, U(±√(6 / fan-in)) (He); biases start at 0.
+    """
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, (fan_in, fan_out) in enumerate(pairwise(sizes[:-1]), start=1):
+        parts[f"hidden{i}"] = _he_uniform(fan_in, fan_out, generator)
+        parts[f"act{i}"] = ACTIVATIONS[activation].module()
+    parts["output"] = _he_uniform(sizes[-2], sizes[-1], generator)
+    return nn.Sequential(parts)
+
+
+def _he_uniform(fan_in: int, fan_out: int, generator: torch.Generator) -> nn.Linear:
+    layer = nn.Linear(fan_in, fan_out, device="meta")  # takes nothing from the global generator
+    bound = sqrt(6 / fan_in)
+    weight = torch.empty(fan_out, fan_in).uniform_(-bound, bound, generator=generator)
+    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(torch.zeros(fan_out))
+    return layer

@@ -1,0 +1,67 @@
+"""Plain stochastic gradient descent on tensors that already lie on the device."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from unitfisher.experiments.data import Dataset
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How to train: the paper's MNIST values, SGD without momentum or decay."""
+
+    epochs: int
+    lr: float = 0.01
+    batch_size: int = 64
+
+
+class Score(NamedTuple):
+    """What a network achieves on a set."""
+
+    loss: float
+    error: float
+
+
+def train(
+    model: nn.Module, data: Dataset, schedule: Schedule, generator: torch.Generator
+) -> Iterator[int]:
+    """Train epoch by epoch, yielding 0 before the first step and then each epoch done.
+
+    What one does between epochs is the body of the caller's loop. The order of the
+    cases is the generator's alone, so runs of one seed see the same batches.
+    """
+    parameters: list[Tensor] = list(model.parameters())
+    yield 0
+    for epoch in range(1, schedule.epochs + 1):
+        model.train()
+        for x, y in batches(data, schedule.batch_size, generator):
+            loss = F.cross_entropy(model(x), y)
+            gradients = torch.autograd.grad(loss, parameters)
+            with torch.no_grad():  # torch.optim would load the compiler: seconds, for this line
+                torch._foreach_add_(parameters, gradients, alpha=-schedule.lr)
+        yield epoch
+
+
+def batches(
+    data: Dataset, size: int, generator: torch.Generator
+) -> Iterator[tuple[Float[Tensor, "b d"], Int64[Tensor, " b"]]]:
+    """Cut one pass over the training set, in a new order, into batches."""
+    order = torch.randperm(len(data.train_x), generator=generator).to(data.train_x.device)
+    for chosen in torch.split(order, size):
+        yield data.train_x.index_select(0, chosen), data.train_y.index_select(0, chosen)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Float[Tensor, "n d"], y: Int64[Tensor, " n"]) -> Score:
+    """Mean cross-entropy and share of wrong answers, in eval mode."""
+    was_training = model.training
+    logits = model.eval()(x)
+    model.train(was_training)
+    wrong = (logits.argmax(1) != y).float().mean()
+    return Score(F.cross_entropy(logits, y).item(), wrong.item())

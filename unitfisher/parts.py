@@ -1,0 +1,182 @@
+"""A table that grows on disk as Parquet parts: the last one open, the others done."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+PART_ROWS = 100_000  # a part with as many rows is closed
+UNFINISHED = ".unfinished"  # being written, in the run's folder; tables hold complete parts only
+
+Values: TypeAlias = NDArray[Any] | Tensor
+Column: TypeAlias = Values | Sequence[Any] | np.generic | str | float | int | bool
+
+_STORED_AS: Final = MappingProxyType(
+    {
+        dtype: stored
+        for stored, names in {
+            pa.bool_(): ("bool",),
+            pa.int64(): ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"),
+            pa.float32(): ("float16", "float32"),
+            pa.float64(): ("float64",),
+        }.items()
+        for name in names
+        for dtype in (np.dtype(name), getattr(torch, name))
+    }
+    | {torch.bfloat16: pa.float32(), np.dtype(object): pa.string()}
+)
+
+
+class Table:
+    """Rows on their way into a folder of parts.
+
+    A flush replaces the open part as a whole, from memory: no row stands in two files, and
+    every file is complete at every moment. One thread may append while another flushes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        parts = sorted(folder.glob("part-*.parquet"))
+        self.folder = folder
+        self.schema: pa.Schema = pq.read_schema(parts[-1]) if parts else None
+        self._part = int(parts[-1].stem.removeprefix("part-")) + 1 if parts else 0
+        self._pending: list[dict[str, Values]] = []  # as given
+        self._rows: pa.Table = None  # of the open part
+        self._stale = False  # is that part behind on disk?
+
+    def append(self, columns: Mapping[str, Column]) -> None:
+        """Copy rows as they are, on the device where they are."""
+        rows = {name: self._own(name, values) for name, values in columns.items()}
+        n = self._length(rows)
+        if self.schema is None:
+            self.schema = pa.schema([(name, _STORED_AS[v.dtype]) for name, v in rows.items()])
+        self._check(rows)
+        self._pending.append({name: v if v.ndim else _repeat(v, n) for name, v in rows.items()})
+
+    def flush(self) -> None:
+        """Bring the open part on disk up to date.
+
+        Raises:
+            OSError: The disk did not take it. The rows stay here, and in the next flush.
+        """
+        if self._pending:
+            self._convert()
+        if self._stale:
+            self._write()
+
+    def _own(self, name: str, column: Column) -> Values:
+        """Copy, so that what is done in place later is not recorded."""
+        values = column.detach().clone() if isinstance(column, Tensor) else np.array(column)
+        if isinstance(values, np.ndarray) and values.dtype.kind in "UT":
+            values = values.astype(object)  # a pointer per row, where U takes the longest's room
+        if values.ndim > 1:
+            raise ValueError(
+                f"column {name!r} of {self.folder} has shape {tuple(values.shape)}; "
+                "give one value per row, or a scalar for all"
+            )
+        if values.dtype not in _STORED_AS or not _only_strings(values):
+            raise TypeError(
+                f"column {name!r} of {self.folder} holds {values.dtype}, which is not recorded; "
+                "give floats, truth values, strings, or integers that fit int64"
+            )
+        return values
+
+    def _length(self, rows: Mapping[str, Values]) -> int:
+        lengths = {name: len(values) for name, values in rows.items() if values.ndim}
+        if not rows or len(set(lengths.values())) > 1:
+            raise ValueError(f"{self.folder} takes columns of one length, not {lengths}")
+        return next(iter(lengths.values()), 1)
+
+    def _check(self, rows: Mapping[str, Values]) -> None:
+        if rows.keys() != set(self.schema.names):
+            raise ValueError(
+                f"{self.folder} has the columns {self.schema.names}, not {list(rows)}; "
+                "a table keeps its columns, so append others to another table"
+            )
+        for field in self.schema:
+            given = _STORED_AS[rows[field.name].dtype]
+            if not _fits(given, field.type):
+                raise TypeError(
+                    f"column {field.name!r} of {self.folder} holds {field.type} since its first "
+                    f"row and cannot take {given}; convert it, or begin with {given}"
+                )
+
+    def _convert(self) -> None:
+        pending = self._pending[:]  # appends go on behind these
+        _wait_for_devices(pending)
+        columns = [_joined([rows[f.name] for rows in pending], f.type) for f in self.schema]
+        new = pa.table(columns, schema=self.schema)
+        rows = pa.concat_tables([self._rows, new]) if self._rows else new
+        self._rows, self._pending[: len(pending)], self._stale = rows, [], True
+
+    def _write(self) -> None:
+        part = self.folder / f"part-{self._part:05d}.parquet"
+        file = pa.BufferOutputStream()
+        pq.write_table(self._rows, file)
+        try:
+            self.folder.mkdir(exist_ok=True)
+            write_atomically(part, file.getvalue(), self.folder.parent / UNFINISHED)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{part} was not written ({error.strerror}); its {len(self._rows)} rows are kept "
+                "in memory: make room, and the next flush writes them",
+            ) from error
+        self._stale = False
+        if len(self._rows) >= PART_ROWS:
+            self._part, self._rows = self._part + 1, None
+
+
+def write_atomically(path: Path, data: bytes | pa.Buffer, unfinished: Path) -> None:
+    """Replace a file as a whole: whoever opens it finds the old content or the new."""
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _only_strings(values: Values) -> bool:
+    return values.dtype != object or all(isinstance(value, str) for value in values.flat)
+
+
+def _repeat(value: Values, n: int) -> Values:
+    return value.expand(n) if isinstance(value, Tensor) else np.full(n, value, value.dtype)
+
+
+def _fits(given: pa.DataType, stored: pa.DataType) -> bool:
+    if given == stored or pa.string() in (given, stored):
+        return bool(given == stored)
+    return np.can_cast(given.to_pandas_dtype(), stored.to_pandas_dtype(), "same_kind")
+
+
+def _wait_for_devices(pending: Sequence[Mapping[str, Values]]) -> None:
+    columns = (values for rows in pending for values in rows.values())
+    for device in {c.device for c in columns if isinstance(c, Tensor) and c.is_cuda}:
+        torch.cuda.synchronize(device)  # the copies may be on another stream than this thread's
+
+
+def _joined(chunks: Sequence[Values], stored: pa.DataType) -> pa.Array:
+    """The chunks of one column end to end, moved to the host in one piece where they can be."""
+    tensors = [chunk for chunk in chunks if isinstance(chunk, Tensor)]
+    alike = len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1
+    if alike and len(tensors) == len(chunks):
+        chunks = [torch.cat(tensors)]
+    flat = np.concatenate([_on_host(chunk) for chunk in chunks])
+    return pa.array(flat.astype(stored.to_pandas_dtype(), copy=False), stored)
+
+
+def _on_host(values: Values) -> NDArray[Any]:
+    if isinstance(values, np.ndarray):
+        return values
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy(force=True)

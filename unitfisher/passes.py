@@ -1,0 +1,149 @@
+"""One forward pass of the user's model: its arguments, its output, and leaving no trace."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unitfisher.capture import UnitMeans, capture
+from unitfisher.layers import Layers, select
+from unitfisher.likelihoods import OutputError
+
+Pick = None | int | str | Callable[[Any], Tensor]
+
+
+class Chance:
+    """Our own source of chance, one generator a device: the global ones are never touched."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.generators: dict[str, torch.Generator] = {}
+
+    def on(self, device: torch.device) -> torch.Generator:
+        name = str(device)
+        if name not in self.generators:
+            self.generators[name] = torch.Generator(device).manual_seed(self.seed)
+        return self.generators[name]
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: g.get_state() for name, g in self.generators.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for name, saved in state.items():
+            self.on(torch.device(name)).set_state(saved.cpu())
+
+
+def activation_statistics(
+    model: nn.Module, inputs: Any, layers: Layers = None
+) -> dict[str, UnitMeans]:
+    """Return mean and variance of every unit's output, after its nonlinearity.
+
+    One forward pass in eval mode, without a graph; the model is left as it was.
+
+    Args:
+        model: Any module.
+        inputs: A tensor, a tuple of arguments or a mapping of keyword arguments.
+        layers: Patterns, types or a predicate, as for `Monitor`.
+
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 2))
+    >>> tuple(activation_statistics(model, torch.randn(10, 3))["0"].mean.shape)
+    (4,)
+    """
+    args, kwargs = arguments(inputs)
+    with undisturbed(model), torch.no_grad(), capture(select(model, layers)) as seen:
+        model(*args, **kwargs)
+    return seen.means()
+
+
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Read a tensor, a tuple of arguments or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode; at the end restore modes, buffers and random states."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(b, b._version, b.clone()) for b in model.buffers()]
+    device = device_of(model)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, version, saved in buffers:
+                if buffer._version != version:
+                    buffer.copy_(saved)
+
+
+def pick_output(result: Any, pick: Pick) -> Tensor:
+    """Find the logits in what forward returned.
+
+    Raises:
+        OutputError: There is no such entry, it is no tensor, or the choice is ambiguous.
+    """
+    if callable(pick):
+        found = pick(result)
+    elif pick is None:
+        found = _only_tensor(result)
+    else:
+        found = _entry(result, pick)
+    if not isinstance(found, Tensor):
+        raise OutputError(
+            f"output={pick!r} gave {type(found).__name__}, not a tensor, from a "
+            f"{type(result).__name__} {_contents(result)}"
+        )
+    return found
+
+
+def _only_tensor(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result
+    entries = _entries(result)
+    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+    if "logits" in tensors:
+        return tensors["logits"]
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
+    raise OutputError(
+        f"the model returns a {type(result).__name__} {_contents(result)}: say which entry holds "
+        f"the logits with output=, an index, key, attribute name or callable"
+    )
+
+
+def _entry(result: Any, pick: int | str) -> Any:
+    try:
+        return getattr(result, pick) if isinstance(pick, str) else result[pick]
+    except (AttributeError, KeyError, IndexError, TypeError):
+        entries = _entries(result)
+    if pick in entries:
+        return entries[pick]
+    raise OutputError(
+        f"output={pick!r} is not in the {type(result).__name__} that the model returns "
+        f"{_contents(result)}"
+    )
+
+
+def _entries(result: Any) -> dict[Any, Any]:
+    if isinstance(result, Mapping):
+        return dict(result)
+    if isinstance(result, Sequence):
+        return dict(enumerate(result))
+    return dict(vars(result)) if is_dataclass(result) or hasattr(result, "__dict__") else {}
+
+
+def _contents(result: Any) -> str:
+    entries = _entries(result)
+    return "with " + ", ".join(map(repr, entries)) if entries else "without entries"
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

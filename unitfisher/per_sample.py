@@ -1,0 +1,145 @@
+"""The second route: per-sample gradients of any parameter, vmapped through ``torch.func``.
+
+Independent of hooks and canonical forms, it serves layer kinds that have none. It knows the true
+Fisher only (``sharing="joint"``): a parameter's gradient is already summed over its positions.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+from unitfisher.errors import Estimator, columns
+from unitfisher.layers import LayerSelectionError
+from unitfisher.likelihoods import Likelihood, likelihood_of
+from unitfisher.moments import UnitMoments
+from unitfisher.passes import Chance, Pick, arguments, pick_output, undisturbed
+
+TOGETHER = 16  # columns drawn at a time
+
+
+def per_sample_gradients(
+    model: nn.Module,
+    inputs: Any,
+    targets: Tensor | None = None,
+    *,
+    likelihood: str | Likelihood = "categorical",
+    fisher: str = "exact",
+    samples: int = 1,
+    output: Pick = None,
+    parameters: Mapping[str, Tensor] | None = None,
+    chunk_size: int | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Return the gradient of ln p in every trainable parameter, for each sample on its own.
+
+    The model runs in eval mode and is left as it was.
+
+    Args:
+        model: Any module that takes one sample as a batch of one.
+        inputs: A tensor, or a tuple or mapping of tensors, samples on the first axis.
+        targets: Observed labels: gradients of ln p(y | x), (n, *parameter.shape) each. Without
+            them the columns of the Fisher's root, (r, n, *parameter.shape): their outer products,
+            summed over r and averaged over n, are the Fisher.
+        likelihood: "categorical", "bernoulli", "gaussian" or a Likelihood object.
+        fisher: "exact", "mc" or "rademacher", where no targets are given.
+        samples: Columns for "mc" and "rademacher".
+        output: Picks the logits from what forward returns.
+        parameters: Which of ``named_parameters()``; None: all trainable ones.
+        chunk_size: Samples at a time, to bound memory; None: all.
+        seed: Of drawn labels or signs.
+
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 2))
+    >>> x, y = torch.randn(10, 3), torch.zeros(10, dtype=torch.long)
+    >>> tuple(per_sample_gradients(model, x, y)["0.weight"].shape)
+    (10, 4, 3)
+    """
+    kind = "empirical" if targets is not None else fisher
+    estimator = Estimator(likelihood_of(likelihood), kind, samples, sharing="joint")
+    args, kwargs = arguments(inputs)
+    trainable = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    chosen = trainable if parameters is None else {n: p.detach() for n, p in parameters.items()}
+
+    def outputs(chosen: dict[str, Tensor], args: Any, kwargs: Any) -> Tensor:
+        result = functional_call(model, chosen, args, kwargs)
+        return estimator.likelihood.arrange(pick_output(result, output))
+
+    def pull_back(args: Any, kwargs: Any, S: Float[Tensor, "r t y"]) -> dict[str, Tensor]:
+        one, named = _batch_of_one(args), _batch_of_one(kwargs)
+        back = vjp(lambda chosen: outputs(chosen, one, named)[0], chosen)[1]
+        gradients: dict[str, Tensor] = vmap(back)(S)[0]
+        return gradients
+
+    with undisturbed(model), torch.inference_mode(False):
+        with torch.no_grad():
+            z = outputs(chosen, args, kwargs)
+        chance = Chance(seed).on(z.device)
+        S = torch.cat(list(columns(z, estimator, chance, targets, TOGETHER)))
+        pulled = vmap(pull_back, in_dims=(0, 0, 1), out_dims=1, chunk_size=chunk_size)(
+            args, kwargs, S
+        )
+    return {name: g[0] if targets is not None else g for name, g in pulled.items()}
+
+
+def unit_fisher_per_sample(
+    model: nn.Module, inputs: Any, layer: str, estimator: Estimator, **options: Any
+) -> dict[str, Float[Tensor, "u e e"]]:
+    """Materialise the unit Fishers of any module's weights, bias last where it has one.
+
+    Units lie along the first axis of each parameter called ``weight...``; along the second where
+    the layer's outputs do (transposed convolutions, embeddings).
+
+    Returns:
+        Blocks under the layer's name; under ``layer.weight_name`` for a module of several.
+    """
+    module = model.get_submodule(layer)
+    owned = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
+    weights = [name for name in owned if "weight" in name]
+    if not weights:
+        raise LayerSelectionError(
+            f"layer {layer!r} ({type(module).__name__}) has no parameter called weight: take "
+            f"unitfisher.per_sample_gradients(model, x) and arrange its units yourself"
+        )
+    prefix = f"{layer}." if layer else ""
+    found = per_sample_gradients(
+        model,
+        inputs,
+        likelihood=estimator.likelihood,
+        fisher=estimator.fisher,
+        samples=estimator.samples,
+        parameters={prefix + name: p for name, p in owned.items()},
+        **options,
+    )
+    blocks = {}
+    for name in weights:
+        bias = found.get(prefix + name.replace("weight", "bias"))
+        key = layer if name == "weight" else prefix + name
+        blocks[key] = _blocks(_units_first(module, found[prefix + name]), bias)
+    return blocks
+
+
+def _blocks(G: Float[Tensor, "r n u d"], S: Float[Tensor, "r n u"] | None) -> Tensor:
+    samples = G.shape[1]
+    G = G.flatten(0, 1)
+    if S is None:
+        return G.permute(1, 2, 0) @ G.transpose(0, 1) / samples
+    no_mean = G.new_zeros(G.shape[-1])
+    return UnitMoments.of_gradients(G, S.flatten(0, 1), no_mean, samples=samples).F
+
+
+def _units_first(module: nn.Module, G: Tensor) -> Float[Tensor, "r n u d"]:
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return G.transpose(2, 3)
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        G = G.unflatten(2, (module.groups, -1)).transpose(3, 4)  # r n groups out in taps
+        return G.flatten(4).flatten(2, 3)
+    return G.flatten(3) if G.dim() > 3 else G.unsqueeze(3)
+
+
+def _batch_of_one(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: v.unsqueeze(0) for name, v in values.items()}
+    return tuple(v.unsqueeze(0) for v in values)

@@ -1,0 +1,157 @@
+"""Plots of recorded runs, drawn on the axes they are given.
+
+Every function takes a tidy frame with the columns ``activation`` and ``seed`` (and those it
+names), draws one curve per activation and returns what it drew, by activation. A curve is the
+mean over seeds, its ribbon ± one standard deviation.
+"""
+
+from types import MappingProxyType
+from typing import Any, Final, Literal
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from unitfisher.experiments.models import ACTIVATIONS
+
+# ELU purple and ReLU blue as on the poster; a marker each, so that no one needs the colours
+COLOURS: Final = MappingProxyType(
+    {"relu": "#1f83d6", "lrelu": "#e08a00", "srelu": "#12926b", "elu": "#6a1b9a"}
+)
+MARKERS: Final = MappingProxyType({"relu": "s", "lrelu": "^", "srelu": "D", "elu": "o"})
+
+Lines = dict[str, Line2D]
+
+
+def plot_mean_activation(ax: Axes, activations: pd.DataFrame) -> Lines:
+    """Median over the hidden units of their mean activation, over epochs.
+
+    Args:
+        ax: Where to draw.
+        activations: Columns epoch and mean, one row per unit.
+    """
+    median = activations.groupby(["activation", "seed", "epoch"])["mean"].median().reset_index()
+    lines = plot_over(ax, median, "mean", x="epoch")
+    ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    ax.set(xlabel="epoch", ylabel="mean activation\n(median over hidden units)")
+    return lines
+
+
+def plot_loss(ax: Axes, training: pd.DataFrame) -> Lines:
+    """Cross-entropy over epochs: solid in training, dotted on the test set.
+
+    Args:
+        ax: Where to draw.
+        training: Columns epoch, train_loss and test_loss.
+    """
+    trained = training[training["epoch"] > 0]  # the untrained networks would set the scale
+    lines = plot_over(ax, trained, "train_loss", x="epoch")
+    plot_over(ax, trained, "test_loss", x="epoch", style=":")
+    ax.set(xlabel="epoch", ylabel="cross-entropy (nats)", yscale="log")
+    return lines
+
+
+def plot_angle(ax: Axes, path: pd.DataFrame) -> Lines:
+    """Angle between a unit's gradient and its natural gradient, mean over units, over epochs.
+
+    Args:
+        ax: Where to draw.
+        path: Columns epoch and cosine, one row per unit, at one damping.
+    """
+    lines = plot_over(ax, _angle(path, "epoch"), "angle", x="epoch")
+    ax.set_xscale("symlog", linthresh=1)
+    ax.set(xlabel="epoch", ylabel="angle to the natural gradient (degrees)", xlim=(0, None))
+    return lines
+
+
+def plot_damping_path(ax: Axes, path: pd.DataFrame) -> Lines:
+    """The same angle, over the damping.
+
+    Args:
+        ax: Where to draw.
+        path: Columns damping and cosine, one row per unit and damping, at one epoch.
+    """
+    lines = plot_over(ax, _angle(path, "damping"), "angle", x="damping")
+    ax.set(xlabel="damping (of trace A / d)", xscale="log")
+    return lines
+
+
+def plot_per_layer(ax: Axes, frame: pd.DataFrame, value: str) -> Lines:
+    """A column's mean over the units of each layer, the layers from input to output.
+
+    Args:
+        ax: Where to draw.
+        frame: Columns layer and ``value``, one row per unit, at one epoch.
+        value: The column.
+    """
+    layers = frame["layer"].unique().tolist()
+    mean = frame.groupby(["activation", "seed", "layer"])[value].mean().reset_index()
+    mean["position"] = mean["layer"].map(layers.index)
+    lines = plot_over(ax, mean, value, x="position")
+    ax.set_xticks(range(len(layers)), [layer.removeprefix("hidden") for layer in layers])
+    ax.set(xlabel="layer", ylim=(0, None))
+    return lines
+
+
+def plot_distribution(
+    ax: Axes, frame: pd.DataFrame, value: str, *, scale: Literal["linear", "log", "symlog"]
+) -> Lines:
+    """Share of units, all seeds together, on which a column is at most x.
+
+    Args:
+        ax: Where to draw.
+        frame: One row per unit; units without a value (dead ones) are left out.
+        value: The column.
+        scale: Of the values' axis.
+    """
+    lines = {}
+    for activation, rows in _by_activation(frame):
+        values = np.sort(rows[value].dropna().to_numpy())
+        share = np.arange(1, len(values) + 1) / len(values)
+        look = _look(activation, len(values))
+        (lines[activation],) = ax.step(values, share, where="post", **look)
+    ax.set(ylim=(0, 1), xscale=scale)
+    return lines
+
+
+def plot_over(ax: Axes, frame: pd.DataFrame, value: str, *, x: str, style: str = "-") -> Lines:
+    """Mean over seeds ± one standard deviation of a column, over another.
+
+    Args:
+        ax: Where to draw.
+        frame: Columns ``x`` and ``value``, one row per activation, seed and x.
+        value: The column to draw.
+        x: The column it is drawn over.
+        style: Of the line; markers tell the activations apart, not this.
+    """
+    lines = {}
+    for activation, rows in _by_activation(frame):
+        over_seeds = rows.groupby(x)[value].agg(["mean", "std"]).fillna({"std": 0.0})
+        at, mean, sd = over_seeds.index, over_seeds["mean"], over_seeds["std"]
+        look = _look(activation, len(at)) | {"linestyle": style}
+        (lines[activation],) = ax.plot(at, mean, **look)
+        ax.fill_between(at, mean - sd, mean + sd, color=COLOURS[activation], alpha=0.2, lw=0)
+    return lines
+
+
+def _by_activation(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    present = [name for name in ACTIVATIONS if (frame["activation"] == name).any()]
+    return [(name, frame[frame["activation"] == name]) for name in present]
+
+
+def _look(activation: str, points: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[activation],
+        "marker": MARKERS[activation],
+        "markevery": max(1, points // 8),
+        "markersize": 4,
+        "linewidth": 1.4,
+        "label": ACTIVATIONS[activation].label,
+    }
+
+
+def _angle(path: pd.DataFrame, x: str) -> pd.DataFrame:
+    degrees = np.degrees(np.arccos(path["cosine"].clip(-1, 1)))
+    by_run = path.assign(angle=degrees).groupby(["activation", "seed", x])
+    return by_run["angle"].mean().reset_index()
