@@ -91,9 +91,9 @@ class UnitCases:
     @property
     def _per_part(self) -> int:
         """Units at a time: their weighted copies of the cases and their second moments."""
-        d, joint = self.a.shape[-1], self.delta.shape[2] > 1
-        copies = 8 if joint or self.rows <= d else self.a.element_size()
-        return max(1, MOMENTS_BYTES // (2 * copies * self.rows * d + 16 * min(self.rows, d) ** 2))
+        d, joint, few = self.a.shape[-1], self.delta.shape[2] > 1, self.rows <= self.a.shape[-1]
+        copies = 16 * self.rows * d if joint else self.a.element_size() * self.rows * d * (not few)
+        return max(1, MOMENTS_BYTES // (copies + 24 * min(self.rows, d) ** 2))
 
     def _of_units(self, part: slice) -> "UnitCases":
         a = self.a
@@ -102,18 +102,30 @@ class UnitCases:
         return replace(self, a=a, delta=self.delta[..., part])
 
     def _weighted_rows(self) -> UnitRows:
-        G, S = self._gradients()
-        total = (S**2).sum(0)
-        safe = torch.where(total > 0, total, 1.0)
-        shift = (S.unsqueeze(-1) * G).sum(0) / safe[:, None]  # E_q(a) about the origin
-        Z = (G - S.unsqueeze(-1) * shift) / safe.sqrt()[:, None]
+        if self.delta.shape[2] == 1:
+            a = (self.a.double() - self._group_origin.double()).squeeze(2)
+            total = self.D.sum(0)
+            safe = torch.where(total > 0, total, 1.0)
+            v = w = (self.D / safe).sqrt().T
+            q = (v * w).unflatten(0, (len(a), -1))
+            m = (q @ a).flatten(0, 1)  # E_q(a) about the origin
+        else:
+            G, S = self._gradients()
+            total = (S**2).sum(0)
+            safe = torch.where(total > 0, total, 1.0)
+            a, w = G.transpose(0, 1), (S / safe.sqrt()).T
+            v = safe.rsqrt()[:, None].expand_as(w)
+            m = (S.unsqueeze(-1) * G).sum(0) / safe[:, None]
         origin = self._origin.double()
         return UnitRows(
             c=total / self.samples,
             mu_p=self.mean,
-            mu_q=origin + shift,
-            mean_shift=origin - self.mean + shift,
-            Z=Z.transpose(0, 1),
+            mu_q=origin + m,
+            mean_shift=origin - self.mean + m,
+            a=a,
+            m=m,
+            v=v,
+            w=w,
             ridge=torch.zeros_like(total),
         )
 

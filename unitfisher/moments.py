@@ -1,7 +1,7 @@
 """What the units of one layer see: c, E_p(a), E_q(a) and the second moments under q.
 
 ``UnitMoments`` holds them as sums: additive over batches, small when a unit has few inputs. Where
-there are fewer cases than inputs, `rows.UnitRows` holds the cases instead. The theorems take either.
+there are fewer cases than inputs `rows.UnitRows` holds the cases instead; theorems take either.
 
 F = [[A, b], [bᵀ, c]] is summed over the positions of a sample and averaged over samples; means
 and variances are averages over all cases, under p and under q ∝ D = E_y δ².

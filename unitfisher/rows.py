@@ -12,18 +12,25 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unitfisher.moments import idle
-from unitfisher.solvers import ADVICE, SingularFisherError, cholesky, cholesky_solve, dot
+from unitfisher.solvers import ADVICE, SingularFisherError, cholesky, cholesky_solve, dot, outer
 
 
 @dataclass(frozen=True)
 class UnitRows:
-    """Weighted centred cases Z of each unit, Var_q = ZᵀZ + (λ/c) I, solved on the cases' side."""
+    """Var_q = Σ_n z zᵀ + (λ/c) I of each unit, with rows z = v a - w m solved on the cases' side.
+
+    One set of cases a serves all units of a group; what differs is how they weigh. Cases and the
+    mean m = E_q(a) are given about a common origin.
+    """
 
     c: Float[Tensor, " u"]
-    mu_p: Float[Tensor, "*g d"]
+    mu_p: Float[Tensor, "*p d"]
     mu_q: Float[Tensor, "u d"]
     mean_shift: Float[Tensor, "u d"]
-    Z: Float[Tensor, "u n d"]
+    a: Float[Tensor, "g n d"]
+    m: Float[Tensor, "u d"]
+    v: Float[Tensor, "u n"]
+    w: Float[Tensor, "u n"]
     ridge: Float[Tensor, " u"]
 
     @property
@@ -34,20 +41,26 @@ class UnitRows:
     def epsilon(self) -> Float[Tensor, " u"]:
         return self.ridge / torch.where(self.alive, self.c, 1.0)
 
-    @property
+    @cached_property
     def trace_Var_q(self) -> Float[Tensor, " u"]:
-        return (self.Z**2).sum((1, 2)) + self.Z.shape[-1] * self.epsilon
+        squares = self._of_group((self.a**2).sum(-1))
+        products = dot(self.v * self.w, self._times(self.m))
+        trace = (
+            (self.v**2 * squares).sum(-1) - 2 * products + dot(self.w, self.w) * dot(self.m, self.m)
+        )
+        return trace + self.a.shape[-1] * self.epsilon
 
     def damped(self, damping: float) -> "UnitRows":
         """Damp the weight block; see UnitMoments.damped."""
         trace = self.trace_Var_q + dot(self.mu_q, self.mu_q)
-        return replace(self, ridge=self.ridge + damping * self.c * trace / self.Z.shape[-1])
+        return replace(self, ridge=self.ridge + damping * self.c * trace / self.a.shape[-1])
 
     def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
         """Return Var_q⁻¹ rhs = (rhs - Zᵀ (Z Zᵀ + ε I)⁻¹ Z rhs) / ε; zero where a unit is dead."""
         factor, epsilon = self._factor
-        y = cholesky_solve(factor, (self.Z @ rhs.unsqueeze(-1)).squeeze(-1))
-        back = (y.unsqueeze(1) @ self.Z).squeeze(1)
+        y = self.v * self._times(rhs) - self.w * dot(self.m, rhs)[:, None]  # Z rhs
+        y = cholesky_solve(factor, y)
+        back = self._transposed(self.v * y) - self.m * dot(self.w, y)[:, None]  # Zᵀ y
         return (rhs - back) / epsilon[:, None] * self.alive[:, None]
 
     @cached_property
@@ -57,7 +70,26 @@ class UnitRows:
         if bool((epsilon == 0).any()):
             raise SingularFisherError(
                 f"the Fisher of unit {int((epsilon == 0).nonzero()[0])} is singular: "
-                f"{self.Z.shape[1]} cases for {self.Z.shape[2]} inputs; {ADVICE}"
+                f"{self.v.shape[1]} cases for {self.a.shape[2]} inputs; {ADVICE}"
             )
-        eye = torch.eye(self.Z.shape[1], dtype=self.Z.dtype, device=self.Z.device)
-        return cholesky(self.Z @ self.Z.mT + epsilon[:, None, None] * eye), epsilon
+        gram = self._gram()
+        gram.diagonal(dim1=-2, dim2=-1).add_(epsilon[:, None])
+        return cholesky(gram), epsilon
+
+    def _gram(self) -> Float[Tensor, "u n n"]:
+        """Z Zᵀ from the one a aᵀ that the units of a group share."""
+        gram = outer(self.v, self.v) * self._of_group(self.a @ self.a.mT)
+        half = self.v * self._times(self.m) - self.w * (dot(self.m, self.m) / 2)[:, None]
+        cross = outer(half, self.w)
+        return gram.sub_(cross).sub_(cross.mT)
+
+    def _times(self, x: Float[Tensor, "u d"]) -> Float[Tensor, "u n"]:
+        grouped = x.reshape(len(self.a), -1, x.shape[-1])
+        return (grouped @ self.a.mT).flatten(0, 1)
+
+    def _transposed(self, y: Float[Tensor, "u n"]) -> Float[Tensor, "u d"]:
+        grouped = y.reshape(len(self.a), -1, y.shape[-1])
+        return (grouped @ self.a).flatten(0, 1)
+
+    def _of_group(self, x: Float[Tensor, "g ..."]) -> Float[Tensor, "..."]:
+        return x if len(x) == 1 else x.repeat_interleave(len(self.v) // len(x), 0)
