@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from unitfisher.capture import Call
 from unitfisher.layers import LayerSelectionError, at_units, incoming
-from unitfisher.moments import Moments, UnitMoments
-from unitfisher.rows import UnitRows
+from unitfisher.moments import UnitMoments
+from unitfisher.rows import Moments, UnitRows
 
 MOMENTS_BYTES = 128 * 2**20  # what the second moments held at one time may take
 
@@ -81,8 +81,11 @@ class UnitCases:
             return UnitMoments.of(a, self.D, origin=self._origin, samples=self.samples)
         G, S = self._gradients()
         origin = self._origin.double()
-        joined = UnitMoments.of_gradients(G, S, torch.zeros_like(origin), samples=self.samples)
-        return replace(joined, origin=origin, sum_a=self.mean - origin)
+        about = torch.zeros_like(origin)  # G is about the origin already
+        joined = UnitMoments.of_gradients(
+            G, S, self.mean - origin, origin=about, samples=self.samples
+        )
+        return replace(joined, origin=origin)
 
     @cached_property
     def _moments(self) -> Moments:

@@ -1,5 +1,6 @@
 """The table of what a Monitor has measured: one row per step, layer and unit."""
 
+import atexit
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class History:
         self.rows: list[Columns] = []
         self.newest: dict[str, UnitStatistics] = {}
         self.phase = "train"
+        atexit.register(self.close)  # after the run's own, so that it comes before
 
     @classmethod
     def opened(cls, record: str | Path | Run | None, config: Mapping[str, Any]) -> "History":
@@ -89,6 +91,7 @@ class History:
             self.run.flush()
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         self.flush()
         if self.run is not None and self.owned:
             self.run.close()

@@ -9,36 +9,12 @@ and variances are averages over all cases, under p and under q ∝ D = E_y δ².
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol, Self
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unitfisher.solvers import cholesky, cholesky_solve, dot, outer
-
-
-class Moments(Protocol):
-    """What the theorems ask of a layer's units."""
-
-    @property
-    def c(self) -> Float[Tensor, " u"]: ...
-    @property
-    def mu_p(self) -> Float[Tensor, "*g d"]: ...
-    @property
-    def mu_q(self) -> Float[Tensor, "u d"]: ...
-    @property
-    def mean_shift(self) -> Float[Tensor, "u d"]: ...
-    @property
-    def trace_Var_q(self) -> Float[Tensor, " u"]: ...
-    @property
-    def ridge(self) -> Float[Tensor, " u"]: ...
-    @property
-    def alive(self) -> Bool[Tensor, " u"]: ...
-    def damped(self, damping: float) -> Self: ...
-    def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
-        """Return Var_q⁻¹ rhs."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +47,7 @@ class UnitMoments:
         D: Float[Tensor, "n u"],
         *,
         origin: Float[Tensor, "*u d"] | None = None,
-        samples: float | None = None,
+        samples: int | None = None,
     ) -> "UnitMoments":
         """Sum over cases.
 
@@ -111,7 +87,8 @@ class UnitMoments:
         S: Float[Tensor, "r u"],
         mean: Float[Tensor, "*g d"],
         *,
-        samples: float | None = None,
+        origin: Float[Tensor, "*g d"] | None = None,
+        samples: int | None = None,
     ) -> "UnitMoments":
         """Sum over gradients that are already joined over positions (``sharing="joint"``).
 
@@ -119,15 +96,18 @@ class UnitMoments:
             G: Weight gradients Σ_t δ a, one row per sample and column of the label expectation.
             S: Bias gradients Σ_t δ.
             mean: E_p(a) over all positions.
+            origin: Near that mean; the mean itself if not given.
             samples: How many samples the rows belong to; all rows if not given.
         """
-        about = G - S.unsqueeze(-1) * mean
+        origin = mean if origin is None else origin
+        about = G - S.unsqueeze(-1) * origin
         D = S**2
+        count = S.new_tensor(len(S) if samples is None else samples)
         return cls(
-            origin=mean,
-            cases=S.new_ones(()),
-            samples=S.new_tensor(len(S) if samples is None else samples),
-            sum_a=torch.zeros_like(mean),
+            origin=origin,
+            cases=count,
+            samples=count,
+            sum_a=(mean - origin) * count,
             sum_D=D.sum(0),
             sum_DD=(D**2).sum(0),
             sum_Da=(S.unsqueeze(-1) * about).sum(0),
@@ -140,10 +120,10 @@ class UnitMoments:
             raise ValueError(
                 "moments add up about one origin: UnitMoments.of(..., origin=m.origin)"
             )
-        if bool(self.ridge.any()) or bool(other.ridge.any()):
-            raise ValueError("moments add up before damping: (m1 + m2).damped(...)")
         sums = ("cases", "samples", "sum_a", "sum_D", "sum_DD", "sum_Da", "sum_Daa")
-        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in sums})
+        total = {name: getattr(self, name) + getattr(other, name) for name in sums}
+        ridge = self.ridge * self.samples + other.ridge * other.samples
+        return replace(self, **total, ridge=ridge / total["samples"])
 
     def damped(self, damping: float, *, block: str = "weight") -> "UnitMoments":
         """Return the moments of F + λ diag(1, ..., 1, 0), λ = damping · trace(A) / d per unit.
@@ -193,6 +173,11 @@ class UnitMoments:
         return self.origin + self._mean
 
     @property
+    def mu_q_double(self) -> Float[Tensor, "u d"]:
+        """E_q(a) as it is known about the origin, not rounded to the precision of the sums."""
+        return self.origin.double() + self._mean.double()
+
+    @property
     def mean_shift(self) -> Float[Tensor, "u d"]:
         """E_q(a) - E_p(a), formed about the origin: no digits lost to a large mean."""
         return self._mean - self.sum_a / self.cases
@@ -233,7 +218,11 @@ class UnitMoments:
     def _factor(self) -> Float[Tensor, "u d d"]:
         """Cholesky factor; of the identity where a unit is idle, whose answer is 0 at any rate."""
         eye = torch.eye(self.sum_Da.shape[-1], dtype=self.c.dtype, device=self.c.device)
-        return cholesky(torch.where(idle(self)[:, None, None], eye, self.Var_q))
+        return cholesky(
+            torch.where(
+                idle(self.alive, self.trace_Var_q, self.mu_q)[:, None, None], eye, self.Var_q
+            )
+        )
 
     @property
     def _mean(self) -> Float[Tensor, "u d"]:
@@ -243,10 +232,11 @@ class UnitMoments:
         return torch.where(self.alive, weight, 1.0)
 
 
-def idle(m: Moments) -> Bool[Tensor, " u"]:
-    """Dead, or fed with nothing but zeros."""
-    silent = (m.trace_Var_q == 0) & (m.mu_q == 0).all(-1)
-    return ~m.alive | silent
+def idle(
+    alive: Bool[Tensor, " u"], trace_Var_q: Float[Tensor, " u"], mu_q: Float[Tensor, "u d"]
+) -> Bool[Tensor, " u"]:
+    """Dead, or fed with nothing but zeros: then Var_q is 0 and every answer too."""
+    return ~alive | (trace_Var_q == 0) & (mu_q == 0).all(-1)
 
 
 def _per_unit(x: Float[Tensor, "g d"], units: int) -> Float[Tensor, "*u d"]:

@@ -5,13 +5,13 @@ forward pass; when the pass ends, the errors are sent back through the graph it 
 Labels, loss, parameters, gradients and the global random state are not touched.
 """
 
-import atexit
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, TypedDict
+from typing import Any, TypedDict
 
 import pandas as pd
 import torch
@@ -195,10 +195,9 @@ class Monitor:
         for handle in self._handles:
             handle.remove()
         self._drop_pass()
-        self._history.close()
-        atexit.unregister(self.detach)
+        self._close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Monitor":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -242,7 +241,8 @@ class Monitor:
             self.model.register_forward_pre_hook(Hook(self._before, observed)),
             self.model.register_forward_hook(Hook(self._after, observed), always_call=True),
         ]
-        atexit.register(self.detach)
+        self._close = weakref.finalize(self, self._history.close)
+        self._close.atexit = False  # the history sees to that itself, before its run is closed
 
     def _before(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         self._drop_pass()  # a pass that was interrupted

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator
 
 from unitfisher.experiments.models import ACTIVATIONS
 
@@ -60,8 +61,10 @@ def plot_angle(ax: Axes, path: pd.DataFrame) -> Lines:
         path: Columns epoch and cosine, one row per unit, at one damping.
     """
     lines = plot_over(ax, _angle(path, "epoch"), "angle", x="epoch")
+    epochs = sorted(path["epoch"].unique())
     ax.set_xscale("symlog", linthresh=1)
-    ax.set(xlabel="epoch", ylabel="angle to the natural gradient (degrees)", xlim=(0, None))
+    ax.set_xticks(epochs, [str(epoch) for epoch in epochs])
+    ax.set(xlabel="epoch", ylabel="angle to the natural\ngradient (degrees)", xlim=(0, None))
     return lines
 
 
@@ -89,13 +92,14 @@ def plot_per_layer(ax: Axes, frame: pd.DataFrame, value: str) -> Lines:
     mean = frame.groupby(["activation", "seed", "layer"])[value].mean().reset_index()
     mean["position"] = mean["layer"].map(layers.index)
     lines = plot_over(ax, mean, value, x="position")
-    ax.set_xticks(range(len(layers)), [layer.removeprefix("hidden") for layer in layers])
+    short = [layer.removeprefix("hidden").replace("output", "out") for layer in layers]
+    ax.set_xticks(range(len(layers)), short)
     ax.set(xlabel="layer", ylim=(0, None))
     return lines
 
 
 def plot_distribution(
-    ax: Axes, frame: pd.DataFrame, value: str, *, scale: Literal["linear", "log", "symlog"]
+    ax: Axes, frame: pd.DataFrame, value: str, *, scale: Literal["linear", "log", "asinh"]
 ) -> Lines:
     """Share of units, all seeds together, on which a column is at most x.
 
@@ -103,7 +107,7 @@ def plot_distribution(
         ax: Where to draw.
         frame: One row per unit; units without a value (dead ones) are left out.
         value: The column.
-        scale: Of the values' axis.
+        scale: Of the values' axis; asinh is logarithmic on both sides of 0.
     """
     lines = {}
     for activation, rows in _by_activation(frame):
@@ -112,26 +116,35 @@ def plot_distribution(
         look = _look(activation, len(values))
         (lines[activation],) = ax.step(values, share, where="post", **look)
     ax.set(ylim=(0, 1), xscale=scale)
+    if scale == "asinh":
+        decades = [10.0**exponent for exponent in range(1, 9)]
+        ax.xaxis.set_major_locator(FixedLocator([*(-d for d in decades), 0, *decades]))
     return lines
 
 
-def plot_over(ax: Axes, frame: pd.DataFrame, value: str, *, x: str, style: str = "-") -> Lines:
-    """Mean over seeds ± one standard deviation of a column, over another.
+def plot_over(
+    ax: Axes, frame: pd.DataFrame, value: str, *, x: str, style: Literal["-", ":"] = "-"
+) -> Lines:
+    """Mean over seeds ± one standard deviation (within the seeds' range), over another column.
 
     Args:
         ax: Where to draw.
         frame: Columns ``x`` and ``value``, one row per activation, seed and x.
         value: The column to draw.
         x: The column it is drawn over.
-        style: Of the line; markers tell the activations apart, not this.
+        style: Of the line; only a solid one has the markers that tell activations apart.
     """
     lines = {}
     for activation, rows in _by_activation(frame):
-        over_seeds = rows.groupby(x)[value].agg(["mean", "std"]).fillna({"std": 0.0})
+        over_seeds = rows.groupby(x)[value].agg(["mean", "std", "min", "max"]).fillna({"std": 0.0})
         at, mean, sd = over_seeds.index, over_seeds["mean"], over_seeds["std"]
-        look = _look(activation, len(at)) | {"linestyle": style}
+        look = _look(activation, len(at)) | (
+            {"linestyle": ":", "marker": ""} if style == ":" else {}
+        )
         (lines[activation],) = ax.plot(at, mean, **look)
-        ax.fill_between(at, mean - sd, mean + sd, color=COLOURS[activation], alpha=0.2, lw=0)
+        low = np.maximum(mean - sd, over_seeds["min"])  # a logarithmic axis has no place below
+        high = np.minimum(mean + sd, over_seeds["max"])
+        ax.fill_between(at, low, high, color=COLOURS[activation], alpha=0.2, linewidth=0)
     return lines
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unitfisher.moments import idle
+from unitfisher.moments import UnitMoments, idle
 from unitfisher.solvers import ADVICE, SingularFisherError, cholesky, cholesky_solve, dot, outer
 
 
@@ -36,6 +36,10 @@ class UnitRows:
     @property
     def alive(self) -> Bool[Tensor, " u"]:
         return self.c > 0
+
+    @property
+    def mu_q_double(self) -> Float[Tensor, "u d"]:
+        return self.mu_q
 
     @property
     def epsilon(self) -> Float[Tensor, " u"]:
@@ -66,7 +70,7 @@ class UnitRows:
     @cached_property
     def _factor(self) -> tuple[Float[Tensor, "u n n"], Float[Tensor, " u"]]:
         """Cholesky factor of Z Zᵀ + ε I, and ε; ε = 1 where a unit is idle."""
-        epsilon = torch.where(idle(self), 1.0, self.epsilon)
+        epsilon = torch.where(idle(self.alive, self.trace_Var_q, self.mu_q), 1.0, self.epsilon)
         if bool((epsilon == 0).any()):
             raise SingularFisherError(
                 f"the Fisher of unit {int((epsilon == 0).nonzero()[0])} is singular: "
@@ -93,3 +97,6 @@ class UnitRows:
 
     def _of_group(self, x: Float[Tensor, "g ..."]) -> Float[Tensor, "..."]:
         return x if len(x) == 1 else x.repeat_interleave(len(self.v) // len(x), 0)
+
+
+Moments = UnitMoments | UnitRows

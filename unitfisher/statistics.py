@@ -11,7 +11,7 @@ from unitfisher.capture import UnitMeans
 from unitfisher.cases import UnitCases
 from unitfisher.diagnostics import bias_shift_share, cosine, mean_share, with_bias
 from unitfisher.fisher import Gradient, Observation
-from unitfisher.moments import Moments
+from unitfisher.rows import Moments
 from unitfisher.solvers import SingularFisherError
 from unitfisher.theorems import (
     bias_shift_correction,

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unitfisher.moments import Moments, UnitMoments
+from unitfisher.moments import UnitMoments
+from unitfisher.rows import Moments
 from unitfisher.solvers import dot, solve
 
 
@@ -82,7 +83,7 @@ def unit_natural_gradient(m: Moments, g: Float[Tensor, "u d"], g0: Float[Tensor,
     Raises:
         SingularFisherError: Var_q of some living unit is not positive definite.
     """
-    c, mu_q = torch.where(m.alive, m.c, 1.0), m.mu_q.double()
+    c, mu_q = torch.where(m.alive, m.c, 1.0), m.mu_q_double
     centred = (g.double() - g0.double()[:, None] * mu_q).to(g.dtype)  # large means nearly cancel
     dw = m.solve(centred) / c[:, None]
     dw0 = g0.double() / c - dot(mu_q, dw.double())

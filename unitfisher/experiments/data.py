@@ -46,7 +46,7 @@ class Dataset:
         return replace(self, **{part: getattr(self, part).to(device) for part in parts})
 
 
-def load(name: DatasetName, root: Path | str | None = None) -> Dataset:
+def load(name: str, root: Path | str | None = None) -> Dataset:
     """Load a data set; ``root`` (or the environment's UNITFISHER_DATA) holds torchvision's.
 
     Args:

@@ -47,7 +47,12 @@ def mlp(sizes: Sequence[int], activation: str, generator: torch.Generator) -> nn
         sizes: Inputs, hidden units layer by layer, outputs.
         activation: A key of ``ACTIVATIONS``.
         generator: Draws the weights, U(±√(6 / fan-in)) (He); biases start at 0.
+
+    Raises:
+        ValueError: There is no such activation.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"no activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     for i, (fan_in, fan_out) in enumerate(pairwise(sizes[:-1]), start=1):
         parts[f"hidden{i}"] = _he_uniform(fan_in, fan_out, generator)

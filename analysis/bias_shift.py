@@ -1,0 +1,172 @@
+"""Do ELUs do what their paper claims? Measured on real digits, in about a minute.
+
+    python analysis/bias_shift.py
+
+trains the paper's 8×128 networks with ReLU, leaky ReLU, shifted ReLU and ELU, the same initial
+weights and batches per seed, and watches bias shift and the unit natural gradient meanwhile.
+Feeds the mean-activation figure and its companions in ``<out>/figures``.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from runs import Job, Progress, RunConfig, RunMismatchError, state
+from tqdm import tqdm
+from workers import run_all
+
+from unitfisher.experiments import (
+    ACTIVATIONS,
+    ActivationName,
+    DataNotFoundError,
+    DatasetName,
+    load,
+)
+
+EPOCHS = {"digits": 60, "mnist": 10, "fashion-mnist": 10}
+PROBE = {"digits": 1024, "mnist": 4096, "fashion-mnist": 4096}  # cases, several per input
+
+GUIDE = """\
+Trains 8×128 networks that differ in nothing but the activation function, watches the unit
+Fisher of every layer meanwhile, and ends with a table, the ELU paper's claims one by one, and
+figures. What the rows of the table mean, for units whose layer sees activations a with mean
+E(a), and for E_q, the same weighted by the squared error signal of a unit:
+
+  mean activation      median over all hidden units of their average output
+  mean share           |E a|² / E|a|²: how much of what a layer sees is just its mean
+  bias-shift share     |E(a)ᵀv + v0| / (|(E a; 1)| |(v; v0)|) of an update (v; v0), 0 to 1: the
+                       part that moves a unit's average net input and nothing else
+  k, s·c               the correction factors of the unit natural gradient: the incoming mean is
+                       corrected to E(a) - (1 + k) E_q(a), the bias step scaled by s; 0 and 1
+                       where nothing needs correcting
+  cosine               between gradient and unit natural gradient
+  n_eff                how many cases carry a unit's Fisher. Where it is below the layer's
+                       number of inputs, k, s·c and cosine are made by the damping, not the data
+  damping              of the weight block, in units of trace(A) / d
+  damping share        how much of s the damping makes
+  dead units           receive no error on any case of the probe set
+
+Ctrl-C keeps what is finished; the same command goes on from there.
+"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Measure what the ELU paper claims."""
+
+    dataset: DatasetName = "digits"
+    """Digits ship with scikit-learn; the others are read from, or downloaded to, data-root."""
+    data_root: Path | None = None
+    """Folder of MNIST or Fashion-MNIST as torchvision lays it out (or set UNITFISHER_DATA)."""
+    activations: Annotated[tuple[ActivationName, ...], tyro.conf.arg(metavar="NAME ...")] = tuple(
+        ACTIVATIONS
+    )
+    """Which to compare: relu, lrelu (slope 0.1), srelu (max(-1, x)), elu."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One run per activation and seed; a seed decides initial weights and batches."""
+    epochs: int | None = None
+    """Passes over the training set; default 60 on digits, 10 on the others."""
+    layers: int = 8
+    """Hidden layers, of 128 units each."""
+    probe: int | None = None
+    """Training cases in the fixed set that is measured on; default 1024 on digits, else 4096."""
+    units: int = 32
+    """Units per layer whose Fisher is measured, drawn once; mean activations are of all."""
+    measurements: int = 8
+    """How many times to measure on the probe set, at epochs evenly spaced on a log scale."""
+    dampings: tuple[float, ...] = (1e-1, 1e-2, 1e-3)
+    """Dampings at which k, s·c and the angles are reported."""
+    device: str = "cpu"
+    """Where to train. Networks this small are not faster on a GPU."""
+    processes: int | None = None
+    """Runs at the same time; default one per core."""
+    out: Path | None = None
+    """Folder of records, tables and figures; default runs/bias-shift-<dataset>."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "layers", "probe", "units", "processes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value}, but must be 1 or more")
+        if self.measurements < 2:
+            raise ValueError("measurements must be 2 or more: before and after training")
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs") / f"bias-shift-{self.dataset}"
+
+
+def main(config: Config) -> None:
+    start = time.perf_counter()
+    jobs = plan(config)
+    load(config.dataset, config.data_root)  # fail, or download, once and early
+    finished = [job for job in jobs if state(job) == "finished"]
+    todo = [job for job in jobs if job not in finished]
+    if finished:
+        print(f"{len(finished)} of {len(jobs)} runs are finished already in {config.folder}")
+    try:
+        train_all(todo, config)
+    except KeyboardInterrupt:
+        finished = [job for job in jobs if state(job) == "finished"]
+        print(f"\nInterrupted: {len(finished)} of {len(jobs)} runs are kept in {config.folder};")
+        print("the same command goes on from there. What the finished ones say:\n")
+        jobs = finished
+    if jobs:
+        from report import report  # here: the processes that train need not wait for its imports
+
+        report(jobs, config.folder, time.perf_counter() - start)
+
+
+def plan(config: Config) -> list[Job]:
+    """List the runs, one per seed and activation."""
+    return [
+        Job(
+            RunConfig(
+                dataset=config.dataset,
+                activation=activation,
+                seed=seed,
+                epochs=config.epochs or EPOCHS[config.dataset],
+                layers=config.layers,
+                probe=config.probe or PROBE[config.dataset],
+                units=config.units,
+                measurements=config.measurements,
+                dampings=config.dampings,
+                device=config.device,
+            ),
+            config.data_root,
+            config.folder / f"{config.dataset}-{activation}-s{seed}",
+        )
+        for seed in config.seeds
+        for activation in config.activations
+    ]
+
+
+def train_all(jobs: Sequence[Job], config: Config) -> None:
+    """Make the runs that are missing, with one progress bar for all."""
+    epochs = sum(job.config.epochs for job in jobs)
+    with tqdm(total=epochs, unit="epoch", disable=not jobs, smoothing=0.05) as bar:
+
+        def tell(progress: Progress) -> None:
+            bar.set_postfix_str(
+                f"{progress.activation} seed {progress.seed}, loss {progress.loss:.3f}",
+                refresh=False,
+            )
+            bar.update(progress.epoch > 0)
+
+        run_all(jobs, config.processes or cores(), tell)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config, description=GUIDE))
+    except (DataNotFoundError, RunMismatchError) as error:
+        sys.exit(f"bias_shift.py: {error}")

@@ -1,0 +1,210 @@
+"""One run of bias_shift.py: train a network, measure it meanwhile, keep the record."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import unitfisher
+from unitfisher import Run, UnitStatistics
+from unitfisher.experiments import (
+    ActivationName,
+    Dataset,
+    DatasetName,
+    Schedule,
+    evaluate,
+    load,
+    mlp,
+    probe,
+    train,
+)
+
+WIDTH = 128
+PROBE_SEED = 1  # the same probe set in every run
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that decides what one run computes, and so what may stand in its folder."""
+
+    dataset: DatasetName
+    activation: ActivationName
+    seed: int
+    epochs: int
+    layers: int
+    probe: int
+    units: int
+    measurements: int
+    dampings: tuple[float, ...]
+    device: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}-{self.activation}-s{self.seed}"
+
+
+class Job(NamedTuple):
+    """A run to be made, where its data are and where its record goes."""
+
+    config: RunConfig
+    data_root: Path | None
+    folder: Path
+
+
+class Progress(NamedTuple):
+    """What a run tells after each epoch."""
+
+    activation: str
+    seed: int
+    epoch: int
+    loss: float
+
+
+class RunMismatchError(RuntimeError):
+    """A folder holds another run than the one that is asked for."""
+
+
+Tell = Callable[[Progress], None]
+Stopped = Callable[[], bool]
+
+
+def state(job: Job) -> Literal["new", "unfinished", "finished"]:
+    """Look at what a job's folder holds.
+
+    Raises:
+        RunMismatchError: A run of another configuration, or something that is no run.
+    """
+    if not job.folder.exists() or not any(job.folder.iterdir()):
+        return "new"
+    file = job.folder / "config.json"
+    if not file.exists():
+        raise RunMismatchError(f"{job.folder} holds files that are no run; choose another --out")
+    found = json.loads(file.read_text())["config"]
+    asked = json.loads(json.dumps(asdict(job.config)))
+    changed = [
+        f"{field} = {found.get(field)!r}, asked for {asked.get(field)!r}"
+        for field in sorted(found.keys() | asked.keys())
+        if found.get(field) != asked.get(field)
+    ]
+    if changed:
+        raise RunMismatchError(
+            f"{job.folder} holds a run with {'; '.join(changed)}. "
+            "Choose another --out, or remove that folder"
+        )
+    return "finished" if (job.folder / "finished").exists() else "unfinished"
+
+
+def measured_epochs(epochs: int, measurements: int) -> list[int]:
+    """Space epochs evenly on a logarithmic scale, from before training to its end."""
+    spaced = np.geomspace(epochs, 1, measurements - 1).round().astype(int)
+    return sorted({0, *spaced.tolist()})
+
+
+def run(job: Job, tell: Tell, stopped: Stopped = lambda: False) -> bool:
+    """Train one network and record it; say whether it came to its end."""
+    if state(job) == "unfinished":
+        shutil.rmtree(job.folder)  # this very run, interrupted: it takes seconds to make again
+    with _one_thread():
+        return _run(job, tell, stopped)
+
+
+def _run(job: Job, tell: Tell, stopped: Stopped) -> bool:
+    c = job.config
+    data = load(c.dataset, job.data_root).to(c.device)
+    sizes = [data.inputs, *[WIDTH] * c.layers, data.classes]
+    generator = torch.Generator().manual_seed(c.seed)
+    model = mlp(sizes, c.activation, generator).to(c.device)
+    start = time.perf_counter()
+    with Run(job.folder, asdict(c)) as record:
+        for progress in _recorded_training(c, model, data, generator, record):
+            tell(progress)
+            if stopped():
+                return False
+        seconds = time.perf_counter() - start
+        record.append("finished", {"epoch": [c.epochs], "seconds": [seconds]})
+    return True
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Layers this small gain nothing from two, and the other cores have runs of their own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _recorded_training(
+    c: RunConfig,
+    model: nn.Module,
+    data: Dataset,
+    generator: torch.Generator,
+    record: Run,
+) -> Iterator[Progress]:
+    schedule = Schedule(c.epochs)
+    x, y = probe(data, c.probe, torch.Generator().manual_seed(PROBE_SEED))
+    steps = -(-len(data.train_x) // schedule.batch_size)
+    to_measure = measured_epochs(c.epochs, c.measurements)
+    default = c.dampings[-1]
+    with unitfisher.Monitor(
+        model, units=c.units, every=steps, damping=default, record=record
+    ) as monitor:
+        for epoch in train(model, data, schedule, generator):
+            _record_activations(record, epoch, model, x)
+            loss = _record_scores(record, epoch, model, data)
+            if epoch in to_measure:
+                measured = monitor.measure(x, targets=y)
+                _record_path(record, epoch, measured, c.dampings)
+            yield Progress(c.activation, c.seed, epoch, loss)
+
+
+def _record_activations(record: Run, epoch: int, model: nn.Module, x: Tensor) -> None:
+    hidden = unitfisher.activation_statistics(model, x, layers="hidden*")
+    for layer, of in hidden.items():
+        columns = {"unit": torch.arange(len(of.mean)), "mean": of.mean, "var": of.var}
+        record.append("activations", {"epoch": epoch, "layer": layer, **columns})
+
+
+def _record_scores(record: Run, epoch: int, model: nn.Module, data: Dataset) -> float:
+    on_train = evaluate(model, data.train_x, data.train_y)
+    on_test = evaluate(model, data.test_x, data.test_y)
+    columns = {"train_loss": on_train.loss, "train_error": 100 * on_train.error}
+    columns |= {"test_loss": on_test.loss, "test_error": 100 * on_test.error}
+    record.append("training", {"epoch": [epoch], **columns})
+    return on_train.loss
+
+
+def _record_path(
+    record: Run,
+    epoch: int,
+    measured: dict[str, UnitStatistics],
+    dampings: Sequence[float],
+) -> None:
+    """Record what depends on the damping at each damping, beside what does not."""
+    for layer, at_default in measured.items():
+        for damping in dampings:
+            of = at_default if damping == at_default.damping else at_default.damped(damping)
+            columns = {
+                "unit": of.units,
+                "k": of.k,
+                "sc": of.s * of.c,
+                "corrected_mean_norm": of.corrected_mean.norm(dim=1),
+                "cosine": of.cosine,
+                "damping_share": of.damping_share,
+                "bias_shift_share_natural": of.bias_shift_share_natural,
+                "bias_shift_share_gradient": of.bias_shift_share_gradient,
+                "mean_share": of.mean_share,
+                "n_eff": of.n_eff,
+                "dead": of.dead,
+            }
+            record.append("path", {"epoch": epoch, "layer": layer, "damping": damping, **columns})

@@ -1,0 +1,25 @@
+import os
+from pathlib import Path
+
+import pytest
+import strategies  # noqa: F401  (chooses the hypothesis profile)
+import torch
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here: run this test where there is one")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of the real data sets, for tests marked ``data``."""
+    root = os.environ.get("UNITFISHER_DATA")
+    if not root:
+        pytest.skip("NOT TESTED ON REAL DATA: set UNITFISHER_DATA to a torchvision data root")
+    return Path(root)

@@ -1,0 +1,169 @@
+from collections.abc import Callable
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+from unitfisher.experiments import (
+    ACTIVATIONS,
+    DataNotFoundError,
+    Schedule,
+    evaluate,
+    load,
+    mlp,
+    probe,
+    train,
+)
+from unitfisher.experiments.training import batches
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    data = load("digits")
+    ours = torch.cat([data.train_x * 16, data.train_y[:, None]], 1)
+    ours = torch.cat([ours, torch.cat([data.test_x * 16, data.test_y[:, None]], 1)])
+    theirs = torch.cat([torch.tensor(x), torch.tensor(y)[:, None]], 1).float()
+    assert sorted(ours.tolist()) == sorted(theirs.tolist())
+
+
+def test_every_class_has_the_same_share_of_test_digits() -> None:
+    data = load("digits")
+    test, train = data.test_y.bincount(), data.train_y.bincount()
+    assert_close(test / (test + train), torch.full((10,), 0.2), atol=0.003, rtol=0)
+
+
+def test_the_split_is_the_same_every_time() -> None:
+    assert torch.equal(load("digits").train_x, load("digits").train_x)
+
+
+def test_probe_is_a_subset_without_repetition() -> None:
+    data = load("digits")
+    numbered = data.train_x.clone()
+    numbered[:, 0] = torch.arange(len(numbered))
+    x, _ = probe(type(data)(numbered, data.train_y, data.test_x, data.test_y), 100, seeded())
+    assert len(x[:, 0].unique()) == 100
+
+
+def test_unknown_data_set_is_refused() -> None:
+    with pytest.raises(ValueError, match="'digits', 'mnist' and 'fashion-mnist'"):
+        load("cifar")
+
+
+def test_mnist_without_a_folder_says_how_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UNITFISHER_DATA", raising=False)
+    with pytest.raises(DataNotFoundError, match="--data-root DIR or set UNITFISHER_DATA"):
+        load("mnist")
+
+
+def test_absent_mnist_without_a_network_says_what_to_copy_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    with pytest.raises(DataNotFoundError, match=r"copy its four \*-ubyte files to .*MNIST/raw"):
+        load("mnist", tmp_path)
+
+
+@pytest.mark.data
+def test_mnist_is_read_whole(data_root: Path) -> None:
+    data = load("mnist", data_root)
+    assert data.train_x.shape == (60_000, 784)
+    assert data.test_y.bincount().tolist()[:2] == [980, 1135]
+    assert data.train_x.max() == 1
+
+
+@pytest.mark.parametrize(
+    ("activation", "expected"),
+    [
+        ("relu", [0.0, 0.0, 0.5]),
+        ("lrelu", [-0.2, -0.05, 0.5]),
+        ("srelu", [-1.0, -0.5, 0.5]),
+        ("elu", [-0.8646647, -0.3934693, 0.5]),
+    ],
+)
+def test_activation_is_the_papers(activation: str, expected: list[float]) -> None:
+    assert_close(
+        ACTIVATIONS[activation].module()(torch.tensor([-2.0, -0.5, 0.5])), torch.tensor(expected)
+    )
+
+
+def test_one_seed_gives_every_activation_the_same_weights() -> None:
+    first, second = (mlp([5, 4, 4, 3], name, seeded()) for name in ("relu", "elu"))
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
+
+
+def test_unknown_activation_is_refused() -> None:
+    with pytest.raises(ValueError, match="there are relu, lrelu, srelu, elu"):
+        mlp([5, 4, 3], "gelu", seeded())
+
+
+def test_layers_are_named_for_reading() -> None:
+    names = [name for name, _ in mlp([5, 4, 4, 3], "elu", seeded()).named_children()]
+    assert names == ["hidden1", "act1", "hidden2", "act2", "output"]
+
+
+def test_weights_are_he_uniform() -> None:
+    weight = mlp([600, 400, 3], "elu", seeded())[0].weight
+    assert weight.abs().max() <= 0.1  # √(6 / 600)
+    assert_close(weight.var().item(), 2 / 600, rtol=0.02, atol=0)  # 5 sd of 240,000 draws
+
+
+def test_making_a_network_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    mlp([5, 4, 3], "elu", seeded())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_training_is_plain_gradient_descent() -> None:
+    data = load("digits")
+    ours, theirs = (mlp([64, 8, 10], "elu", seeded()) for _ in range(2))
+    for _ in train(ours, data, Schedule(epochs=2), seeded(1)):
+        pass
+    generator = seeded(1)
+    for _ in range(2):
+        for chosen in torch.randperm(len(data.train_x), generator=generator).split(64):
+            F.cross_entropy(theirs(data.train_x[chosen]), data.train_y[chosen]).backward()
+            for parameter in theirs.parameters():
+                parameter.data -= 0.01 * parameter.grad
+                parameter.grad = None
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert_close(a, b)
+
+
+def test_training_stops_before_the_first_step_and_after_each_epoch() -> None:
+    data = load("digits")
+    assert list(train(mlp([64, 4, 10], "elu", seeded()), data, Schedule(2), seeded())) == [0, 1, 2]
+
+
+def test_an_epoch_shows_every_case_once() -> None:
+    data = load("digits")
+    seen = torch.cat([y for _, y in batches(data, 64, seeded())])
+    assert torch.equal(seen.bincount(), data.train_y.bincount())
+
+
+@pytest.mark.parametrize("mode", [nn.Module.train, nn.Module.eval], ids=["train", "eval"])
+def test_evaluation_keeps_the_mode(mode: Callable[[nn.Module], nn.Module]) -> None:
+    model = mode(nn.Sequential(nn.Linear(2, 2)))
+    before = model.training
+    evaluate(model, torch.zeros(3, 2), torch.tensor([0, 1, 1]))
+    assert model.training == before
+
+
+def test_evaluation_counts_wrong_answers_and_ignores_dropout() -> None:
+    model = nn.Sequential(nn.Identity(), nn.Dropout(0.9))
+    logits = torch.tensor([[9.0, 0.0], [9.0, 0.0], [0.0, 9.0], [0.0, 9.0]])
+    score = evaluate(model, logits, torch.tensor([0, 0, 1, 0]))
+    assert score.error == 0.25
+    assert score.loss == pytest.approx(F.cross_entropy(logits, torch.tensor([0, 0, 1, 0])).item())
