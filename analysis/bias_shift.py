@@ -13,15 +13,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import tyro
-from runs import Job, Progress, RunConfig, RunMismatchError, state
 from tqdm import tqdm
 from workers import run_all
 
+from runs import Job, Progress, RunConfig, RunMismatchError, state
 from unitfisher.experiments import (
-    ACTIVATIONS,
     ActivationName,
     DataNotFoundError,
     DatasetName,
@@ -30,6 +29,8 @@ from unitfisher.experiments import (
 
 EPOCHS = {"digits": 60, "mnist": 10, "fashion-mnist": 10}
 PROBE = {"digits": 1024, "mnist": 4096, "fashion-mnist": 4096}  # cases, several per input
+ALL: tuple[ActivationName, ...] = get_args(ActivationName)
+INTERRUPTED = 130  # exit code, as shells have it
 
 GUIDE = """\
 Trains 8×128 networks that differ in nothing but the activation function, watches the unit
@@ -63,8 +64,8 @@ class Config:
     """Digits ship with scikit-learn; the others are read from, or downloaded to, data-root."""
     data_root: Path | None = None
     """Folder of MNIST or Fashion-MNIST as torchvision lays it out (or set UNITFISHER_DATA)."""
-    activations: Annotated[tuple[ActivationName, ...], tyro.conf.arg(metavar="NAME ...")] = tuple(
-        ACTIVATIONS
+    activations: Annotated[tuple[ActivationName, ...], tyro.conf.arg(metavar="NAME ...")] = (
+        get_args(ActivationName)
     )
     """Which to compare: relu, lrelu (slope 0.1), srelu (max(-1, x)), elu."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -101,25 +102,29 @@ class Config:
         return self.out or Path("runs") / f"bias-shift-{self.dataset}"
 
 
-def main(config: Config) -> None:
+def main(config: Config) -> int:
+    """Make the runs that are missing and report on all; return the exit code."""
     start = time.perf_counter()
     jobs = plan(config)
-    load(config.dataset, config.data_root)  # fail, or download, once and early
     finished = [job for job in jobs if state(job) == "finished"]
     todo = [job for job in jobs if job not in finished]
     if finished:
         print(f"{len(finished)} of {len(jobs)} runs are finished already in {config.folder}")
+    if todo:
+        load(config.dataset, config.data_root)  # fails, or downloads, once and early
     try:
         train_all(todo, config)
     except KeyboardInterrupt:
         finished = [job for job in jobs if state(job) == "finished"]
-        print(f"\nInterrupted: {len(finished)} of {len(jobs)} runs are kept in {config.folder};")
-        print("the same command goes on from there. What the finished ones say:\n")
-        jobs = finished
-    if jobs:
+        print(f"\nInterrupted: {len(finished)} of {len(jobs)} runs are finished and kept in")
+        print(f"{config.folder}; the same command goes on from there.\n")
+    else:
+        finished = jobs
+    if finished:
         from report import report  # here: the processes that train need not wait for its imports
 
-        report(jobs, config.folder, time.perf_counter() - start)
+        report(finished, config.folder, time.perf_counter() - start)
+    return 0 if finished == jobs else INTERRUPTED
 
 
 def plan(config: Config) -> list[Job]:
@@ -167,6 +172,6 @@ def cores() -> int:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config, description=GUIDE))
+        sys.exit(main(tyro.cli(Config, description=GUIDE)))
     except (DataNotFoundError, RunMismatchError) as error:
         sys.exit(f"bias_shift.py: {error}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import matplotlib
 
@@ -11,11 +12,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 from tables import Records
 
 from unitfisher import plotting
 
-PANEL = (3.2, 2.7)  # inches
+Share = Literal["none", "all", "row"]
 
 
 def draw_all(records: Records, folder: Path) -> list[Path]:
@@ -32,12 +34,12 @@ def draw_all(records: Records, folder: Path) -> list[Path]:
 
 def mean_activation(records: Records) -> Figure:
     """The poster's figure: mean activation, and beside it training and test loss."""
-    figure, (left, right) = _panels(1, 2, width=1.2)
+    figure, ((left, right),) = _panels((3.85, 2.7), 1, 2, sharey="none")
     lines = plotting.plot_mean_activation(left, records.activations)
     plotting.plot_loss(right, records.training)
     styles = [
-        Line2D([], [], color="0.3", linestyle=style, label=label)
-        for style, label in (("-", "training"), (":", "test"))
+        Line2D([], [], color="0.3", linestyle="-", label="training"),
+        Line2D([], [], color="0.3", linestyle=":", label="test"),
     ]
     right.legend(handles=styles, frameon=False)
     _legend_below(figure, lines)
@@ -50,7 +52,7 @@ def shares_per_layer(records: Records) -> Figure:
     one_damping = records.path[records.path["damping"] == records.path["damping"].min()]
     rows = {"mean_share": "mean share\nof incoming activations"}
     rows |= {"bias_shift_share_gradient": "bias-shift share\nof the gradient"}
-    figure, axes = _panels(2, len(epochs), sharey="row", sharex=True, width=0.8, height=0.85)
+    figure, axes = _panels((2.6, 2.3), 2, len(epochs), sharex="all")
     for row, (value, label) in zip(axes, rows.items(), strict=True):
         for ax, epoch in zip(row, epochs, strict=True):
             chosen = one_damping[one_damping["epoch"] == epoch]
@@ -68,7 +70,7 @@ def correction_factors(records: Records) -> Figure:
     """Distributions of k and s·c over units after training, at each damping."""
     last = records.receiving[records.receiving["epoch"] == records.last_epoch]
     dampings = sorted(last["damping"].unique(), reverse=True)
-    figure, axes = _panels(2, len(dampings), sharey=True, sharex="row", height=0.9)
+    figure, axes = _panels((3.2, 2.4), 2, len(dampings), sharex="row")
     for column, damping in zip(axes.T, dampings, strict=True):
         at = last[last["damping"] == damping]
         lines = plotting.plot_distribution(column[0], at, "k", scale="asinh")
@@ -86,7 +88,7 @@ def angle(records: Records) -> Figure:
     """Angle between gradient and natural gradient through training, and over the damping."""
     path = records.receiving
     dampings = sorted(path["damping"].unique(), reverse=True)
-    figure, axes = _panels(1, len(dampings) + 1, sharey=True, width=0.85)
+    figure, (axes,) = _panels((2.7, 2.7), 1, len(dampings) + 1)
     for ax, damping in zip(axes, dampings, strict=False):
         lines = plotting.plot_angle(ax, path[path["damping"] == damping])
         ax.set_title(f"damping {damping:g}")
@@ -97,10 +99,25 @@ def angle(records: Records) -> Figure:
     return figure
 
 
-def _panels(rows: int, columns: int, *, width: float = 1, height: float = 1, **share: object):
-    size = (PANEL[0] * width * columns, PANEL[1] * height * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **share)
-    for ax in np.ravel(axes):
+def _panels(
+    size: tuple[float, float],
+    rows: int,
+    columns: int,
+    *,
+    sharex: Share = "none",
+    sharey: Share = "row",
+) -> tuple[Figure, NDArray[Any]]:
+    """Make a grid of bare axes; ``size`` is one panel's, in inches."""
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(size[0] * columns, size[1] * rows),
+        layout="constrained",
+        sharex=sharex,
+        sharey=sharey,
+        squeeze=False,
+    )
+    for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes
 

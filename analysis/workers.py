@@ -11,6 +11,9 @@ from queue import Empty
 
 from runs import Job, Progress, Tell, run
 
+_messages: "Queue[Progress]"  # of a worker process, which gets them once, at its start
+_stop: Event
+
 
 def run_all(jobs: Sequence[Job], processes: int, tell: Tell) -> None:
     """Make the runs, in this process if one is enough, else in several.
@@ -68,4 +71,4 @@ def _start_worker(messages: "Queue[Progress]", stop: Event) -> None:
 
 
 def _run_in_worker(job: Job) -> bool:
-    return run(job, _messages.put, _stop.is_set)
+    return not _stop.is_set() and run(job, _messages.put, _stop.is_set)

@@ -124,11 +124,11 @@ def test_an_interrupted_run_is_made_again_and_the_others_are_kept(
 
     with monkeypatch.context() as patched:
         patched.setattr("workers.run", interrupted_in_elu)
-        bias_shift.main(config)
-    assert "1 of 2 runs are kept" in capsys.readouterr().out
+        assert bias_shift.main(config) == 130
+    assert "1 of 2 runs are finished and kept" in capsys.readouterr().out
     assert [runs.state(job) for job in bias_shift.plan(config)] == ["finished", "unfinished"]
 
-    bias_shift.main(config)
+    assert bias_shift.main(config) == 0
     assert "1 of 2 runs are finished already" in capsys.readouterr().out
     assert [runs.state(job) for job in bias_shift.plan(config)] == ["finished", "finished"]
 

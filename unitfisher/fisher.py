@@ -27,15 +27,13 @@ class NonFiniteError(FloatingPointError):
 
 
 class Gradient(NamedTuple):
-    """Gradient of the mean log-likelihood of observed labels, per unit."""
+    """A layer's gradient, averaged over samples."""
 
-    g: Float[Tensor, "u d"]
-    g0: Float[Tensor, " u"]
+    g: Float[Tensor, "u *d"]
+    g0: Float[Tensor, " u"] | None  # None for a layer without bias
 
-    @classmethod
-    def of(cls, g: Float[Tensor, "u *d"], g0: Float[Tensor, " u"] | None) -> "Gradient":
-        """Take a layer's own gradient; zero stands for the bias it does not have."""
-        return cls(g.flatten(1), g.new_zeros(len(g)) if g0 is None else g0)
+    def of_units(self, part: slice) -> "Gradient":
+        return Gradient(self.g[part], None if self.g0 is None else self.g0[part])
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,8 @@ class Observer:
         if targets is not None:
             score = self.estimator.likelihood.score(z, targets).unsqueeze(0)
             for name, by_call in _by_layer(seen.calls, send_back(output, edges, score)).items():
-                layer = observed[name]
-                gradients[name] = Gradient(*layer.gradient(layer.errors(by_call)))
+                g, g0 = observed[name].gradient(observed[name].errors(by_call))
+                gradients[name] = Gradient(g, None if self.layers[name].bias is None else g0)
         finite = bool(z.isfinite().all())
         return {
             name: _checked(folding.cases(), gradients.get(name), finite)

@@ -167,7 +167,7 @@ class Monitor:
                 continue
             with exactly(device_of(self.model)):
                 steps[name] = measured.natural_gradient(*gradient)
-                completed[name] = measured.with_gradient(Gradient.of(*gradient), steps[name])
+                completed[name] = measured.with_gradient(gradient, steps[name])
         if not steps:
             raise ValueError("no observed layer has a gradient: call loss.backward() first")
         self._history.complete(completed)
@@ -315,13 +315,13 @@ class Monitor:
             )
 
 
-def _gradient_of(layer: nn.Module, measured: UnitStatistics) -> tuple[Tensor, Tensor | None] | None:
+def _gradient_of(layer: nn.Module, measured: UnitStatistics) -> Gradient | None:
     """Rows of .grad of the measured units; None where a needed gradient is missing."""
     g = getattr(layer.weight, "grad", None)
     g0 = getattr(layer.bias, "grad", None)
     if g is None or (measured.biased and g0 is None):
         return None
-    return g[measured.units], None if g0 is None else g0[measured.units]
+    return Gradient(g[measured.units], None if g0 is None else g0[measured.units])
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

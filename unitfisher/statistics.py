@@ -85,51 +85,30 @@ class UnitStatistics:
         if not self.finite:
             return LayerStep(torch.full_like(g, torch.nan), None if g0 is None else g0 * torch.nan)
         dw, dw0 = torch.zeros_like(self.mean_q), torch.zeros_like(self.c)
-        for part, m in self._damped_parts():
-            dw[part], dw0[part] = natural_gradient(m, g[part], None if g0 is None else g0[part])
+        for part, m in self.cases.parts():
+            step = natural_gradient(m.damped(self.damping), Gradient(g, g0).of_units(part))
+            dw[part], dw0[part] = step.dw, 0.0 if step.dw0 is None else step.dw0
         return LayerStep(dw.to(g.dtype).view_as(g), None if g0 is None else dw0.to(g0.dtype))
 
     def damped(self, damping: float) -> "UnitStatistics":
         """Return the same measurement at another relative damping."""
         if not self.finite:
             return replace(self, damping=damping)
-        changed = replace(
-            self, damping=damping, **theory(self.layer, self.cases, damping)._asdict()
-        )
-        return changed if self.gradient is None else changed.with_gradient(self.gradient)
+        found, angles = theory(self.layer, self.cases, damping, self.gradient)
+        return replace(self, damping=damping, **found._asdict(), **angles._asdict())
 
-    def with_gradient(
-        self, gradient: Gradient, natural: LayerStep | None = None
-    ) -> "UnitStatistics":
-        """Return the same measurement with the angles and shares of this gradient."""
-        g, g0 = gradient.g.to(self.mean_q), gradient.g0.to(self.mean_q)
-        bias = g0 if self.biased else None
-        dw, dw0 = natural or self.natural_gradient(g, bias)
-        dw = dw.flatten(1).to(g)
-        if bias is None or dw0 is None:
-            angle = cosine(g, dw)
-        else:
-            angle = cosine(with_bias(g, bias), with_bias(dw, dw0.to(g)))
-        return replace(
-            self,
-            gradient=gradient,
-            cosine=angle,
-            bias_shift_share_gradient=bias_shift_share(self.mean, g, bias),
-            bias_shift_share_natural=bias_shift_share(self.mean, dw, dw0),
-        )
-
-    def _damped_parts(self) -> list[tuple[slice, Moments]]:
-        return [(part, m.damped(self.damping)) for part, m in self.cases.parts()]
+    def with_gradient(self, gradient: Gradient, natural: LayerStep) -> "UnitStatistics":
+        """Return the same measurement with the angles and shares of this gradient and step."""
+        angles = Angles.of(self.mean, gradient, natural)
+        return replace(self, gradient=gradient, **angles._asdict())
 
 
-def natural_gradient(
-    m: Moments, g: Float[Tensor, "u *d"], g0: Float[Tensor, " u"] | None
-) -> tuple[Float[Tensor, "u d"], Float[Tensor, " u"]]:
-    """Return F⁻¹ (g, g0) in double precision; without a bias A⁻¹ g and zero."""
-    g = g.flatten(1).to(m.mu_q.dtype)
+def natural_gradient(m: Moments, gradient: Gradient) -> LayerStep:
+    """Return F⁻¹ (g, g0) in double precision; without a bias A⁻¹ g."""
+    g, g0 = gradient.g.flatten(1).to(m.mu_q.dtype), gradient.g0
     if g0 is None:
-        return weight_natural_gradient(m, g), torch.zeros_like(m.c)
-    return unit_natural_gradient(m, g, g0.to(m.mu_q.dtype))
+        return LayerStep(weight_natural_gradient(m, g), None)
+    return LayerStep(*unit_natural_gradient(m, g, g0.to(m.mu_q.dtype)))
 
 
 def statistics(
@@ -143,15 +122,16 @@ def statistics(
     damping: float,
 ) -> UnitStatistics:
     """Compute a layer's statistics from what a pass showed of it."""
-    cases = observation.cases
-    finite = observation.finite
-    found = theory(layer, cases, damping) if finite else Theory.unknown(cases)
-    lost = torch.full_like(found.c, torch.nan)
-    kept = slice(None) if units is None else units
-    measured = UnitStatistics(
+    cases, gradient, finite = observation.cases, observation.gradient, observation.finite
+    if finite:
+        found, angles = theory(layer, cases, damping, gradient)
+    else:
+        found, angles = Theory.unknown(cases), Angles.unknown(cases)
+    kept = slice(None) if units is None else units.to(cases.a.device)
+    return UnitStatistics(
         layer=layer,
         step=step,
-        units=torch.arange(cases.units, device=lost.device) if units is None else units,
+        units=torch.arange(cases.units, device=cases.a.device) if units is None else units,
         damping=damping,
         mean=cases.mean,
         dead=cases.D.sum(0) == 0,
@@ -161,16 +141,40 @@ def statistics(
         output_var=means.var[kept],
         nonlinearity=means.nonlinearity,
         finite=finite,
-        cosine=lost,
-        bias_shift_share_gradient=lost,
-        bias_shift_share_natural=lost,
         biased=module.bias is not None,
         cases=cases,
-        gradient=None,
+        gradient=gradient,
         **found._asdict(),
+        **angles._asdict(),
     )
-    gradient = observation.gradient
-    return measured.with_gradient(gradient) if finite and gradient else measured
+
+
+class Angles(NamedTuple):
+    """How a gradient stands to its unit natural gradient and to the incoming mean."""
+
+    cosine: Float[Tensor, " u"]
+    bias_shift_share_gradient: Float[Tensor, " u"]
+    bias_shift_share_natural: Float[Tensor, " u"]
+
+    @classmethod
+    def of(cls, mean: Float[Tensor, "*g d"], gradient: Gradient, natural: LayerStep) -> "Angles":
+        g, g0 = gradient.g.flatten(1).to(mean), gradient.g0
+        dw, dw0 = natural.dw.flatten(1).to(mean), natural.dw0
+        if g0 is None or dw0 is None:
+            return cls(
+                cosine(g, dw), bias_shift_share(mean, g, None), bias_shift_share(mean, dw, None)
+            )
+        g0, dw0 = g0.to(mean), dw0.to(mean)
+        return cls(
+            cosine(with_bias(g, g0), with_bias(dw, dw0)),
+            bias_shift_share(mean, g, g0),
+            bias_shift_share(mean, dw, dw0),
+        )
+
+    @classmethod
+    def unknown(cls, cases: UnitCases) -> "Angles":
+        """NaN: there was no gradient."""
+        return cls(*[torch.full_like(cases.D[0], torch.nan)] * 3)
 
 
 class Theory(NamedTuple):
@@ -185,8 +189,7 @@ class Theory(NamedTuple):
     mean_share_q: Float[Tensor, " u"]
 
     @classmethod
-    def of(cls, m: Moments, damping: float) -> "Theory":
-        damped = m.damped(damping)
+    def of(cls, m: Moments, damped: Moments) -> "Theory":
         s, k = bias_shift_correction(damped)
         living = torch.where(m.alive, 1.0, torch.nan)
         return cls(
@@ -208,19 +211,30 @@ class Theory(NamedTuple):
         )
 
 
-def theory(layer: str, cases: UnitCases, damping: float) -> Theory:
+def theory(
+    layer: str, cases: UnitCases, damping: float, gradient: Gradient | None
+) -> tuple[Theory, Angles]:
     """Compute what the theorems say, part after part of the units."""
-    try:
-        parts = [Theory.of(m, damping) for _, m in cases.parts()]
-    except SingularFisherError as error:
-        raise SingularFisherError(f"layer {layer!r}: {error}") from error
-    return Theory(*map(torch.cat, zip(*parts, strict=True)))
+    found, angles = [], []
+    for part, m in cases.parts():
+        damped = m.damped(damping)
+        try:
+            found.append(Theory.of(m, damped))
+            if gradient is not None:
+                own = gradient.of_units(part)
+                angles.append(Angles.of(m.mu_p, own, natural_gradient(damped, own)))
+        except SingularFisherError as error:
+            raise SingularFisherError(f"layer {layer!r}: {error}") from error
+    joined = Theory(*map(torch.cat, zip(*found, strict=True)))
+    if not angles:
+        return joined, Angles.unknown(cases)
+    return joined, Angles(*map(torch.cat, zip(*angles, strict=True)))
 
 
 def tensors_of(measured: UnitStatistics) -> list[Tensor]:
     """List the tensors that a measurement keeps, for counting their memory."""
     own = [getattr(measured, f.name) for f in fields(measured)]
-    kept = [*own, *vars(measured.cases).values(), *(measured.gradient or ())]
+    kept: list[object] = [*own, *vars(measured.cases).values(), *(measured.gradient or ())]
     moments = vars(measured.cases).get("_moments")
     kept += vars(moments).values() if moments is not None else []
     return [t for t in kept if isinstance(t, Tensor)]

@@ -1,0 +1,431 @@
+"""Materialised unit Fishers of whole networks against one backward pass per sample and outcome."""
+
+import math
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, make_dataclass
+
+import pytest
+import reference
+import torch
+from networks import NETWORKS, Answers
+from strategies import TOL, normal
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from unitfisher import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Likelihood,
+    NonFiniteError,
+    OutputError,
+    unit_fisher,
+)
+
+SHARINGS = ["expand", "joint", "reduce"]
+all_sharings = pytest.mark.parametrize("sharing", SHARINGS)
+
+
+def filled(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Float64 parameters and running statistics that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.double().parameters():
+        fan_in = max(parameter.shape[1:], default=1)
+        parameter.data = normal(generator, *parameter.shape) / fan_in**0.5
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.running_mean = normal(generator, module.num_features)
+            module.running_var = 0.5 + normal(generator, module.num_features) ** 2
+    return model
+
+
+def inputs(*size: int, seed: int = 1) -> Tensor:
+    return normal(torch.Generator().manual_seed(seed), *size)
+
+
+def mlp(d: int = 2, hidden: int = 3, outputs: int = 3) -> nn.Module:
+    return filled(nn.Sequential(nn.Linear(d, hidden), nn.Tanh(), nn.Linear(hidden, outputs)))
+
+
+def with_ones(a: Tensor) -> Tensor:
+    return torch.cat([a, torch.ones_like(a[..., :1])], -1)
+
+
+def weighted(a: Tensor, D: Tensor) -> Tensor:
+    """E_p[D ã ãᵀ] of every unit."""
+    return torch.einsum("nu,nd,ne->ude", D, with_ones(a), with_ones(a)) / len(a)
+
+
+def assert_matches_reference(model: nn.Module, x: Tensor, sharing: str, **options) -> None:
+    variance = getattr(options.get("likelihood"), "variance", 1.0)
+    kind = type(options.get("likelihood", Categorical())).__name__.lower()
+    found = unit_fisher(model, x, sharing=sharing, **options)
+    assert found
+    for name, blocks in found.items():
+        expected = reference.unit_fisher(model, name, x, kind, variance, sharing)
+        assert_close(blocks, expected, **TOL)
+
+
+# Networks that make observing hard
+
+
+class InPlaceSum(nn.Module):
+    """Residual blocks that add to their own output and to their input's copy in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(2, 3, 1), nn.Conv1d(3, 3, 3, padding=1)
+        self.third, self.head = nn.Conv1d(3, 3, 1, bias=False), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        skip = x
+        x = self.second(F.elu(x))
+        x += skip
+        skip = x
+        x = self.third(x.relu())
+        x.add_(skip).mul_(0.5)
+        return self.head(x.mean(-1))
+
+
+class Recurrent(nn.Module):
+    """One cell called at every step, in-place activations, and a step that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.Linear(4, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros_like(x[:, 0, :1]).expand(-1, 3)
+        for step in x.unbind(1):
+            state = self.cell(torch.cat([step, state], -1)).tanh_()
+        self.cell(torch.cat([x[:, 0], state], -1))
+        return self.head(state)
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 2, 2, bias=False), nn.BatchNorm2d(2)
+        self.over, self.head = nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.over(F.max_pool2d(self.norm(self.first(x)), 2, 1).relu_().flatten(1)))
+
+
+class Keywords(nn.Module):
+    """Calls its layer by keyword and reads two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(2, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        return self.head(self.layer(input=x).tanh() + shift)
+
+
+def dropped() -> nn.Module:
+    layers = [nn.Linear(2, 4), nn.Dropout(0.5), nn.ReLU(inplace=True), nn.Linear(4, 3)]
+    return nn.Sequential(*layers, nn.AlphaDropout(0.5))
+
+
+HARD = {
+    "residual-sum-in-place": (InPlaceSum, (3, 2, 4)),
+    "recurrent-cell-and-unused-call": (Recurrent, (3, 3, 1)),
+    "batch-norm-and-pooling": (Normalised, (3, 1, 4, 4)),
+    "dropout-and-activation-in-place": (dropped, (4, 2)),
+    **{name: (network.make, (3, *network.size)) for name, network in NETWORKS.items()},
+}
+
+
+@all_sharings
+@pytest.mark.parametrize(("make", "size"), HARD.values(), ids=HARD)
+def test_network_in_training_mode_gives_the_fishers_of_its_eval_mode(make, size, sharing):
+    model = filled(make()).train()
+    assert_matches_reference(model, inputs(*size), sharing)
+
+
+@all_sharings
+def test_several_inputs_come_as_a_tuple_or_by_name(sharing):
+    model, x = filled(Keywords()), inputs(4, 2)
+    shift = torch.linspace(0, 1, 4).double()[:, None]
+    found = unit_fisher(model, (x, shift), sharing=sharing)
+    by_name = unit_fisher(model, {"shift": shift, "x": x}, sharing=sharing)
+    assert found.keys() == {"layer", "head"}
+    for name in ("layer", "head"):
+        assert found[name].equal(by_name[name])
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused, self.used = nn.Linear(2, 3), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unused(x)
+        return self.used(x)
+
+
+@all_sharings
+def test_layer_that_the_output_does_not_use_has_no_fisher(sharing):
+    found = unit_fisher(filled(Branches()), inputs(4, 2), sharing=sharing)
+    assert not found["unused"].any()
+    assert found["used"].diagonal(dim1=1, dim2=2).gt(0).all()
+
+
+class Differing(nn.Module):
+    """Compares two positions: what a bias adds cancels, what weights add does not."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(2, 3, bias=bias), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.embed(x).unbind(1)
+        return self.head(first - second)
+
+
+@all_sharings
+@pytest.mark.parametrize("bias", [True, False])
+def test_errors_that_cancel_over_positions_leave_the_fisher_of_the_weights(bias, sharing):
+    assert_matches_reference(filled(Differing(bias=bias)), inputs(4, 2, 2), sharing)
+
+
+@all_sharings
+def test_frozen_layer_that_is_named_has_a_fisher_all_the_same(sharing):
+    model, x = mlp(), inputs(4, 2)
+    expected = unit_fisher(model, x, sharing=sharing)
+    model[2].requires_grad_(False)
+    assert_close(unit_fisher(model, x, layers="2", sharing=sharing)["2"], expected["2"], **TOL)
+
+
+# Likelihoods
+
+
+MODELS = {
+    "categorical": (mlp(), (4, 2), Categorical()),
+    "two-classes": (mlp(outputs=2), (4, 2), Categorical()),
+    "bernoulli": (mlp(), (4, 2), Bernoulli()),
+    "one-bernoulli": (nn.Sequential(mlp(outputs=1), nn.Flatten(0)), (4, 2), Bernoulli()),
+    "gaussian": (mlp(), (4, 2), Gaussian(variance=0.3)),
+    "gaussian-positions": (filled(NETWORKS["sequence"].make()), (3, 3, 4), Gaussian(variance=2.0)),
+    "bernoulli-positions": (filled(NETWORKS["sequence"].make()), (3, 3, 4), Bernoulli()),
+}
+
+
+@all_sharings
+@pytest.mark.parametrize(("model", "size", "likelihood"), MODELS.values(), ids=MODELS)
+def test_every_likelihood_gives_the_reference(model, size, likelihood, sharing):
+    assert_matches_reference(model, inputs(*size), sharing, likelihood=likelihood)
+
+
+def test_labels_of_positions_that_the_model_mixes_are_independent():
+    model, x = filled(NETWORKS["sequence"].make()), inputs(3, 3, 4)
+    joint = unit_fisher(model, x, sharing="joint")["embed"]
+    one_at_a_time = torch.zeros_like(joint)
+    for t in range(3):
+        options = {"sharing": "joint", "output": lambda z, t=t: z[:, t]}
+        one_at_a_time += unit_fisher(model, x, **options)["embed"]
+    assert_close(joint, one_at_a_time, **TOL)
+
+
+class Poisson:
+    """Counts with rate e^z; not one of the package's own."""
+
+    def arrange(self, output: Tensor) -> Tensor:
+        return output.unsqueeze(1)
+
+    def columns(self, z: Tensor) -> int:
+        return z.shape[-1]
+
+    def root(self, z: Tensor, start: int, stop: int) -> Tensor:
+        return torch.diag_embed((z / 2).exp()).movedim(-1, 0)[start:stop]
+
+    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.poisson(z.exp(), generator=generator)
+
+    def score(self, z: Tensor, y: Tensor) -> Tensor:
+        return y.reshape(z.shape) - z.exp()
+
+
+def counts(z: Tensor, *_: object) -> Iterator[tuple[float, Tensor]]:
+    for log_rate in z.flatten():
+        for y in range(60):
+            log_p = y * log_rate - log_rate.exp() - math.lgamma(y + 1)
+            yield log_p.exp().item(), log_p
+
+
+@all_sharings
+def test_likelihood_of_ones_own_is_as_exact(monkeypatch, sharing):
+    model, x = mlp(outputs=2), inputs(3, 2) / 2
+    assert isinstance(Poisson(), Likelihood)
+    monkeypatch.setattr(reference, "outcomes", counts)
+    assert_matches_reference(model, x, sharing, likelihood=Poisson())
+
+
+@pytest.mark.parametrize("fisher", ["mc", "rademacher"])
+def test_likelihood_of_ones_own_is_drawn_from(fisher):
+    model, x = mlp(outputs=2), inputs(3, 2) / 2
+    exact = unit_fisher(model, x, likelihood=Poisson())["0"]
+    options = {"likelihood": Poisson(), "fisher": fisher}
+    copies = x.repeat(500, 1)
+    drawn = [unit_fisher(model, copies, seed=seed, **options)["0"] for seed in range(20)]
+    error = torch.stack(drawn).mean(0) - exact
+    assert (error.abs() <= 5 * torch.stack(drawn).std(0) / 20**0.5).all()
+
+
+# Fishers known on paper
+
+
+def test_gaussian_output_unit_weighs_every_case_by_the_inverse_variance():
+    model, x = filled(nn.Linear(2, 3)), inputs(5, 2)
+    D = torch.full((5, 3), 1 / 0.3).double()
+    found = unit_fisher(model, x, likelihood=Gaussian(variance=0.3))[""]
+    assert_close(found, weighted(x, D), **TOL)
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli"])
+def test_logit_unit_weighs_a_case_by_the_variance_of_its_label(likelihood):
+    model, x = filled(nn.Linear(2, 3)), inputs(5, 2)
+    z = model(x).detach()
+    pi = z.softmax(-1) if likelihood == "categorical" else z.sigmoid()
+    assert_close(
+        unit_fisher(model, x, likelihood=likelihood)[""], weighted(x, pi * (1 - pi)), **TOL
+    )
+
+
+def test_hidden_unit_sees_the_output_fisher_through_its_outgoing_weights():
+    model, x = mlp(), inputs(5, 2)
+    pi, v = model(x).detach().softmax(-1), model[2].weight.detach()
+    SS = torch.diag_embed(pi) - pi[:, :, None] * pi[:, None, :]
+    slope = 1 - model[0](x).detach().tanh() ** 2
+    D = slope**2 * torch.einsum("yu,nyz,zu->nu", v, SS, v)
+    assert_close(unit_fisher(model, x)["0"], weighted(x, D), **TOL)
+
+
+# What a model may return
+
+
+def keep(z: Tensor) -> Tensor:
+    return z
+
+
+@dataclass
+class Prediction:
+    features: Tensor
+    logits: Tensor
+
+
+@dataclass(slots=True)
+class Slotted:
+    features: Tensor
+    logits: Tensor
+
+
+Named = namedtuple("Named", ["features", "logits"])
+Values = make_dataclass("Values", ["values", "extra"])
+
+
+class Answer:
+    def __init__(self, features: Tensor, logits: Tensor) -> None:
+        self.features, self.logits = features, logits
+
+
+RETURNED = {
+    "tuple-index": (lambda z: (z.sum(), z), 1),
+    "tuple-from-the-end": (lambda z: (z.sum(), None, z), -1),
+    "list-callable": (lambda z: [z.sum(), z], lambda found: found[1]),
+    "only-tensor-of-a-tuple": (lambda z: (z, None, "text"), None),
+    "dict-key": (lambda z: {"loss": z.sum(), "out": z}, "out"),
+    "dict-key-that-dicts-have-as-method": (lambda z: {"keys": z.sum(), "values": z}, "values"),
+    "dict-whole-number-key": (lambda z: {0: z.sum(), 7: z}, 7),
+    "dict-logits": (lambda z: {"loss": z.sum(), "logits": z}, None),
+    "dataclass-attribute": (lambda z: Values(z, z.sum()), "values"),
+    "dataclass-logits": (lambda z: Prediction(z.sum(), z), None),
+    "dataclass-with-slots-logits": (lambda z: Slotted(z.sum(), z), None),
+    "namedtuple-attribute": (lambda z: Named(z.sum(), z), "logits"),
+    "namedtuple-logits": (lambda z: Named(z.sum(), z), None),
+    "object-logits": (lambda z: Answer(z.sum(), z), None),
+    "callable-on-a-tensor": (lambda z: z.unsqueeze(0), lambda found: found.squeeze(0)),
+    "classes-on-the-second-axis": (lambda z: z[:, :, None], lambda found: found.mT),
+}
+
+
+@pytest.mark.parametrize(("pack", "output"), RETURNED.values(), ids=RETURNED)
+def test_logits_are_found_in_what_the_model_returns(pack: Callable, output):
+    plain, packed = (filled(Answers(how)) for how in (keep, pack))
+    x = inputs(5, 4)
+    assert_close(unit_fisher(packed, x, output=output)["head"], unit_fisher(plain, x)["head"])
+
+
+MISSING = {
+    "two-tensors": (lambda z: (z, z), None, "returns a tuple with 0, 1: say which"),
+    "dict-of-two": (lambda z: {"a": z, "b": z}, None, "returns a dict with 'a', 'b': say which"),
+    "no-tensor": (lambda z: "nothing", None, "say which"),
+    "nothing": (lambda z: None, None, "returns a NoneType without entries"),
+    "absent-index": (lambda z: (z,), 3, "output=3 is not in the tuple.*with 0"),
+    "absent-key": (lambda z: {"a": z}, "b", "output='b' is not in the dict.*with 'a'"),
+    "absent-attribute": (lambda z: Prediction(z, z), "loss", "'loss' is not in the Prediction"),
+    "index-into-a-dataclass": (lambda z: Prediction(z, z), 0, "output=0 is not in the Prediction"),
+    "no-tensor-at-that-key": (lambda z: {"a": "text"}, "a", "gave str, not a tensor"),
+    "callable-gives-no-tensor": (lambda z: z, lambda z: z.tolist(), "gave list, not a tensor"),
+    "detached": (lambda z: z.detach(), None, "has no graph"),
+    "classes-not-last": (lambda z: z[:, :, None], None, r"\(5, 3, 1\).*bring the classes last"),
+}
+
+
+@pytest.mark.parametrize(("pack", "output", "message"), MISSING.values(), ids=MISSING)
+def test_output_that_holds_no_logits_is_refused_with_what_it_holds(pack, output, message):
+    with pytest.raises(OutputError, match=message):
+        unit_fisher(filled(Answers(pack)), inputs(5, 4), output=output)
+
+
+# Nothing is disturbed, nothing is averaged in silently
+
+
+def test_model_is_left_as_it_was():
+    model = filled(NETWORKS["conv-batchnorm-dropout-in-place"].make()).train()
+    model.norm.eval()
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    chance = torch.get_rng_state()
+    unit_fisher(model, inputs(3, 2, 4, 4))
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert [name for name, training in modes.items() if not training] == ["norm"]
+    assert model.head.weight.grad.equal(torch.ones_like(model.head.weight))
+    assert model.first.weight.grad is None
+    assert not any(module._forward_hooks for module in model.modules())
+    assert torch.get_rng_state().equal(chance)
+
+
+def test_fisher_has_no_graph_and_the_precision_of_double():
+    model, x = mlp().float(), inputs(5, 2).float()
+    assert not unit_fisher(model, x)["0"].requires_grad
+    assert unit_fisher(model, x)["0"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_surrounding_context_without_gradients_is_no_obstacle(context):
+    model, x = mlp(), inputs(5, 2)
+    expected = unit_fisher(model, x)
+    with context():
+        found = unit_fisher(model, x)
+    assert_close(found, expected)
+
+
+NOT_FINITE = {
+    "input": (lambda model, x: x[0].fill_(torch.nan), "activations into layer '0'"),
+    "infinite-input": (lambda model, x: x[0].fill_(torch.inf), "activations into layer '0'"),
+    "weight": (lambda model, x: model[2].weight.data[0].fill_(torch.nan), "errors at layer '0'"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), NOT_FINITE.values(), ids=NOT_FINITE)
+def test_number_that_is_not_finite_is_an_error_that_names_the_layer(spoil, message):
+    model, x = mlp(), inputs(5, 2)
+    spoil(model, x)
+    with pytest.raises(NonFiniteError, match=message):
+        unit_fisher(model, x)
