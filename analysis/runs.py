@@ -29,6 +29,7 @@ from unitfisher.experiments import (
 
 WIDTH = 128
 PROBE_SEED = 1  # the same probe set in every run
+LIVE = 12  # how often, about, a training batch is measured as it passes
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def state(job: Job) -> Literal["new", "unfinished", "finished"]:
             f"{job.folder} holds a run with {'; '.join(changed)}. "
             "Choose another --out, or remove that folder"
         )
-    return "finished" if (job.folder / "finished").exists() else "unfinished"
+    made = any((job.folder / "finished").glob("part-*.parquet"))
+    return "finished" if made else "unfinished"
 
 
 def measured_epochs(epochs: int, measurements: int) -> list[int]:
@@ -154,10 +156,11 @@ def _recorded_training(
     schedule = Schedule(c.epochs)
     x, y = probe(data, c.probe, torch.Generator().manual_seed(PROBE_SEED))
     steps = -(-len(data.train_x) // schedule.batch_size)
+    every = steps * max(1, c.epochs // LIVE)
     to_measure = measured_epochs(c.epochs, c.measurements)
     default = c.dampings[-1]
     with unitfisher.Monitor(
-        model, units=c.units, every=steps, damping=default, record=record
+        model, units=c.units, every=every, damping=default, record=record
     ) as monitor:
         for epoch in train(model, data, schedule, generator):
             _record_activations(record, epoch, model, x)

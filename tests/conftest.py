@@ -5,6 +5,8 @@ import pytest
 import strategies  # noqa: F401  (chooses the hypothesis profile)
 import torch
 
+torch.set_num_threads(1)  # the tests' networks are small: a second thread only waits
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -109,10 +109,16 @@ def identical(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-@pytest.mark.parametrize("fisher", FISHERS.values(), ids=FISHERS)
 @per_network
-def test_training_is_bit_identical_when_every_step_is_measured(network, fisher):
-    assert identical(train(network, {"every": 1, **fisher}), unobserved(network))
+def test_training_is_bit_identical_when_every_step_is_measured(network):
+    assert identical(train(network, {"every": 1, **FISHERS["exact"]}), unobserved(network))
+
+
+@pytest.mark.parametrize("fisher", FISHERS.values(), ids=FISHERS)
+@pytest.mark.parametrize("name", ["conv-batchnorm-dropout-in-place", "sequence"])
+def test_training_is_bit_identical_with_every_kind_of_fisher(name, fisher):
+    network = NETWORKS[name]
+    assert identical(train(network, {"every": 2, **fisher}), unobserved(network))
 
 
 @per_network
@@ -125,7 +131,8 @@ def test_training_with_adam_is_bit_identical_when_some_steps_are_measured(networ
 def test_natural_gradients_and_probes_between_the_steps_leave_training_bit_identical(network):
     def ask(monitor: Monitor, x: Tensor) -> None:
         monitor.natural_gradient()
-        monitor.measure(x)
+        if monitor.step % 10 == 0:
+            monitor.measure(x)
 
     observed = train(network, {"every": 7, **FISHERS["rademacher"]}, between=ask)
     assert identical(observed, unobserved(network))

@@ -2,24 +2,24 @@
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import TOL, normal, seeds
+from strategies import TOL, normal
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 import unitfisher.cases
 from unitfisher import Gaussian, Monitor, SingularFisherError, UnitStatistics
+from unitfisher.cases import UnitCases
 
-SHARINGS = ["expand", "joint", "reduce"]
-all_sharings = pytest.mark.parametrize("sharing", SHARINGS)
+all_sharings = pytest.mark.parametrize("sharing", ["expand", "joint", "reduce"])
 
 
 def filled(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -31,35 +31,37 @@ def filled(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def inputs(*size: int, seed: int = 1) -> Tensor:
-    """With a mean of its own for every feature, and different spreads."""
+    """With a mean and a spread of its own for every feature."""
     generator = torch.Generator().manual_seed(seed)
     mean, spread = normal(generator, *size[1:]), 0.5 + normal(generator, *size[1:]).abs()
     return mean + spread * normal(generator, *size)
 
 
-def measure(model: nn.Module, x: Tensor, y: Tensor | None = None, **options) -> dict:
+def measure(model: nn.Module, x: Tensor, y: Tensor | None = None, **options) -> UnitStatistics:
+    """Statistics of the first layer."""
     with Monitor(model, **options) as monitor:
-        return monitor.measure(x, targets=y)
+        return next(iter(monitor.measure(x, targets=y).values()))
 
 
 class Means(nn.Module):
-    """The mean over all positions."""
+    """The mean over positions."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1, -2).mean(1)
+        return x.mean(1)
 
 
 def mlp(d: int, *, bias: bool = True) -> nn.Module:
-    return nn.Sequential(nn.Linear(d, 4, bias=bias), nn.ELU(), nn.Linear(4, 3))
+    return filled(nn.Sequential(nn.Linear(d, 4, bias=bias), nn.ELU(), nn.Linear(4, 3)))
 
 
 def sequence(*, bias: bool = True) -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 4, bias=bias), nn.Tanh(), Means(), nn.Linear(4, 3))
+    layer = nn.Linear(3, 4, bias=bias)
+    return filled(nn.Sequential(layer, nn.Tanh(), Means(), nn.Linear(4, 3)))
 
 
 def convolution(groups: int = 1, *, bias: bool = True) -> nn.Module:
     layer = nn.Conv2d(2, 4, 2, groups=groups, bias=bias)
-    return nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(16, 3))
+    return filled(nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)))
 
 
 class Setting(NamedTuple):
@@ -71,7 +73,7 @@ class Setting(NamedTuple):
 SETTINGS = {
     "more-cases-than-inputs": Setting(mlp(3), inputs(12, 3)),
     "no-damping": Setting(mlp(3), inputs(12, 3), damping=0.0),
-    "fewer-cases-than-inputs": Setting(mlp(6), inputs(4, 6), damping=1e-2),
+    "fewer-cases": Setting(mlp(6), inputs(4, 6), damping=1e-2),
     "as-many-cases-as-inputs": Setting(mlp(4), inputs(4, 4), damping=1e-2),
     "one-case": Setting(mlp(3), inputs(1, 3), damping=1e-2),
     "no-bias": Setting(mlp(3, bias=False), inputs(12, 3)),
@@ -84,72 +86,495 @@ SETTINGS = {
     "groups-no-bias": Setting(convolution(groups=2, bias=False), inputs(8, 2, 3, 3)),
     "groups-fewer-cases": Setting(convolution(groups=2), inputs(1, 2, 3, 3), damping=1e-2),
 }
-for found in SETTINGS.values():
-    filled(found.model)
-each_setting = pytest.mark.parametrize(("model", "x", "damping"), SETTINGS.values(), ids=SETTINGS)
+SHARED = {  # without positions the sharings are one
+    f"{name}-{sharing}": (setting, sharing)
+    for name, setting in SETTINGS.items()
+    for sharing in ["expand", "joint", "reduce"]
+    if setting.x.dim() > 2 or sharing == "expand" or name == "more-cases-than-inputs"
+}
+each_setting = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+each_sharing = pytest.mark.parametrize(("setting", "sharing"), SHARED.values(), ids=SHARED)
 
 
 class Expected(NamedTuple):
     """What the reference says of the first layer."""
 
     F: np.ndarray  # (u, d+1, d+1), damped
-    undamped: np.ndarray
+    A: np.ndarray  # (u, d, d), not damped; nor are b and c
+    b: np.ndarray
+    c: np.ndarray
     ridge: np.ndarray  # (u,)
-    a: list[np.ndarray]  # (n, d) of every unit
-    D: np.ndarray  # (n, u)
+    a: list[np.ndarray]  # (n, d) for every unit
+    D: np.ndarray  # (n, u), of samples where the sharing joins their positions
 
 
-def expected_of(model: nn.Module, x: Tensor, damping: float, sharing: str) -> Expected:
-    model = copy.deepcopy(model)
-    if model[0].bias is None:  # its Fisher beside that of the bias it does not have
+@cache
+def expected_of(setting: Setting, sharing: str = "expand") -> Expected:
+    model, x = copy.deepcopy(setting.model), setting.x
+    if model[0].bias is None:  # the Fisher beside that of the bias it does not have
         model[0].bias = nn.Parameter(torch.zeros(len(model[0].weight)).double())
     F = reference.unit_fisher(model, "0", x, sharing=sharing).numpy()
-    kind = "reduce" if sharing == "joint" else sharing
-    a, D = (part.numpy() for part in reference.cases(model, "0", x, sharing=kind))
-    units, d = len(F), F.shape[1] - 1
-    a = [a if a.ndim == 2 else a[i * len(a) // units] for i in range(units)]
-    ridge = damping * np.trace(F[:, :-1, :-1], axis1=1, axis2=2) / d
-    block = np.diag([1.0] * d + [0.0])
-    return Expected(F + ridge[:, None, None] * block, F, ridge, a, D)
+    A, b, c = F[:, :-1, :-1], F[:, :-1, -1], F[:, -1, -1]
+    ridge = setting.damping * np.trace(A, axis1=1, axis2=2) / A.shape[1]
+    damped = F + ridge[:, None, None] * np.diag([1.0] * A.shape[1] + [0.0])
+    a, _ = reference.cases(model, "0", x, sharing="reduce" if sharing == "reduce" else "expand")
+    _, D = reference.cases(model, "0", x, sharing="expand" if sharing == "expand" else "reduce")
+    groups = a.numpy().reshape(-1, *a.shape[-2:])
+    each = [groups[unit * len(groups) // len(F)] for unit in range(len(F))]
+    return Expected(damped, A, b, c, ridge, each, D.numpy())
+
+
+def measured(setting: Setting, y: Tensor | None = None, **options) -> UnitStatistics:
+    return measure(setting.model, setting.x, y, damping=setting.damping, **options)
+
+
+def labels(setting: Setting) -> Tensor:
+    return torch.arange(len(setting.x)) % 3
+
+
+def gradients(setting: Setting) -> tuple[Tensor, Tensor | None]:
+    """Of the mean log-likelihood, in the shapes of weight and bias."""
+    model, layer = setting.model, setting.model[0]
+    loss = F.cross_entropy(model(setting.x), labels(setting))
+    found = torch.autograd.grad(-loss, [p for p in (layer.weight, layer.bias) if p is not None])
+    return found[0], (None if layer.bias is None else found[1])
 
 
 def assert_equal_to(found: Tensor, expected: np.ndarray | list) -> None:
     assert_close(found, torch.as_tensor(np.asarray(expected)), **TOL)
 
 
+def assert_same(found: UnitStatistics, expected: UnitStatistics, rows: object = ...) -> None:
+    for name in NUMBERS:
+        one, other = getattr(found, name), getattr(expected, name)
+        other = other if other.shape == one.shape else other[rows]
+        assert_close(one, other, equal_nan=True, **TOL)
+
+
+NUMBERS = [
+    *("c", "mean", "mean_q", "s", "k", "corrected_mean", "dead", "n_eff", "damping_share"),
+    *("mean_share", "mean_share_q", "output_mean", "output_var", "cosine"),
+    *("bias_shift_share_gradient", "bias_shift_share_natural"),
+]
+
+
 # The theorems' quantities
 
 
-@all_sharings
-@each_setting
-def test_theorem_quantities_are_those_of_the_damped_reference_fisher(model, x, damping, sharing):
-    found = measure(model, x, damping=damping, sharing=sharing)["0"]
-    expected = expected_of(model, x, damping, sharing)
+@each_sharing
+def test_theorem_quantities_are_those_of_the_damped_reference_fisher(setting, sharing):
+    found, expected = measured(setting, sharing=sharing), expected_of(setting, sharing)
     means = [a.mean(0) for a in expected.a]
     units = [reference.quantities(*pair) for pair in zip(expected.F, means, strict=True)]
     assert_equal_to(found.mean.expand(len(means), -1), means)
-    assert_equal_to(found.mean_q, [q["mu_q"] for q in units])
+    assert_equal_to(found.mean_q, [unit["mu_q"] for unit in units])
     for name in ("c", "s", "k", "corrected_mean"):
-        assert_equal_to(getattr(found, name), [q[name] for q in units])
+        assert_equal_to(getattr(found, name), [unit[name] for unit in units])
     assert not found.dead.any()
 
 
-@all_sharings
-@each_setting
-def test_natural_gradient_solves_the_damped_reference_fisher(model, x, damping, sharing):
-    found = measure(model, x, damping=damping, sharing=sharing)["0"]
-    F = expected_of(model, x, damping, sharing).F
+@each_sharing
+def test_natural_gradient_solves_the_damped_reference_fisher(setting, sharing):
+    found, F = measured(setting, sharing=sharing), expected_of(setting, sharing).F
+    weight, bias = setting.model[0].weight, setting.model[0].bias
     generator = torch.Generator().manual_seed(2)
-    weight, bias = model[0].weight, model[0].bias
     g = normal(generator, *weight.shape)
     g0 = None if bias is None else normal(generator, *bias.shape)
     dw, dw0 = found.natural_gradient(g, g0)
     assert dw.shape == weight.shape
-    if g0 is None:
-        solved = [np.linalg.solve(block, row) for block, row in zip(F[:, :-1, :-1], g, strict=True)]
-        assert dw0 is None
-    else:
-        rows = zip(F, g.flatten(1), g0, strict=True)
-        solved, solved0 = zip(*(reference.natural_gradient(*row) for row in rows), strict=True)
-        assert_equal_to(dw0, solved0)
-    assert_equal_to(dw.flatten(1), solved)
+    assert (dw0 is None) == (bias is None)
+    F = F if bias is not None else F[:, :-1, :-1]  # A⁻¹ g without a bias
+    rhs = torch.cat([g.flatten(1)] + ([] if g0 is None else [g0[:, None]]), 1).numpy()
+    step = torch.cat([dw.flatten(1)] + ([] if dw0 is None else [dw0[:, None]]), 1)
+    assert_equal_to(step, np.linalg.solve(F, rhs[:, :, None])[:, :, 0])
+
+
+@each_sharing
+def test_damping_share_is_the_penalty_of_the_ridge_regression_of_one(setting, sharing):
+    found, expected = measured(setting, sharing=sharing), expected_of(setting, sharing)
+    shares = []
+    for A, b, c, ridge in zip(expected.A, expected.b, expected.c, expected.ridge, strict=True):
+        v = np.linalg.solve((A + ridge * np.eye(len(b))) / c, b / c)  # of 1 on a, no intercept
+        misfit = 1 - 2 * v @ b / c + v @ A @ v / c  # E_q (1 - aᵀv)²
+        penalty = ridge / c * v @ v
+        shares.append(penalty / (misfit + penalty))
+    assert_equal_to(found.damping_share, shares)
+
+
+def test_misfit_of_that_regression_is_an_average_over_weighted_cases():
+    setting = SETTINGS["fewer-cases"]
+    found, expected = measured(setting), expected_of(setting)
+    for unit, a in enumerate(expected.a):
+        q = expected.D[:, unit] / expected.D[:, unit].sum()
+        epsilon = expected.ridge[unit] / expected.D[:, unit].mean()
+        v = np.linalg.solve((a.T * q) @ a + epsilon * np.eye(a.shape[1]), q @ a)
+        penalty = epsilon * v @ v
+        share = penalty / (q @ (1 - a @ v) ** 2 + penalty)
+        assert found.damping_share[unit].item() == pytest.approx(share)
+
+
+@each_sharing
+def test_effective_cases_and_mean_shares_have_no_damping_in_them(setting, sharing):
+    found, expected = measured(setting, sharing=sharing), expected_of(setting, sharing)
+    mean_shares = [(a.mean(0) ** 2).sum() / (a**2).sum(1).mean() for a in expected.a]
+    mu_q = expected.b / expected.c[:, None]
+    second_moments = np.trace(expected.A, axis1=1, axis2=2) / expected.c  # E_q‖a‖²
+    assert_equal_to(found.n_eff, expected.D.sum(0) ** 2 / (expected.D**2).sum(0))
+    assert_equal_to(found.mean_share.expand(len(mu_q)), mean_shares)
+    assert_equal_to(found.mean_share_q, (mu_q**2).sum(1) / second_moments)
+
+
+# Angles and shares of a gradient
+
+
+@each_setting
+def test_gradient_taken_with_labels_is_that_of_the_mean_log_likelihood(setting):
+    found = measured(setting, labels(setting)).gradient
+    g, g0 = gradients(setting)
+    assert_close(found.g, g.flatten(1), **TOL)
+    if g0 is not None:
+        assert_close(found.g0, g0, **TOL)
+
+
+def test_gradient_of_a_label_per_position_is_a_sum_over_positions():
+    model, x = filled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))), inputs(5, 2, 3)
+    y = torch.arange(10).reshape(5, 2) % 3
+    found = measure(model, x, y).gradient
+    loss = F.cross_entropy(model(x).mT, y, reduction="none").sum(1).mean()
+    g, g0 = torch.autograd.grad(-loss, [model[0].weight, model[0].bias])
+    assert_close(found, (g, g0), **TOL)
+
+
+@each_sharing
+def test_angles_and_bias_shift_shares_are_those_of_the_gradient_and_its_step(setting, sharing):
+    found = measured(setting, labels(setting), sharing=sharing)
+    g, g0 = gradients(setting)
+    step = found.natural_gradient(g, g0)
+    means = found.mean.expand(len(g), -1).numpy()
+    v, w = (joined(*pair).numpy() for pair in ((g, g0), step))
+    if g0 is not None:
+        means = np.append(means, np.ones((len(g), 1)), axis=1)
+    assert_equal_to(found.cosine, cosines(v, w))
+    assert_equal_to(found.bias_shift_share_gradient, np.abs(cosines(means, v)))
+    assert_equal_to(found.bias_shift_share_natural, np.abs(cosines(means, w)))
+
+
+def joined(g: Tensor, g0: Tensor | None) -> Tensor:
+    return torch.cat([g.flatten(1)] + ([] if g0 is None else [g0[:, None]]), 1)
+
+
+def cosines(v: np.ndarray, w: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(v, axis=1) * np.linalg.norm(w, axis=1)
+    return (v * w).sum(1) / lengths
+
+
+def test_angles_are_unknown_without_a_gradient():
+    found = measured(SETTINGS["more-cases-than-inputs"])
+    shares = [found.bias_shift_share_gradient, found.bias_shift_share_natural]
+    assert torch.stack([found.cosine, *shares]).isnan().all()
+
+
+# The same measurement in other ways
+
+
+@each_sharing
+def test_damping_afterwards_equals_measuring_at_that_damping(setting, sharing):
+    y = labels(setting)
+    found = measured(setting, y, sharing=sharing).damped(0.1)
+    assert found.damping == 0.1
+    assert_same(found, measured(setting._replace(damping=0.1), y, sharing=sharing))
+    assert_same(found.damped(setting.damping), measured(setting, y, sharing=sharing))
+
+
+@each_sharing
+def test_parts_of_the_units_give_what_all_at_once_give(monkeypatch, setting, sharing):
+    y = labels(setting)
+    whole = measured(setting, y, sharing=sharing)
+    monkeypatch.setattr(UnitCases, "_per_part", 3)  # and one is left
+    assert_same(measured(setting, y, sharing=sharing), whole)
+
+
+@pytest.mark.parametrize("name", ["more-cases-than-inputs", "fewer-cases", "groups"])
+def test_memory_decides_how_many_units_are_taken_at_a_time(monkeypatch, name):
+    cases = measured(SETTINGS[name]).cases
+    assert len(list(cases.parts())) == 1
+    monkeypatch.setattr(unitfisher.cases, "MOMENTS_BYTES", 1)
+    assert len(list(cases.parts())) == 4
+
+
+@each_sharing
+def test_sample_of_units_has_the_rows_of_those_units(setting, sharing):
+    y = labels(setting)
+    whole, some = (
+        measured(setting, y, sharing=sharing),
+        measured(setting, y, sharing=sharing, units=2),
+    )
+    assert len(some.units) == 2
+    assert_same(some, whole, rows=some.units)
+
+
+# Units known on paper
+
+
+def test_gaussian_linear_unit_has_the_precision_of_its_noise_and_no_correction():
+    model, x = filled(nn.Linear(3, 2)), inputs(12, 3)
+    found = measure(model, x, likelihood=Gaussian(variance=0.4), damping=0.0)
+    mean, spread = x.mean(0), torch.cov(x.T, correction=0)
+    assert_close(found.c, torch.full((2,), 2.5).double(), **TOL)
+    assert_close(found.mean_q, mean.expand(2, 3), **TOL)
+    assert_close(found.k, torch.zeros(2).double(), **TOL)
+    assert_close(found.corrected_mean, torch.zeros(2, 3).double(), **TOL)
+    m = mean @ torch.linalg.solve(spread, mean)
+    assert_close(found.s, (0.4 * (1 + m)).expand(2), **TOL)
+    assert_close(found.n_eff, torch.full((2,), 12.0).double(), **TOL)
+
+
+def test_softmax_logit_unit_weighs_cases_by_the_variance_of_its_label():
+    model, x = filled(nn.Linear(3, 4)), inputs(12, 3)
+    found = measure(model, x)
+    pi = model(x).detach().softmax(-1)
+    D = pi * (1 - pi)
+    assert_close(found.c, D.mean(0), **TOL)
+    assert_close(found.mean_q, (D.T @ x) / D.sum(0)[:, None], **TOL)
+
+
+def test_hidden_unit_weighs_cases_by_slope_and_outgoing_weights():
+    model, x = SETTINGS["more-cases-than-inputs"][:2]
+    found = measure(model, x)
+    net, pi, v = model[0](x).detach(), model(x).detach().softmax(-1), model[2].weight.detach()
+    slope = torch.where(net > 0, 1.0, net.exp())
+    variance = pi @ v**2 - (pi @ v) ** 2  # vᵀ (diag π - π πᵀ) v for every unit
+    D = slope**2 * variance
+    assert_close(found.c, D.mean(0), **TOL)
+    assert_close(found.mean_q, (D.T @ x) / D.sum(0)[:, None], **TOL)
+
+
+# Outputs of the units, after the nonlinearity
+
+
+class Written(nn.Module):
+    """A hidden layer whose activation is written as a function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.head, self.function = nn.Linear(3, 4), nn.Linear(4, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(self.layer(x)))
+
+
+def hidden(*modules: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), *modules, nn.Linear(4, 3))
+
+
+def normalised() -> nn.Module:
+    norm = nn.BatchNorm1d(4, affine=False)
+    norm.running_mean, norm.running_var = torch.linspace(-1, 1, 4), torch.linspace(0.5, 2, 4)
+    return norm
+
+
+def relu_and_a_half(x: Tensor) -> Tensor:
+    x = x.relu_()
+    return x + 0.5
+
+
+OUTPUTS = {
+    "module": (hidden(nn.ELU()), F.elu, "elu"),
+    "function": (Written(F.elu), F.elu, "elu"),
+    "function-with-options": (
+        Written(lambda x: F.leaky_relu(x, 0.1)), lambda x: F.leaky_relu(x, 0.1), "leaky_relu"
+    ),
+    "method": (Written(lambda x: x.tanh()), torch.tanh, "tanh"),
+    "module-in-place": (hidden(nn.ReLU(inplace=True)), F.relu, "relu"),
+    "method-in-place": (Written(lambda x: x.relu_()), F.relu, "relu"),
+    "keyword": (Written(lambda x: F.selu(input=x)), F.selu, "selu"),
+    "shifted-relu": (Written(lambda x: torch.clamp(x, min=-1)), lambda x: x.clamp(min=-1), "clamp"),
+    "dropout": (hidden(nn.Dropout(0.5), nn.ELU()), F.elu, "elu"),
+    "batch-norm": (
+        hidden(normalised(), nn.ReLU()), lambda x: normalised().double().eval()(x).relu(), "relu"
+    ),
+    "only-the-first": (Written(lambda x: x.tanh().sigmoid()), torch.tanh, "tanh"),
+    "changed-afterwards": (Written(relu_and_a_half), F.relu, "relu"),
+    "none": (hidden(), lambda x: x, None),
+    "sum-before": (Written(lambda x: (x + 1).relu()), lambda x: x, None),
+    "sum-in-place-before": (Written(lambda x: x.add_(1).relu()), lambda x: x, None),
+    "sum-after-dropout": (Written(lambda x: F.dropout(x, 0.5, False).add_(1)), lambda x: x, None),
+    "none-but-scaled": (Written(lambda x: 2 * x), lambda x: x, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "function", "name"), OUTPUTS.values(), ids=OUTPUTS)
+def test_output_statistics_are_taken_after_the_nonlinearity(model, function, name):
+    layer = next(m for m in filled(model).modules() if isinstance(m, nn.Linear))
+    x = inputs(7, 3)
+    found = measure(model, x, layers=nn.Linear)
+    y = function(layer(x)).detach()
+    assert found.nonlinearity == name
+    assert_close(found.output_mean, y.mean(0), **TOL)
+    assert_close(found.output_var, y.var(0, correction=0), **TOL)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.elu(self.cell(F.elu(self.cell(x)))))
+
+
+def test_output_statistics_of_a_layer_called_twice_join_its_calls():
+    model, x = filled(Twice()), inputs(7, 3)
+    found = measure(model, x)
+    first = F.elu(model.cell(x))
+    y = torch.cat([first, F.elu(model.cell(first))]).detach()
+    assert_close(found.output_mean, y.mean(0), **TOL)
+    assert_close(found.output_var, y.var(0, correction=0), **TOL)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_output_statistics_of_a_convolution_are_those_of_its_channels(groups):
+    model, x = convolution(groups), inputs(5, 2, 3, 3)
+    found = measure(model, x, units=3)
+    y = model[0](x).tanh().detach().mT.flatten(2).transpose(0, 1).flatten(1)[found.units]
+    assert_close(found.output_mean, y.mean(1), **TOL)
+    assert_close(found.output_var, y.var(1, correction=0), **TOL)
+
+
+# Dead units, inputs that never change, and bad use
+
+
+@all_sharings
+@pytest.mark.parametrize("n", [12, 3])
+def test_dead_unit_is_nan_and_does_not_touch_its_neighbours(n, sharing):
+    model, x = filled(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))), inputs(n, 3)
+    model[0].bias.data = torch.tensor([-100.0, 5, 5, 5]).double()
+    found = measure(model, x, labels(Setting(model, x)), sharing=sharing)
+    alone = copy.deepcopy(model)
+    alone[0].weight.data, alone[0].bias.data = alone[0].weight[1:], alone[0].bias[1:]
+    alone[2].weight.data = alone[2].weight[:, 1:]
+    assert found.dead.tolist() == [True, False, False, False]
+    assert found.c[0] == 0
+    for name in ("mean_q", "s", "k", "corrected_mean", "n_eff", "damping_share", "mean_share_q"):
+        assert getattr(found, name)[0].isnan().all()
+    assert not torch.cat([part[:1].flatten() for part in found.natural_gradient(*ones())]).any()
+    without = measure(alone, x, labels(Setting(model, x)), sharing=sharing)
+    assert_same(without, found, rows=slice(1, None))
+
+
+def ones() -> tuple[Tensor, Tensor]:
+    return torch.ones(4, 3).double(), torch.ones(4).double()
+
+
+@pytest.mark.parametrize("n", [12, 2])
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_inputs_that_never_change_are_no_obstacle_to_a_damped_step(n, value):
+    model, x = mlp(3), torch.full((n, 3), value).double()
+    found = measure(model, x, damping=1e-2)
+    assert_close(found.mean, x[0])
+    assert_close(found.k, torch.zeros(4).double(), rtol=0, atol=1e-9)
+    assert (found.mean_share_q.isnan() if value == 0 else found.mean_share_q == 1).all()
+    assert all(part.isfinite().all() for part in found.natural_gradient(*ones()))
+
+
+@all_sharings
+@pytest.mark.parametrize("n", [2, 3])
+def test_undamped_layer_with_too_few_cases_is_named(n, sharing):
+    with pytest.raises(SingularFisherError, match="layer '0'.*unit 0.*singular"):
+        measure(mlp(8), inputs(n, 8), damping=0.0, sharing=sharing)
+
+
+BAD_GRADIENTS = {
+    "other-width": ((4, 2), (4,), r"'0' measured \(4, 3\).*\(4, 2\)"),
+    "other-units": ((3, 3), (3,), r"'0' measured \(4, 3\).*\(3, 3\)"),
+    "no-bias-gradient": ((4, 3), None, "its bias.*no bias gradient"),
+}
+
+
+@pytest.mark.parametrize(("size", "size0", "message"), BAD_GRADIENTS.values(), ids=BAD_GRADIENTS)
+def test_gradient_that_does_not_fit_the_layer_is_refused(size, size0, message):
+    found = measured(SETTINGS["more-cases-than-inputs"])
+    g0 = None if size0 is None else torch.ones(size0)
+    with pytest.raises(ValueError, match=message):
+        found.natural_gradient(torch.ones(size), g0)
+
+
+def test_bias_gradient_for_a_layer_without_bias_is_refused():
+    found = measured(SETTINGS["no-bias"])
+    with pytest.raises(ValueError, match="no bias"):
+        found.natural_gradient(*ones())
+
+
+# Single precision
+
+
+class Gated(nn.Module):
+    """Its errors are the gates, whatever the activations: what is left is the statistics."""
+
+    def __init__(self, d: int, units: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(d, units)
+
+    def forward(self, a: Tensor, gate: Tensor) -> Tensor:
+        z = self.layer(a) * gate
+        return z if z.dim() == 2 else z.sum(1)
+
+
+def far_from_zero(*size: int) -> Tensor:
+    """Mean 1000 and standard deviation 1 in steps of 1/64: exact in single precision."""
+    return (1000 + (64 * normal(torch.Generator().manual_seed(3), *size)).round() / 64).float()
+
+
+def gated(*size: int) -> tuple[nn.Module, tuple[Tensor, Tensor], str]:
+    a, units = far_from_zero(*size), 4
+    direction = normal(torch.Generator().manual_seed(4), size[-1], units) / size[-1] ** 0.5
+    gate = ((a.double() - 1000) @ direction / 2).exp().float()
+    return Gated(size[-1], units), (a, gate), "gaussian"
+
+
+def logits(n: int, d: int) -> tuple[nn.Module, tuple[Tensor], str]:
+    """Weights in steps of 1/32 that sum to zero: the logits are exact and do not saturate."""
+    layer = nn.Linear(d, 4, bias=True)
+    weight = (4 * normal(torch.Generator().manual_seed(0), 4, d)).round() / 32
+    layer.weight.data = torch.cat([weight[:, 1:], -weight[:, 1:].sum(1, keepdim=True)], 1).float()
+    layer.bias.data.zero_()
+    return layer, (far_from_zero(n, d),), "categorical"
+
+
+FAR = {
+    "gated": (*gated(200, 8), 1e-3),
+    "gated-no-damping": (*gated(200, 8), 0.0),
+    "gated-fewer-cases": (*gated(6, 16), 1e-3),
+    "gated-fewer-cases-weak-damping": (*gated(6, 16), 1e-9),
+    "gated-positions": (*gated(40, 3, 8), 1e-3),
+    "gated-positions-no-damping": (*gated(40, 3, 8), 0.0),
+    "gated-many-positions": (*gated(12, 100, 4), 0.0),
+    "logits": (*logits(200, 8), 1e-3),
+    "logits-no-damping": (*logits(200, 8), 0.0),
+    "logits-fewer-cases": (*logits(6, 16), 1e-3),
+}
+
+
+@all_sharings
+@pytest.mark.parametrize(("model", "x", "likelihood", "damping"), FAR.values(), ids=FAR)
+def test_single_precision_keeps_its_digits_at_a_mean_of_a_thousand(
+    model, x, likelihood, damping, sharing
+):
+    double, x_double = copy.deepcopy(model).double(), tuple(part.double() for part in x)
+    noise = normal(torch.Generator().manual_seed(5), len(x[0]), 4)
+    y = noise.argmax(1) if likelihood == "categorical" else double(*x_double).detach() + noise
+    options = {"likelihood": likelihood, "damping": damping, "sharing": sharing}
+    single, double = measure(model, x, y, **options), measure(double, x_double, y, **options)
+    for name in ("s", "k", "mean_q", "corrected_mean", "damping_share"):
+        assert_within_1e_4(getattr(single, name), getattr(double, name))
+    other = normal(torch.Generator().manual_seed(6), 4, x[0].shape[-1] + 1).float()
+    for g, g0 in [double.gradient, (other[:, :-1], other[:, -1])]:
+        step, exact = single.natural_gradient(g, g0), double.natural_gradient(g, g0)
+        for found, expected in zip(step, exact, strict=True):
+            assert_within_1e_4(found, expected)
+
+
+def assert_within_1e_4(found: Tensor, expected: Tensor) -> None:
+    found, expected = (x.double().reshape(len(x), -1) for x in (found, expected))
+    error = vector_norm(found - expected, dim=1)
+    assert (error <= 1e-4 * vector_norm(expected, dim=1)).all()

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unitfisher.solvers import cholesky, cholesky_solve, dot, outer
+from unitfisher.solvers import cholesky, cholesky_solve, dot, outer, require_regular
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class UnitMoments:
     sum_a: Float[Tensor, "*g d"]  # Σ (a - origin)
     sum_D: Float[Tensor, " u"]  # Σ D
     sum_DD: Float[Tensor, " u"]  # Σ D²
+    support: Float[Tensor, " u"]  # Σ 1 over cases that carry weight: they bound the rank
     sum_Da: Float[Tensor, "u d"]  # Σ D (a - origin)
     sum_Daa: Float[Tensor, "u d d"]  # Σ D (a - origin)(a - origin)ᵀ
     ridge: Float[Tensor, " u"]  # λ on the weight block of F
@@ -75,6 +76,7 @@ class UnitMoments:
             sum_a=_per_unit(about.sum(1), units).to(D.dtype),
             sum_D=D.sum(0),
             sum_DD=(D**2).sum(0),
+            support=(D > 0).sum(0).to(D.dtype),
             sum_Da=(weight @ about).reshape(units, d).to(D.dtype) * scale[:, None],
             sum_Daa=Daa.reshape(units, d, d).to(D.dtype) * scale[:, None, None],
             ridge=D.new_zeros(units),
@@ -110,6 +112,7 @@ class UnitMoments:
             sum_a=(mean - origin) * count,
             sum_D=D.sum(0),
             sum_DD=(D**2).sum(0),
+            support=((S != 0) | (G != 0).any(-1)).sum(0).to(S.dtype),
             sum_Da=(S.unsqueeze(-1) * about).sum(0),
             sum_Daa=about.permute(1, 2, 0) @ about.transpose(0, 1),
             ridge=S.new_zeros(S.shape[1]),
@@ -120,7 +123,7 @@ class UnitMoments:
             raise ValueError(
                 "moments add up about one origin: UnitMoments.of(..., origin=m.origin)"
             )
-        sums = ("cases", "samples", "sum_a", "sum_D", "sum_DD", "sum_Da", "sum_Daa")
+        sums = ("cases", "samples", "support", "sum_a", "sum_D", "sum_DD", "sum_Da", "sum_Daa")
         total = {name: getattr(self, name) + getattr(other, name) for name in sums}
         ridge = self.ridge * self.samples + other.ridge * other.samples
         return replace(self, **total, ridge=ridge / total["samples"])
@@ -148,6 +151,7 @@ class UnitMoments:
         return replace(
             self,
             sum_D=self.sum_D + mass.squeeze(1),
+            support=self.support + 2 * d * (mass.squeeze(1) > 0),
             sum_Da=self.sum_Da - mass * origin,
             sum_Daa=self.sum_Daa + mass[..., None] * (eye + outer(origin, origin)),
         )
@@ -217,12 +221,11 @@ class UnitMoments:
     @cached_property
     def _factor(self) -> Float[Tensor, "u d d"]:
         """Cholesky factor; of the identity where a unit is idle, whose answer is 0 at any rate."""
-        eye = torch.eye(self.sum_Da.shape[-1], dtype=self.c.dtype, device=self.c.device)
-        return cholesky(
-            torch.where(
-                idle(self.alive, self.trace_Var_q, self.mu_q)[:, None, None], eye, self.Var_q
-            )
-        )
+        d = self.sum_Da.shape[-1]
+        eye = torch.eye(d, dtype=self.c.dtype, device=self.c.device)
+        idle_units = idle(self.alive, self.trace_Var_q, self.mu_q)
+        require_regular((self.support > d) | (self.ridge > 0) | idle_units)
+        return cholesky(torch.where(idle_units[:, None, None], eye, self.Var_q))
 
     @property
     def _mean(self) -> Float[Tensor, "u d"]:

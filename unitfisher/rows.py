@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unitfisher.moments import UnitMoments, idle
-from unitfisher.solvers import ADVICE, SingularFisherError, cholesky, cholesky_solve, dot, outer
+from unitfisher.solvers import cholesky, cholesky_solve, dot, outer, require_regular
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,7 @@ class UnitRows:
     def _factor(self) -> tuple[Float[Tensor, "u n n"], Float[Tensor, " u"]]:
         """Cholesky factor of Z Zᵀ + ε I, and ε; ε = 1 where a unit is idle."""
         epsilon = torch.where(idle(self.alive, self.trace_Var_q, self.mu_q), 1.0, self.epsilon)
-        if bool((epsilon == 0).any()):
-            raise SingularFisherError(
-                f"the Fisher of unit {int((epsilon == 0).nonzero()[0])} is singular: "
-                f"{self.v.shape[1]} cases for {self.a.shape[2]} inputs; {ADVICE}"
-            )
+        require_regular(epsilon > 0)
         gram = self._gram()
         gram.diagonal(dim1=-2, dim2=-1).add_(epsilon[:, None])
         return cholesky(gram), epsilon

@@ -5,7 +5,7 @@ Only Cholesky and triangular solves: batched LU on CPU (torch 2.13 and 2.15, two
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -24,10 +24,17 @@ def cholesky(matrix: Float[Tensor, "u m m"]) -> Float[Tensor, "u m m"]:
     """
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
-    if bool((info != 0).any()):
-        unit = int((info != 0).nonzero()[0])
-        raise SingularFisherError(f"the Fisher of unit {unit} is singular; {ADVICE}")
+    pivots, diagonal = (x.diagonal(dim1=-2, dim2=-1) for x in (factor, matrix))
+    noise = 64 * torch.finfo(matrix.dtype).eps  # a pivot that rounding has made of zero
+    require_regular((info == 0) & (pivots**2 > noise * diagonal).all(-1))
     return factor
+
+
+def require_regular(regular: Bool[Tensor, " u"]) -> None:
+    """Raise SingularFisherError for the first unit that is not."""
+    if not bool(regular.all()):
+        unit = int((~regular).nonzero()[0])
+        raise SingularFisherError(f"the Fisher of unit {unit} is singular; {ADVICE}")
 
 
 def cholesky_solve(
