@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Annotated, get_args
 
 import tyro
+from jobs import Job, Progress, RunConfig, RunMismatchError, state
 from tqdm import tqdm
 from workers import run_all
 
-from runs import Job, Progress, RunConfig, RunMismatchError, state
 from unitfisher.experiments import (
     ActivationName,
     DataNotFoundError,
@@ -83,7 +83,7 @@ class Config:
     dampings: tuple[float, ...] = (1e-1, 1e-2, 1e-3)
     """Dampings at which k, s·c and the angles are reported."""
     device: str = "cpu"
-    """Where to train. Networks this small are not faster on a GPU."""
+    """Where to train and measure, as torch names it: cpu, cuda, ..."""
     processes: int | None = None
     """Runs at the same time; default one per core."""
     out: Path | None = None

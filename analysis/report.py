@@ -9,7 +9,7 @@ import claims
 import figures
 import pandas as pd
 import tables
-from runs import Job, measured_epochs
+from jobs import Job, measured_epochs
 
 
 def report(jobs: Sequence[Job], folder: Path, seconds: float) -> None:

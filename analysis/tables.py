@@ -6,7 +6,7 @@ from itertools import product
 from typing import Literal, NamedTuple
 
 import pandas as pd
-from runs import Job
+from jobs import Job
 
 from unitfisher.experiments import ACTIVATIONS
 
@@ -155,12 +155,12 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def spread(mean: float, sd: float) -> str:
-    """Write mean ± sd with two digits of the sd, or fewer where the mean has three by then."""
+    """Write mean ± sd with two digits of the sd, or one where the mean has three by then."""
     if pd.isna(mean):
         return "-"
     if pd.isna(sd):
         return f"{mean:.3g}"
-    digits = min(_decimals(mean, 3), _decimals(sd, 2))
+    digits = min(max(_decimals(mean, 3), _decimals(sd, 1)), _decimals(sd, 2))
     return f"{mean:.{digits}f} ± {sd:.{digits}f}"
 
 

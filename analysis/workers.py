@@ -9,7 +9,7 @@ from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from queue import Empty
 
-from runs import Job, Progress, Tell, run
+from jobs import Job, Progress, Tell, run
 
 _messages: "Queue[Progress]"  # of a worker process, which gets them once, at its start
 _stop: Event

@@ -9,10 +9,9 @@ sys.path.append(str(Path(__file__).parents[1] / "analysis"))
 
 import bias_shift
 import claims
+import jobs
 import tables
 import workers
-
-import runs
 
 TINY = bias_shift.Config(
     activations=("relu", "elu"),
@@ -74,7 +73,7 @@ def test_record_keeps_live_and_probe_measurements(made: bias_shift.Config) -> No
 
 def test_measuring_does_not_change_training(made: bias_shift.Config, tmp_path: Path) -> None:
     job = bias_shift.plan(replace(made, measurements=2, units=2, out=tmp_path))[1]
-    runs.run(job, lambda _: None)
+    jobs.run(job, lambda _: None)
     one, other = (
         pd.read_parquet(folder / job.config.name / "training") for folder in (made.folder, tmp_path)
     )
@@ -96,14 +95,14 @@ def test_finished_runs_are_not_made_again(
 
 
 def test_another_configuration_is_refused(made: bias_shift.Config, refused: None) -> None:
-    with pytest.raises(runs.RunMismatchError, match=r"units = 4, asked for 5.*another --out"):
+    with pytest.raises(jobs.RunMismatchError, match=r"units = 4, asked for 5.*another --out"):
         bias_shift.main(replace(made, units=5))
 
 
 def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path, refused: None) -> None:
     (tmp_path / "digits-elu-s0").mkdir()
     (tmp_path / "digits-elu-s0" / "thesis.tex").touch()
-    with pytest.raises(runs.RunMismatchError, match="no run; choose another --out"):
+    with pytest.raises(jobs.RunMismatchError, match="no run; choose another --out"):
         bias_shift.main(replace(TINY, out=tmp_path))
     assert (tmp_path / "digits-elu-s0" / "thesis.tex").exists()
 
@@ -116,8 +115,8 @@ def test_an_interrupted_run_is_made_again_and_the_others_are_kept(
 ) -> None:
     config = replace(TINY, epochs=1, measurements=2, out=tmp_path)
 
-    def interrupted_in_elu(job: runs.Job, tell: runs.Tell) -> bool:
-        return runs.run(job, tell, lambda: job.config.activation == "elu") or interrupt()
+    def interrupted_in_elu(job: jobs.Job, tell: jobs.Tell) -> bool:
+        return jobs.run(job, tell, lambda: job.config.activation == "elu") or interrupt()
 
     def interrupt() -> bool:
         raise KeyboardInterrupt
@@ -126,11 +125,11 @@ def test_an_interrupted_run_is_made_again_and_the_others_are_kept(
         patched.setattr("workers.run", interrupted_in_elu)
         assert bias_shift.main(config) == 130
     assert "1 of 2 runs are finished and kept" in capsys.readouterr().out
-    assert [runs.state(job) for job in bias_shift.plan(config)] == ["finished", "unfinished"]
+    assert [jobs.state(job) for job in bias_shift.plan(config)] == ["finished", "unfinished"]
 
     assert bias_shift.main(config) == 0
     assert "1 of 2 runs are finished already" in capsys.readouterr().out
-    assert [runs.state(job) for job in bias_shift.plan(config)] == ["finished", "finished"]
+    assert [jobs.state(job) for job in bias_shift.plan(config)] == ["finished", "finished"]
 
 
 @pytest.mark.slow
@@ -209,15 +208,15 @@ def test_headline_says_against_whom() -> None:
 
 
 def test_measured_epochs_hold_the_first_and_the_last() -> None:
-    assert runs.measured_epochs(60, 8) == [0, 1, 2, 4, 8, 15, 30, 60]
-    assert runs.measured_epochs(60, 2) == [0, 60]
-    assert runs.measured_epochs(1, 5) == [0, 1]
+    assert jobs.measured_epochs(60, 8) == [0, 1, 2, 4, 8, 15, 30, 60]
+    assert jobs.measured_epochs(60, 2) == [0, 60]
+    assert jobs.measured_epochs(1, 5) == [0, 1]
 
 
 @pytest.mark.parametrize(
     ("mean", "sd", "written"),
     [
-        (0.82693, 0.00062, "0.827 ± 0.001"),
+        (0.82693, 0.00062, "0.8269 ± 0.0006"),
         (0.1234, 0.056, "0.123 ± 0.056"),
         (1234.5, 67.8, "1234 ± 68"),
         (-0.6, 1.31, "-0.6 ± 1.3"),

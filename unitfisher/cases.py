@@ -78,7 +78,9 @@ class UnitCases:
         if self.delta.shape[2] == 1:
             a = self.a.squeeze(2)
             a = a.squeeze(0) if len(a) == 1 else a
-            return UnitMoments.of(a, self.D, origin=self._origin, samples=self.samples)
+            origin = (self._origin + self._mean_q()).to(a.dtype)  # each unit's own: exactly centred
+            m = UnitMoments.of(a, self.D, origin=origin, samples=self.samples)
+            return replace(m, sum_a=(self.mean - m.origin) * m.cases)
         G, S = self._gradients()
         origin = self._origin.double()
         about = torch.zeros_like(origin)  # G is about the origin already
@@ -86,6 +88,14 @@ class UnitCases:
             G, S, self.mean - origin, origin=about, samples=self.samples
         )
         return replace(joined, origin=origin)
+
+    def _mean_q(self) -> Float[Tensor, "u d"]:
+        """E_q(a) about the origin, in the precision of the activations."""
+        total = self.D.sum(0)
+        q = (self.D / torch.where(total > 0, total, 1.0)).to(self.a.dtype).T
+        about = (self.a - self._group_origin).squeeze(2)
+        mean = q.reshape(len(about), -1, q.shape[1]) @ about
+        return mean.flatten(0, 1)
 
     @cached_property
     def _moments(self) -> Moments:
@@ -95,7 +105,8 @@ class UnitCases:
     def _per_part(self) -> int:
         """Units at a time: their weighted copies of the cases and their second moments."""
         d, joint, few = self.a.shape[-1], self.delta.shape[2] > 1, self.rows <= self.a.shape[-1]
-        copies = 16 * self.rows * d if joint else self.a.element_size() * self.rows * d * (not few)
+        copies = 16 * self.rows * d if joint else 2 * self.a.element_size() * self.rows * d
+        copies = 0 if few and not joint else copies
         return max(1, MOMENTS_BYTES // (copies + 24 * min(self.rows, d) ** 2))
 
     def _of_units(self, part: slice) -> "UnitCases":

@@ -42,7 +42,7 @@ class Observation:
 
     cases: UnitCases
     gradient: Gradient | None
-    finite: bool
+    fault: str | None  # where NaN or infinity was found first
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class Observer:
         """
         output = pick_output(result, self.output)
         z = self.estimator.likelihood.arrange(output.detach())
+        fault = seen.fault() or (None if z.isfinite().all() else "the logits after the last layer")
+        z = z if fault is None else z.nan_to_num(0.0, 0.0, 0.0)  # so that labels can be drawn
         edges = _edges(output, seen)
         observed = self._observed(seen, samples=len(z))
         foldings = {name: Folding(layer) for name, layer in observed.items()}
@@ -83,9 +85,8 @@ class Observer:
             for name, by_call in _by_layer(seen.calls, send_back(output, edges, score)).items():
                 g, g0 = observed[name].gradient(observed[name].errors(by_call))
                 gradients[name] = Gradient(g, None if self.layers[name].bias is None else g0)
-        finite = bool(z.isfinite().all())
         return {
-            name: _checked(folding.cases(), gradients.get(name), finite)
+            name: _checked(name, folding.cases(), gradients.get(name), fault)
             for name, folding in foldings.items()
         }
 
@@ -145,8 +146,9 @@ def unit_fisher(
     blocks = {}
     if covered:
         observer = Observer(covered, estimator, {}, Chance(seed), output)
-        for name, observation in observe_now(model, inputs, observer, targets)[1].items():
-            require_finite(name, observation)
+        _, observations = observe_now(model, inputs, observer, targets)
+        require_finite(observations)
+        for name, observation in observations.items():
             m = observation.cases.sums()
             blocks[name] = m.A if covered[name].bias is None else m.F
     for name in chosen.keys() - covered.keys():
@@ -209,17 +211,19 @@ def _by_layer(
     return found
 
 
-def _checked(cases: UnitCases, gradient: Gradient | None, finite: bool) -> Observation:
-    known = cases.a.isfinite().all() & cases.delta.isfinite().all()
-    return Observation(cases, gradient, finite and bool(known))
+def _checked(
+    name: str, cases: UnitCases, gradient: Gradient | None, fault: str | None
+) -> Observation:
+    if fault is None and not cases.delta.isfinite().all():
+        fault = f"the errors at layer {name!r}"
+    return Observation(cases, gradient, fault)
 
 
-def require_finite(name: str, observation: Observation) -> None:
-    if not observation.finite:
-        cases = observation.cases
-        what = "the activations into" if not cases.a.isfinite().all() else "the errors at"
-        raise NonFiniteError(
-            f"{what} layer {name!r} hold NaN or infinity: nothing of this pass was recorded. "
-            f"Lower the learning rate or look at the input; "
-            f"on_nonfinite='record' keeps such measurements, marked as not finite"
-        )
+def require_finite(observations: Mapping[str, Observation]) -> None:
+    for observation in observations.values():
+        if observation.fault is not None:
+            raise NonFiniteError(
+                f"{observation.fault} hold NaN or infinity: nothing of this pass was recorded. "
+                f"Lower the learning rate or look at the input; a Monitor with "
+                f"on_nonfinite='record' keeps such measurements, marked as not finite"
+            )

@@ -56,24 +56,29 @@ class UnitMoments:
             a: Incoming activations. A leading axis g holds groups; each has u / g units.
             D: Squared error signals, not negative. Sums are kept in its precision, products are
                 formed in that of ``a``.
-            origin: Near the mean of ``a``; this batch's mean if not given.
+            origin: Near the mean of ``a``, or one point a unit, near its E_q(a); this batch's mean
+                if not given.
             samples: How many samples the cases belong to, when positions share the weights.
         """
-        groups = len(a) if a.dim() == 3 else 1
-        grouped = a.reshape(groups, *a.shape[-2:])
+        units, d = D.shape[1], a.shape[-1]
+        grouped = a.unsqueeze(0) if a.dim() == 2 else a
         if origin is None:
-            origin = _per_unit(grouped.detach().mean(1), D.shape[1])
-        about = grouped - _per_group(origin, groups).unsqueeze(1)
+            center = grouped.detach().mean(1)
+            origin = center[0] if len(center) == 1 else _repeated(center, units)
+        elif origin.dim() == 2:
+            grouped = _repeated(grouped, units)  # a point a unit: every unit is its own group
+        groups = len(grouped)
+        about = grouped - origin.reshape(-1, 1, d)[:: max(1, units // groups)]
         scale = D.detach().amax(0).clamp_min(torch.finfo(D.dtype).tiny)
         weight = (D / scale).to(a.dtype).T.unflatten(0, (groups, -1))  # g v n, tiny D keeps digits
         Da = weight.unsqueeze(2) * about.mT.unsqueeze(1)  # g v d n
         Daa = Da.flatten(1, 2) @ about
-        units, d = D.shape[1], a.shape[-1]
+        sum_a = about.sum(1)
         return cls(
             origin=origin.to(D.dtype),
             cases=D.new_tensor(len(D)),
             samples=D.new_tensor(len(D) if samples is None else samples),
-            sum_a=_per_unit(about.sum(1), units).to(D.dtype),
+            sum_a=(sum_a[0] if origin.dim() == 1 else _repeated(sum_a, units)).to(D.dtype),
             sum_D=D.sum(0),
             sum_DD=(D**2).sum(0),
             support=(D > 0).sum(0).to(D.dtype),
@@ -242,9 +247,6 @@ def idle(
     return ~alive | (trace_Var_q == 0) & (mu_q == 0).all(-1)
 
 
-def _per_unit(x: Float[Tensor, "g d"], units: int) -> Float[Tensor, "*u d"]:
-    return x.squeeze(0) if len(x) == 1 else x.repeat_interleave(units // len(x), 0)
-
-
-def _per_group(x: Float[Tensor, "*u d"], groups: int) -> Float[Tensor, "g d"]:
-    return x.unsqueeze(0) if x.dim() == 1 else x.reshape(groups, -1, x.shape[-1])[:, 0]
+def _repeated(x: Float[Tensor, "g ..."], units: int) -> Float[Tensor, "u ..."]:
+    """Give each unit what its group has."""
+    return x.expand(units, *x.shape[1:]) if len(x) == 1 else x.repeat_interleave(units // len(x), 0)

@@ -284,8 +284,7 @@ class Monitor:
     ) -> dict[str, UnitStatistics]:
         means = seen.means()
         if self.on_nonfinite == "raise":
-            for name, observation in observations.items():
-                require_finite(name, observation)
+            require_finite(observations)
         self._name_uncalled(observations)
         measured = {
             name: statistics(

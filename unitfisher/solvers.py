@@ -5,15 +5,25 @@ Only Cholesky and triangular solves: batched LU on CPU (torch 2.13 and 2.15, two
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
 class SingularFisherError(ValueError):
     """The Fisher matrix of some unit has no inverse."""
 
+    def __init__(
+        self, unit: int, where: str = "", advice: str = "damp it: moments.damped(1e-3)"
+    ) -> None:
+        self.unit = unit
+        super().__init__(
+            f"the Fisher of unit {unit}{where} is singular; observe more samples, or {advice}"
+        )
 
-ADVICE = "observe more samples, or damp it: moments.damped(1e-3)"
+    def of_layer(self, layer: str, units: Int[Tensor, " u"]) -> "SingularFisherError":
+        """Say the same of a Monitor's layer, by the unit's number there."""
+        advice = "damp it: Monitor(..., damping=1e-3)"
+        return SingularFisherError(int(units[self.unit]), f" in layer {layer!r}", advice)
 
 
 def cholesky(matrix: Float[Tensor, "u m m"]) -> Float[Tensor, "u m m"]:
@@ -33,8 +43,7 @@ def cholesky(matrix: Float[Tensor, "u m m"]) -> Float[Tensor, "u m m"]:
 def require_regular(regular: Bool[Tensor, " u"]) -> None:
     """Raise SingularFisherError for the first unit that is not."""
     if not bool(regular.all()):
-        unit = int((~regular).nonzero()[0])
-        raise SingularFisherError(f"the Fisher of unit {unit} is singular; {ADVICE}")
+        raise SingularFisherError(int((~regular).nonzero()[0]))
 
 
 def cholesky_solve(

@@ -86,7 +86,10 @@ class UnitStatistics:
             return LayerStep(torch.full_like(g, torch.nan), None if g0 is None else g0 * torch.nan)
         dw, dw0 = torch.zeros_like(self.mean_q), torch.zeros_like(self.c)
         for part, m in self.cases.parts():
-            step = natural_gradient(m.damped(self.damping), Gradient(g, g0).of_units(part))
+            try:
+                step = natural_gradient(m.damped(self.damping), Gradient(g, g0).of_units(part))
+            except SingularFisherError as error:
+                raise error.of_layer(self.layer, self.units[part]) from None
             dw[part], dw0[part] = step.dw, 0.0 if step.dw0 is None else step.dw0
         return LayerStep(dw.to(g.dtype).view_as(g), None if g0 is None else dw0.to(g0.dtype))
 
@@ -94,7 +97,7 @@ class UnitStatistics:
         """Return the same measurement at another relative damping."""
         if not self.finite:
             return replace(self, damping=damping)
-        found, angles = theory(self.layer, self.cases, damping, self.gradient)
+        found, angles = theory(self.layer, self.units, self.cases, damping, self.gradient)
         return replace(self, damping=damping, **found._asdict(), **angles._asdict())
 
     def with_gradient(self, gradient: Gradient, natural: LayerStep) -> "UnitStatistics":
@@ -122,23 +125,24 @@ def statistics(
     damping: float,
 ) -> UnitStatistics:
     """Compute a layer's statistics from what a pass showed of it."""
-    cases, gradient, finite = observation.cases, observation.gradient, observation.finite
+    cases, gradient, finite = observation.cases, observation.gradient, observation.fault is None
+    device = cases.a.device
+    units = torch.arange(cases.units, device=device) if units is None else units.to(device)
     if finite:
-        found, angles = theory(layer, cases, damping, gradient)
+        found, angles = theory(layer, units, cases, damping, gradient)
     else:
         found, angles = Theory.unknown(cases), Angles.unknown(cases)
-    kept = slice(None) if units is None else units.to(cases.a.device)
     return UnitStatistics(
         layer=layer,
         step=step,
-        units=torch.arange(cases.units, device=cases.a.device) if units is None else units,
+        units=units,
         damping=damping,
         mean=cases.mean,
         dead=cases.D.sum(0) == 0,
         n_eff=cases.n_eff,
         mean_share=mean_share(cases.mean, cases.trace_variance),
-        output_mean=means.mean[kept],
-        output_var=means.var[kept],
+        output_mean=means.mean[units],
+        output_var=means.var[units],
         nonlinearity=means.nonlinearity,
         finite=finite,
         biased=module.bias is not None,
@@ -212,7 +216,11 @@ class Theory(NamedTuple):
 
 
 def theory(
-    layer: str, cases: UnitCases, damping: float, gradient: Gradient | None
+    layer: str,
+    units: Int[Tensor, " u"],
+    cases: UnitCases,
+    damping: float,
+    gradient: Gradient | None,
 ) -> tuple[Theory, Angles]:
     """Compute what the theorems say, part after part of the units."""
     found, angles = [], []
@@ -224,7 +232,7 @@ def theory(
                 own = gradient.of_units(part)
                 angles.append(Angles.of(m.mu_p, own, natural_gradient(damped, own)))
         except SingularFisherError as error:
-            raise SingularFisherError(f"layer {layer!r}: {error}") from error
+            raise error.of_layer(layer, units[part]) from None
     joined = Theory(*map(torch.cat, zip(*found, strict=True)))
     if not angles:
         return joined, Angles.unknown(cases)

@@ -137,7 +137,7 @@ def _run(job: Job, tell: Tell, stopped: Stopped) -> bool:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Layers this small gain nothing from two, and the other cores have runs of their own."""
+    """The other cores have runs of their own, and sums keep their order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

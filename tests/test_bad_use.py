@@ -1,0 +1,371 @@
+"""Every mistake gets an error that says what is wrong, where, and what to do instead."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jaxtyping
+import pytest
+import torch
+from networks import CLASSES, Answers, Checkpointed, mlp
+from torch import Tensor, nn
+
+from unitfisher import (
+    Gaussian,
+    LayerSelectionError,
+    Monitor,
+    OutputError,
+    RecordExistsError,
+    Run,
+    UncoveredLayersWarning,
+)
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it() -> Iterator[None]:
+    jaxtyping.config.update("jaxtyping_disable", True)  # its type checker would answer first
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def normal(*size: int) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(0))
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden1, self.hidden2 = nn.Linear(4, 5), nn.Linear(5, 5)
+        self.norm = nn.LayerNorm(5)
+        self.output = nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.norm(self.hidden2(self.hidden1(x).tanh()).tanh()))
+
+
+ATTACHED = {
+    "nothing-supported": (partial(nn.LSTM, 3, 4), {}, "no trainable layer.*Linear.*LSTM"),
+    "nothing-trainable": (nn.ReLU, {}, "no trainable layer"),
+    "all-frozen": (lambda: mlp().requires_grad_(False), {}, "no trainable layer"),
+    "misspelt": (Named, {"layers": "hiden1"}, "'hiden1' matches no .*hidden1"),
+    "one-of-two-misspelt": (
+        Named,
+        {"layers": ["output", "hiden1"]},
+        "'hiden1' matches no .*hidden1",
+    ),
+    "nothing-near": (Named, {"layers": "xyz"}, "'xyz' matches no .*'hidden1', 'hidden2'"),
+    "type-without-match": (Named, {"layers": nn.Conv2d}, "Conv2d.*matches no .*'hidden1'"),
+    "predicate-without-match": (Named, {"layers": lambda *_: False}, "matches no .*'hidden1'"),
+    "type-not-supported": (Named, {"layers": nn.LayerNorm}, r"'norm' \(LayerNorm\).*per_sample"),
+    "no-choice": (Named, {"layers": []}, "layers=? ?.*'hidden1'"),
+    "no-kind-of-choice": (Named, {"layers": 3}, "layers.*name.*type.*predicate.*got 3"),
+    "an-instance": (Named, {"layers": nn.Linear(2, 2)}, "layers.*name.*type.*predicate"),
+}
+
+
+@pytest.mark.parametrize(("make", "options", "told"), ATTACHED.values(), ids=ATTACHED)
+def test_layers_that_cannot_be_chosen_are_told_with_those_that_can(make, options, told):
+    with pytest.raises(LayerSelectionError, match=told):
+        Monitor(make(), **options)
+
+
+OPTIONS = {
+    "likelihood": ({"likelihood": "softmax"}, "'categorical', 'bernoulli', 'gaussian'.*'softmax'"),
+    "likelihood-class": ({"likelihood": Gaussian}, "Likelihood object"),
+    "fisher": ({"fisher": "true"}, "'exact', 'mc', 'rademacher', 'empirical'.*'true'"),
+    "sharing": ({"sharing": "sum"}, "'expand', 'joint', 'reduce'.*'sum'"),
+    "on_nonfinite": ({"on_nonfinite": "skip"}, "'raise', 'record'.*'skip'"),
+    "every-zero": ({"every": 0}, "every must be a whole number from 1.*got 0"),
+    "every-negative": ({"every": -5}, "every must be a whole number from 1.*got -5"),
+    "every-fraction": ({"every": 0.5}, "every must be a whole number from 1.*got 0.5"),
+    "every-truth": ({"every": True}, "every must be a whole number from 1.*got True"),
+    "every-text": ({"every": "epoch"}, "every must be a whole number from 1.*predicate.*'epoch'"),
+    "every-none": ({"every": None}, "every must be a whole number from 1.*predicate.*None"),
+    "damping-negative": ({"damping": -1e-3}, "damping must be 0 or more.*-0.001"),
+    "damping-nan": ({"damping": float("nan")}, "damping must be 0 or more.*nan"),
+    "damping-infinite": ({"damping": float("inf")}, "damping must be .*finite.*inf"),
+    "damping-text": ({"damping": "auto"}, "damping must be .*'auto'"),
+    "samples-zero": ({"fisher": "mc", "samples": 0}, "samples must be .*1.*got 0"),
+    "samples-fraction": ({"fisher": "mc", "samples": 1.5}, "samples must be .*1.*got 1.5"),
+    "units-zero": ({"units": 0}, "units must be .*1.*None for all.*got 0"),
+    "units-fraction": ({"units": 0.1}, "units must be .*1.*None for all.*got 0.1"),
+    "record-number": ({"record": 3}, "record must be a folder or a Run, got 3"),
+}
+
+
+@pytest.mark.parametrize(("options", "told"), OPTIONS.values(), ids=OPTIONS)
+def test_an_impossible_option_is_told_with_what_is_possible(options, told):
+    with pytest.raises(ValueError, match=told):
+        Monitor(mlp(), **options)
+
+
+def test_an_error_on_attaching_leaves_neither_hooks_nor_folder(tmp_path):
+    model, folder = mlp(), tmp_path / "run"
+    with pytest.raises(ValueError, match="every must be"):
+        Monitor(model, every=0, record=folder)
+    with pytest.raises(LayerSelectionError, match="matches no"):
+        Monitor(model, layers="none", record=folder)
+    assert not folder.exists()
+    Monitor(model)  # nothing is observed yet
+
+
+def test_a_layer_is_observed_once():
+    model = mlp()
+    Monitor(model, layers=["0", "2"])
+    with pytest.raises(LayerSelectionError, match=r"'2' are observed .*already.*detach\(\)"):
+        Monitor(model, layers=["2", "4"])
+
+
+def test_a_layer_is_observed_once_also_through_a_wrapper():
+    model = mlp()
+    Monitor(nn.DataParallel(model))
+    with pytest.raises(LayerSelectionError, match="observed .*already"):
+        Monitor(model)
+
+
+def test_a_layer_is_observed_once_also_from_an_inner_model():
+    model = nn.Sequential(mlp(), nn.Linear(CLASSES, CLASSES))
+    Monitor(model[0])
+    with pytest.raises(LayerSelectionError, match=r"'0\.0'.*observed .*already"):
+        Monitor(model)
+
+
+def test_other_layers_of_an_observed_model_may_be_observed():
+    model = mlp()
+    Monitor(model, layers="0", every=1)
+    second = Monitor(model, layers="2", every=1)
+    model(normal(8, 4))
+    assert list(second.latest) == ["2"]
+
+
+def test_a_layer_may_be_observed_again_after_detaching():
+    model = mlp()
+    Monitor(model).detach()
+    second = Monitor(model, every=1)
+    model(normal(8, 4))
+    assert second.step == 1
+
+
+def compiled_in_place() -> nn.Module:
+    model = mlp()
+    model.compile(backend="eager")
+    return model
+
+
+COMPILED = {"copy": lambda: torch.compile(mlp(), backend="eager"), "in-place": compiled_in_place}
+
+
+@pytest.mark.parametrize("make", COMPILED.values(), ids=COMPILED)
+def test_a_compiled_model_is_refused_with_the_way_round(make):
+    with pytest.raises(LayerSelectionError, match=r"compiled.*attach to the model.*measure\(x\)"):
+        Monitor(make())
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path):
+    Monitor(mlp(), record=tmp_path).detach()
+    with pytest.raises(RecordExistsError, match="already holds a run; choose another folder"):
+        Monitor(mlp(), record=tmp_path)
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RecordExistsError, match=r"holds thesis\.tex but no run"):
+        Monitor(mlp(), record=tmp_path)
+
+
+def test_a_run_that_was_closed_takes_no_measurement(tmp_path):
+    run = Run(tmp_path)
+    run.close()
+    model = mlp()
+    monitor = Monitor(model, every=1, record=run)
+    model(normal(8, 4))
+    with pytest.raises(RuntimeError, match="is closed"):
+        monitor.flush()
+
+
+def test_layers_that_are_left_out_are_named_once_with_the_ways_out():
+    told = r"norm \(LayerNorm\).*layers=\(.*Linear.*per_sample_gradients"
+    with pytest.warns(UncoveredLayersWarning, match=told) as warned:
+        Monitor(Named(), every=1).model(normal(8, 4))
+    assert len(warned) == 1
+
+
+def test_naming_the_layers_silences_the_note():
+    model = Named()
+    Monitor(model, layers=(nn.Linear,), every=1)
+    model(normal(8, 4))
+
+
+class Detaching(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
+
+
+class Overwriting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.head(x)
+        x.zero_()
+        return z
+
+
+class Flattening(nn.Module):
+    """Loses track of which rows belong to which sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.head = nn.Linear(2, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.each(x.reshape(-1, 2)).unflatten(0, (len(x), 2)).mean(1))
+
+
+def image(model: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (1, 2, 2)), model)
+
+
+PASSES: dict[str, tuple[Callable[[], nn.Module], dict[str, object], type[Exception], str]] = {
+    "an-image-of-logits": (
+        lambda: image(nn.Conv2d(1, CLASSES, 1)),
+        {},
+        OutputError,
+        r"\(n, C\) or \(n, T, C\).*got \(8, 3, 2, 2\).*output=lambda",
+    ),
+    "one-logit": (
+        lambda: nn.Linear(4, 1),
+        {},
+        OutputError,
+        r"two classes, got \(8, 1\).*'bernoulli'",
+    ),
+    "no-samples-axis": (
+        lambda: Answers(lambda z: z.sum()),
+        {"likelihood": "gaussian"},
+        OutputError,
+        r"one row per sample, got \(\)",
+    ),
+    "several-outputs": (
+        lambda: Answers(lambda z: (z, z)),
+        {},
+        OutputError,
+        "returns a tuple with 0, 1.*output=",
+    ),
+    "missing-key": (
+        lambda: Answers(lambda z: {"z": z}),
+        {"output": "logits"},
+        OutputError,
+        "'logits' is not in the dict .*'z'",
+    ),
+    "missing-index": (
+        lambda: Answers(lambda z: (z, z)),
+        {"output": 2},
+        OutputError,
+        "output=2 is not in the tuple .*0, 1",
+    ),
+    "no-tensor": (
+        lambda: Answers(lambda z: (z, "z")),
+        {"output": 1},
+        OutputError,
+        "output=1 gave str, not a tensor",
+    ),
+    "no-graph": (lambda: Detaching(4, 3), {}, OutputError, "no graph.*detach"),
+    "input-overwritten": (
+        Overwriting,
+        {},
+        LayerSelectionError,
+        "input of layer 'head' was changed in place.*out of place",
+    ),
+    "reentrant-checkpoint": (
+        partial(Checkpointed, reentrant=True),
+        {"layers": nn.Linear},
+        LayerSelectionError,
+        r"layer 'block\.0' ran without a graph.*use_reentrant=False",
+    ),
+    "rows-without-sample": (
+        Flattening,
+        {"sharing": "joint"},
+        LayerSelectionError,
+        "layer 'each' was called on 16 rows .*8 samples.*sharing='expand'",
+    ),
+    "no-targets": (mlp, {"fisher": "empirical"}, ValueError, r"monitor\.targets = y"),
+}
+
+
+@pytest.mark.parametrize(("make", "options", "error", "told"), PASSES.values(), ids=PASSES)
+def test_a_pass_that_cannot_be_measured_is_told_with_the_way_out(make, options, error, told):
+    model = make()
+    Monitor(model, every=1, **options)
+    with pytest.raises(error, match=told):
+        model(normal(8, 4))
+
+
+@pytest.mark.parametrize(("make", "options", "error", "told"), PASSES.values(), ids=PASSES)
+def test_a_probe_that_cannot_be_measured_is_told_with_the_way_out(make, options, error, told):
+    monitor = Monitor(make(), **options)
+    with pytest.raises(error, match=told):
+        monitor.measure(normal(8, 4))
+
+
+TARGETS = {
+    "too-few": (torch.zeros(5, dtype=torch.long), r"shape \(8,\), got \(5,\)"),
+    "one-hot": (torch.eye(CLASSES)[[0] * 8], "class indices"),
+    "floating": (torch.zeros(8), r"class indices.*float32"),
+    "beyond": (torch.full((8,), CLASSES), "class indices from 0 to 2"),
+    "ignored": (torch.full((8,), -100), "class indices from 0 to 2.*-100"),
+    "no-tensor": ([0] * 8, "targets must be a tensor.*list"),
+}
+
+
+@pytest.mark.parametrize(("targets", "told"), TARGETS.values(), ids=TARGETS)
+def test_targets_that_do_not_fit_are_told_with_those_that_would(targets, told):
+    monitor = Monitor(mlp(), fisher="empirical")
+    with pytest.raises(OutputError, match=told):
+        monitor.measure(normal(8, 4), targets=targets)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_targets_of_independent_outputs_have_the_shape_of_the_output(likelihood):
+    monitor = Monitor(mlp(), likelihood=likelihood, fisher="empirical")
+    with pytest.raises(OutputError, match=r"3 numbers for each of 8 samples, got \(8,\)"):
+        monitor.measure(normal(8, 4), targets=torch.zeros(8))
+
+
+def test_a_natural_gradient_needs_a_measurement():
+    with pytest.raises(ValueError, match=r"nothing was measured yet.*training pass or .*measure"):
+        Monitor(mlp()).natural_gradient()
+
+
+def test_a_natural_gradient_needs_a_gradient():
+    model = mlp()
+    monitor = Monitor(model, every=1)
+    model(normal(8, 4))
+    with pytest.raises(ValueError, match=r"no observed layer has a gradient: call loss\.backward"):
+        monitor.natural_gradient()
+
+
+WRONG_GRADIENTS = {
+    "too-narrow": ((torch.ones(6, 3), torch.ones(6)), r"and its bias; got a gradient of \(6, 3\)"),
+    "no-bias": ((torch.ones(6, 4), None), "and its bias; .*no bias gradient"),
+}
+
+
+@pytest.mark.parametrize(("gradient", "told"), WRONG_GRADIENTS.values(), ids=WRONG_GRADIENTS)
+def test_a_gradient_that_does_not_fit_the_layer_is_told(gradient, told):
+    measured = Monitor(mlp()).measure(normal(8, 4))["0"]
+    with pytest.raises(ValueError, match=rf"layer '0' measured \(6, 4\) weights {told}"):
+        measured.natural_gradient(*gradient)
+
+
+STATES = {
+    "units": ({"units": 2}, {}, r"units of layers \['0', '2', '4'\].*same layers= and units="),
+    "layers": ({"layers": "0", "units": 2}, {"units": 2}, "same layers= and units="),
+    "layers-whole": ({"layers": "0"}, {}, "same layers= and units="),
+}
+
+
+@pytest.mark.parametrize(("taken", "given", "told"), STATES.values(), ids=STATES)
+def test_the_state_of_another_monitor_is_refused(taken, given, told):
+    state = Monitor(mlp(), **taken).state_dict()
+    with pytest.raises(ValueError, match=told):
+        Monitor(mlp(), **given).load_state_dict(state)
