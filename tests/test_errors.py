@@ -167,7 +167,7 @@ def test_labels_that_do_not_fit_the_output_are_refused(likelihood, y, message):
 BAD_OPTIONS = {
     "fisher": ({"fisher": "true"}, "fisher must be one of 'exact', 'mc', 'rademacher', 'emp"),
     "sharing": ({"sharing": "sum"}, "sharing must be one of 'expand', 'joint', 'reduce'"),
-    "samples": ({"samples": 0}, "samples must be at least 1"),
+    "samples": ({"samples": 0}, "samples must be"),
     "likelihood": ({"likelihood": "poisson"}, "likelihood must be one of 'categorical'"),
 }
 

@@ -419,7 +419,10 @@ def test_surrounding_context_without_gradients_is_no_obstacle(context):
 NOT_FINITE = {
     "input": (lambda model, x: x[0].fill_(torch.nan), "activations into layer '0'"),
     "infinite-input": (lambda model, x: x[0].fill_(torch.inf), "activations into layer '0'"),
-    "weight": (lambda model, x: model[2].weight.data[0].fill_(torch.nan), "errors at layer '0'"),
+    "weight": (
+        lambda model, x: model[2].weight.data[0].fill_(torch.nan),
+        "preactivations of layer '2'",
+    ),
 }
 
 

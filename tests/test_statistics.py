@@ -480,7 +480,7 @@ def test_inputs_that_never_change_are_no_obstacle_to_a_damped_step(n, value):
 @all_sharings
 @pytest.mark.parametrize("n", [2, 3])
 def test_undamped_layer_with_too_few_cases_is_named(n, sharing):
-    with pytest.raises(SingularFisherError, match="layer '0'.*unit 0.*singular"):
+    with pytest.raises(SingularFisherError, match="unit 0 in layer '0' is singular.*damp it"):
         measure(mlp(8), inputs(n, 8), damping=0.0, sharing=sharing)
 
 

@@ -36,7 +36,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         LayerSelectionError: The model is compiled, and a compiled model calls no hooks.
     """
-    if hasattr(model, "_orig_mod"):
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
         raise LayerSelectionError(
             "this model is compiled, and compiled code calls no hooks: attach to the model that "
             "was compiled and call monitor.measure(x) on it between steps"
@@ -50,6 +50,7 @@ def elsewhere() -> bool:
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._current_graph_task_id() != -1
     )
 
@@ -67,16 +68,22 @@ def sample_units(
     return sampled
 
 
-def require_numbers(damping: float, every: Schedule, units: int | None) -> None:
-    if not damping >= 0:
-        raise ValueError(f"damping must be 0 or more, got {damping!r}")
-    if not callable(every) and (isinstance(every, bool) or every != int(every) or every < 1):
+def require_numbers(damping: object, every: object, units: object) -> None:
+    """Refuse impossible values of these options, saying what is possible."""
+    number = isinstance(damping, int | float) and 0 <= damping < float("inf")
+    if not number:
+        raise ValueError(f"damping must be 0 or more and finite, got {damping!r}")
+    if not callable(every) and not _counts(every):
         raise ValueError(
             f"every must be a whole number from 1 (measure each n-th training pass) or a "
             f"predicate of the step, got {every!r}"
         )
-    if units is not None and units < 1:
-        raise ValueError(f"units must be at least 1 or None for all, got {units!r}")
+    if units is not None and not _counts(units):
+        raise ValueError(f"units must be a whole number from 1 or None for all, got {units!r}")
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def require_unobserved(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:

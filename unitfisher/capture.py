@@ -117,6 +117,12 @@ class Seen:
     """The calls of one forward pass, in order."""
 
     calls: list[Call] = field(default_factory=list)
+    retained: list[Tensor] = field(default_factory=list)  # on which forward called retain_grad
+
+    def forget_gradients(self) -> None:
+        """Take back what sending errors through the graph has left on retained tensors."""
+        for tensor in self.retained:
+            tensor.grad = None
 
     def by_layer(self) -> dict[str, list[Call]]:
         found: dict[str, list[Call]] = {}
@@ -151,9 +157,9 @@ class Seen:
 def capture(layers: Mapping[str, nn.Module]) -> Iterator[Seen]:
     """Watch these layers, and the nonlinearity that follows each, until the block ends."""
     seen = Seen()
-    follow = _Follow()
+    follow = _Follow(seen.retained)
     handles = [
-        layer.register_forward_hook(_watch(name, seen, follow), with_kwargs=True)
+        layer.register_forward_hook(_watch(name, seen, follow), prepend=True, with_kwargs=True)
         for name, layer in layers.items()
     ]
     try:
@@ -169,6 +175,8 @@ def _watch(name: str, seen: Seen, follow: "_Follow") -> Callable[..., None]:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return  # inside vmap or grad: shapes and levels are not those of the pass
         x = args[0] if args else kwargs["input"]
+        if y.numel() == 0:
+            return  # an expert to which no row was sent
         edge = get_gradient_edge(y) if y.requires_grad else None
         means = UnitMeans.of(at_units(layer, y.detach()), nonlinearity=None)
         call = Call(name, x.detach(), _version(x), y.shape, edge, means.mean, means)
@@ -185,8 +193,9 @@ class _Follow(TorchFunctionMode):
     see only the last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, retained: list[Tensor]) -> None:
         super().__init__()
+        self.retained = retained
         self.open: dict[int, tuple[ReferenceType[Tensor], nn.Module, Call]] = {}
 
     def start(self, y: Tensor, layer: nn.Module, call: Call) -> None:
@@ -200,6 +209,8 @@ class _Follow(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func is Tensor.retain_grad:
+            self.retained.append(args[0])
         if self.open:
             x = args[0] if args else (kwargs or {}).get("input")
             self._step(getattr(func, "__name__", "").rstrip("_"), x, result)

@@ -31,8 +31,8 @@ class Estimator:
     def __post_init__(self) -> None:
         require_choice("fisher", self.fisher, FISHERS)
         require_choice("sharing", self.sharing, SHARINGS)
-        if self.samples < 1:
-            raise ValueError(f"samples must be at least 1, got {self.samples!r}")
+        if not isinstance(self.samples, int) or self.samples < 1:
+            raise ValueError(f"samples must be a whole number from 1, got {self.samples!r}")
 
 
 def require_choice(option: str, value: object, valid: Sequence[str]) -> None:

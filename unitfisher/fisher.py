@@ -67,7 +67,10 @@ class Observer:
             OutputError: The output does not fit the likelihood, or has no graph.
             LayerSelectionError: A layer's part in the pass cannot be told.
         """
-        output = pick_output(result, self.output)
+        with torch.enable_grad():  # the choice may compute
+            output = pick_output(result, self.output)
+        if output.numel() == 0:
+            raise OutputError(f"the batch is empty: the output has shape {tuple(output.shape)}")
         z = self.estimator.likelihood.arrange(output.detach())
         fault = seen.fault() or (None if z.isfinite().all() else "the logits after the last layer")
         z = z if fault is None else z.nan_to_num(0.0, 0.0, 0.0)  # so that labels can be drawn

@@ -65,6 +65,8 @@ class History:
         """Open a record in the folder given, or use the Run that its owner has opened."""
         if isinstance(record, str | Path):
             return cls(Run(record, config), owned=True)
+        if record is not None and not isinstance(record, Run):
+            raise ValueError(f"record must be a folder or a Run, got {record!r}")
         return cls(record, owned=False)
 
     def hold(self, measured: dict[str, UnitStatistics], phase: str) -> None:
@@ -98,12 +100,11 @@ class History:
 
     def frame(self) -> pd.DataFrame:
         """Return all rows, one per step, layer and unit, in order of measuring."""
-        self.commit()
+        held = [columns_of(measured, self.phase) for measured in self.newest.values()]
+        frames = [pd.DataFrame(_on_host(columns)) for columns in [*self.rows, *held]]
         if self.run is not None and TABLE in self.run.tables:
-            return self.run.read(TABLE)
-        if not self.rows:
-            return pd.DataFrame()
-        return pd.concat([pd.DataFrame(_on_host(row)) for row in self.rows], ignore_index=True)
+            frames.insert(0, self.run.read(TABLE))
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -123,11 +123,20 @@ def match(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
                 f"{PER_SAMPLE}"
             )
         return chosen
-    choices = [layers] if isinstance(layers, str | type) or callable(layers) else list(layers)
+    choices = _as_list(layers)
+    if not choices:
+        names = _some(name for name, _ in parametric(model))
+        raise LayerSelectionError(f"layers={layers!r} chooses nothing; the model has {names}")
     chosen = {}
     for choice in choices:
         chosen |= _matching(model, choice)
     return {name: m for name, m in model.named_modules() if name in chosen}
+
+
+def _as_list(layers: Selection | Sequence[Selection]) -> list[Selection]:
+    if isinstance(layers, str | type) or callable(layers) or not isinstance(layers, Iterable):
+        return [layers]
+    return list(layers)
 
 
 PER_SAMPLE = (
@@ -137,6 +146,11 @@ PER_SAMPLE = (
 
 
 def _matching(model: nn.Module, choice: Selection) -> dict[str, nn.Module]:
+    if isinstance(choice, nn.Module) or not (isinstance(choice, str) or callable(choice)):
+        raise LayerSelectionError(
+            f"layers must be a name pattern, a module type or a predicate (name, module) -> bool, "
+            f"or a list of these, got {choice!r}"
+        )
     modules = {n: m for n, m in model.named_modules() if _owns_parameters(m)}
     if isinstance(choice, str):
         found = {n: m for n, m in modules.items() if fnmatchcase(n, choice)}

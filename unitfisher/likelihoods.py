@@ -82,13 +82,20 @@ class Categorical:
         return torch.multinomial(pi, 1, generator=generator).view(z.shape[:2])
 
     def score(self, z: Output, y: Tensor) -> Output:
-        y = y.unsqueeze(1) if y.dim() == 1 else y
-        if y.shape != z.shape[:2] or y.is_floating_point() or y.is_complex():
+        _require_tensor(y)
+        labels = y.unsqueeze(1) if y.dim() == 1 else y
+        if labels.shape != z.shape[:2] or y.is_floating_point() or y.is_complex():
             raise OutputError(
                 f"targets must be class indices of shape {_leading(z)}, got {tuple(y.shape)} "
                 f"of {y.dtype}"
             )
-        one_hot = torch.zeros_like(z).scatter_(-1, y.long().unsqueeze(-1), 1.0)
+        classes, low, high = z.shape[-1], int(y.min()), int(y.max())
+        if low < 0 or high >= classes:
+            raise OutputError(
+                f"targets must be class indices from 0 to {classes - 1}, got {low} to {high}; "
+                f"leave samples without a label out of what is measured"
+            )
+        one_hot = torch.zeros_like(z).scatter_(-1, labels.long().unsqueeze(-1), 1.0)
         return one_hot - z.softmax(-1)
 
 
@@ -171,7 +178,13 @@ def _diagonal(scale: Output, start: int, stop: int) -> Float[Tensor, "r n t y"]:
     return rows[:, None, None, :] * scale
 
 
+def _require_tensor(y: object) -> None:
+    if not isinstance(y, Tensor):
+        raise OutputError(f"targets must be a tensor, got {type(y).__name__}")
+
+
 def _matching(y: Tensor, z: Output) -> Output:
+    _require_tensor(y)
     if y.numel() != z.numel() or len(y) != len(z):
         raise OutputError(
             f"targets must have the output's shape, {z.numel() // len(z)} numbers for each of "

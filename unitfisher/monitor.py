@@ -34,7 +34,7 @@ from unitfisher.fisher import Gradient, Observation, Observer, observe_now, requ
 from unitfisher.history import History
 from unitfisher.layers import Layers, select
 from unitfisher.likelihoods import Likelihood, likelihood_of
-from unitfisher.passes import Chance, Pick, device_of
+from unitfisher.passes import Chance, Pick, device_of, kept
 from unitfisher.record import Run
 from unitfisher.statistics import LayerStep, UnitStatistics, statistics, tensors_of
 
@@ -43,6 +43,7 @@ class MonitorState(TypedDict):
     """What a Monitor needs to go on after a restart."""
 
     step: int
+    layers: list[str]
     generators: dict[str, Tensor]
     units: dict[str, Tensor]
     history: list[dict[str, Any]]
@@ -208,6 +209,7 @@ class Monitor:
         self._history.commit()
         return {
             "step": self.step,
+            "layers": list(self.layers),
             "generators": self._observer.chance.state(),
             "units": dict(self._observer.units),
             "history": list(self._history.rows),
@@ -219,10 +221,12 @@ class Monitor:
         Raises:
             ValueError: The state observes other layers' units than this Monitor.
         """
-        if state["units"].keys() != dict(self._observer.units).keys():
+        mine = list(self.layers), list(self._observer.units)
+        if (state["layers"], list(state["units"])) != mine:
             raise ValueError(
-                f"the state samples units of layers {sorted(state['units'])}, this Monitor of "
-                f"{sorted(self._observer.units)}: attach with the same layers= and units="
+                f"the state is of layers {state['layers']} and samples units of layers "
+                f"{list(state['units'])}, this Monitor's {mine[0]} and {mine[1]}: attach with the "
+                f"same layers= and units="
             )
         self.step = state["step"]
         self._observer.chance.load(state["generators"])
@@ -266,7 +270,12 @@ class Monitor:
         if result is None:  # forward raised, and this hook runs on the way out
             return
         with exactly(device_of(model)):
-            self._keep(seen, self._observer.observe(result, seen, targets), step, "train")
+            try:
+                with kept(model):
+                    observations = self._observer.observe(result, seen, targets)
+            finally:
+                seen.forget_gradients()
+            self._keep(seen, observations, step, "train")
 
     def _concerned(self) -> bool:
         return self.model.training and torch.is_grad_enabled() and not elsewhere()

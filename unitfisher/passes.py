@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from unitfisher.capture import UnitMeans, capture
 from unitfisher.layers import Layers, select
@@ -59,7 +60,12 @@ def activation_statistics(
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Read a tensor, a tuple of arguments or a mapping of keyword arguments."""
+    """Read a tensor, a tuple of arguments or a mapping of keyword arguments.
+
+    Tensors of inference mode are copied: autograd takes none.
+    """
+    with torch.inference_mode(False):
+        inputs = tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, inputs)
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
@@ -67,21 +73,38 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode; at the end restore modes, buffers and random states."""
+    """Put the model in eval mode; at the end restore modes, buffers and random states.
+
+    Flags are set one by one: a model's own ``train`` may do more than change them.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(b, b._version, b.clone()) for b in model.buffers()]
-    device = device_of(model)
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            model.eval()
+        with kept(model):
+            for module, _ in modes:
+                module.training = False
             yield
     finally:
         for module, training in modes:
             module.training = training
-        with torch.no_grad():
-            for buffer, version, saved in buffers:
-                if buffer._version != version:
-                    buffer.copy_(saved)
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """Restore buffers and random states at the end, whatever a forward pass does to them.
+
+    Sending errors back may run forward passes too: those of checkpointed segments.
+    """
+    owned = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    device = device_of(model)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module, buffers in owned:
+            module._buffers.update(buffers)
+        for buffer, value in values:
+            buffer.data.copy_(value)  # .data: batch norm and we change it without a new version
 
 
 def pick_output(result: Any, pick: Pick) -> Tensor:
