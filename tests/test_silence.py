@@ -521,28 +521,31 @@ def test_measuring_between_forward_and_backward_leaves_the_gradients_bit_identic
     assert identical(content(watched), content(alone))
 
 
+MATRIX_PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
+
+def precisions() -> list[str]:
+    return [torch.get_float32_matmul_precision(), *(m.fp32_precision for m in MATRIX_PRODUCTS)]
+
+
 @pytest.fixture(params=["highest", "high", "medium"])
-def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+def asked(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     torch.set_float32_matmul_precision(request.param)
-    yield request.param
+    yield precisions()
     torch.set_float32_matmul_precision("highest")
 
 
-def test_the_precision_of_matrix_products_is_left_as_it_was(precision):
+def test_the_precision_of_matrix_products_is_left_as_it_was(asked):
     model, x = mlp(), torch.randn(6, 4)
     monitor = Monitor(model, every=1)
     model(x)
     monitor.measure(x)
-    assert torch.get_float32_matmul_precision() == precision
+    assert precisions() == asked
 
 
-def test_an_error_leaves_the_precision_and_the_gradient_mode_as_they_were():
+def test_an_error_leaves_the_precision_and_the_gradient_mode_as_they_were(asked):
     model = mlp()
     Monitor(model, every=1)
-    torch.set_float32_matmul_precision("high")
-    try:
-        with pytest.raises(NonFiniteError):
-            model(torch.full((5, 4), torch.nan))
-        assert (torch.get_float32_matmul_precision(), torch.is_grad_enabled()) == ("high", True)
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    with pytest.raises(NonFiniteError):
+        model(torch.full((5, 4), torch.nan))
+    assert (precisions(), torch.is_grad_enabled()) == (asked, True)

@@ -196,10 +196,10 @@ class _Follow(TorchFunctionMode):
     def __init__(self, retained: list[Tensor]) -> None:
         super().__init__()
         self.retained = retained
-        self.open: dict[int, tuple[ReferenceType[Tensor], nn.Module, Call]] = {}
+        self.open: dict[int, tuple[ReferenceType[Tensor], int, nn.Module, Call]] = {}
 
     def start(self, y: Tensor, layer: nn.Module, call: Call) -> None:
-        self.open[id(y)] = ref(y), layer, call
+        self.open[id(y)] = ref(y), _version(y), layer, call
 
     def __torch_function__(
         self,
@@ -208,22 +208,26 @@ class _Follow(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        followed = self._followed(args[0] if args else (kwargs or {}).get("input"))
         result = func(*args, **(kwargs or {}))
         if func is Tensor.retain_grad:
             self.retained.append(args[0])
-        if self.open:
-            x = args[0] if args else (kwargs or {}).get("input")
-            self._step(getattr(func, "__name__", "").rstrip("_"), x, result)
+        if followed is not None:
+            self._step(getattr(func, "__name__", "").rstrip("_"), result, *followed)
         return result
 
-    def _step(self, name: str, x: Any, result: Any) -> None:
-        alive, layer, call = self.open.get(id(x), (None, None, None))
-        if alive is None or layer is None or call is None or alive() is not x:
-            return
+    def _followed(self, x: Any) -> tuple[nn.Module, Call] | None:
+        """Whose preactivation is x? No one's any more once a sum in place has changed it."""
+        if id(x) not in self.open:
+            return None
+        alive, version, layer, call = self.open[id(x)]
+        same = isinstance(x, Tensor) and alive() is x and _version(x) == version
+        return (layer, call) if same else None
+
+    def _step(self, name: str, result: Any, layer: nn.Module, call: Call) -> None:
         if name in TRANSPARENT:
             self.start(result, layer, call)
-        elif name in NONLINEARITIES:
-            del self.open[id(x)]
+        elif name in NONLINEARITIES and call.means.nonlinearity is None:
             call.means = UnitMeans.of(at_units(layer, result.detach()), nonlinearity=name)
 
 

@@ -251,6 +251,6 @@ class Folding:
             return UnitCases(a, torch.cat(self.columns), samples)
         assert self.D is not None, "no column was sent back"
         if self.observed.sharing == "reduce":
-            a = a.mean(2, keepdim=True)
+            a = a.mean(2, keepdim=True, dtype=torch.float64)
         delta = self.D.sqrt().flatten(0, 1)[None, :, None]
         return UnitCases(a.flatten(1, 2).unsqueeze(2), delta, samples)

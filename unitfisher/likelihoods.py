@@ -70,7 +70,7 @@ class Categorical:
         tail = pi.flip(-1).cumsum(-1).flip(-1)
         head, rest = pi[..., start:stop], tail[..., start + 1 : stop + 1]
         tiny = torch.finfo(pi.dtype).tiny
-        scale = (head * rest / tail[..., start:stop].clamp_min(tiny)).sqrt()
+        scale = head.sqrt() * rest.sqrt() / tail[..., start:stop].clamp_min(tiny).sqrt()
         classes = torch.arange(z.shape[-1], device=z.device)
         j = classes[start:stop, None]
         later = pi.unsqueeze(-2) / rest.clamp_min(tiny).unsqueeze(-1) * (classes > j)

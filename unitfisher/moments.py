@@ -206,7 +206,11 @@ class UnitMoments:
 
     @property
     def A(self) -> Float[Tensor, "u d d"]:
-        return self.c[:, None, None] * (self.Var_q + outer(self.mu_q, self.mu_q))
+        A = self.c[:, None, None] * (self.Var_q + outer(self.mu_q, self.mu_q))
+        if bool(self.alive.all()):
+            return A
+        bare = self.sum_Daa / self.samples  # joint: errors may cancel in c and not in A
+        return torch.where(self.alive[:, None, None], A, bare)
 
     @property
     def b(self) -> Float[Tensor, "u d"]:

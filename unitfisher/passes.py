@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -143,24 +143,28 @@ def _only_tensor(result: Any) -> Any:
 
 
 def _entry(result: Any, pick: int | str) -> Any:
+    entries = _entries(result)
+    if pick in entries:
+        return entries[pick]
     try:
         return getattr(result, pick) if isinstance(pick, str) else result[pick]
     except (AttributeError, KeyError, IndexError, TypeError):
-        entries = _entries(result)
-    if pick in entries:
-        return entries[pick]
-    raise OutputError(
-        f"output={pick!r} is not in the {type(result).__name__} that the model returns "
-        f"{_contents(result)}"
-    )
+        raise OutputError(
+            f"output={pick!r} is not in the {type(result).__name__} that the model returns "
+            f"{_contents(result)}"
+        ) from None
 
 
 def _entries(result: Any) -> dict[Any, Any]:
     if isinstance(result, Mapping):
         return dict(result)
+    if is_dataclass(result):
+        return {field.name: getattr(result, field.name) for field in fields(result)}
+    if isinstance(result, tuple) and hasattr(result, "_asdict"):
+        return dict(result._asdict())
     if isinstance(result, Sequence):
         return dict(enumerate(result))
-    return dict(vars(result)) if is_dataclass(result) or hasattr(result, "__dict__") else {}
+    return dict(getattr(result, "__dict__", {}))
 
 
 def _contents(result: Any) -> str:
