@@ -189,6 +189,11 @@ def test_layers_that_are_left_out_are_named_once_with_the_ways_out():
     assert len(warned) == 1
 
 
+def test_the_note_on_layers_left_out_proposes_kinds_that_the_model_has():
+    with pytest.warns(UncoveredLayersWarning, match=r"layers=\((nn\.)?Linear,?\)"):
+        Monitor(Named())
+
+
 def test_naming_the_layers_silences_the_note():
     model = Named()
     Monitor(model, layers=(nn.Linear,), every=1)

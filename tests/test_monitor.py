@@ -596,6 +596,14 @@ def test_detaching_leaves_a_run_open_that_was_given(tmp_path):
     assert (run.tables, len(run.read("units"))) == (["epochs", "units"], 14)
 
 
+def test_a_run_that_its_owner_closes_holds_the_newest_measurement(tmp_path):
+    model = mlp()
+    with Run(tmp_path) as run:
+        Monitor(model, every=1, record=run)
+        model(normal(8, 4))
+    assert set(pd.read_parquet(tmp_path / "units")["step"]) == {0}
+
+
 def test_flushing_writes_the_newest_measurement(tmp_path):
     model = mlp()
     monitor = Monitor(model, every=1, record=tmp_path)
