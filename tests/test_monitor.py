@@ -641,21 +641,15 @@ for model in models:
 """
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ended")
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such end on this system")
+def test_the_end_of_the_process_keeps_what_was_measured(tmp_path):
     package = Path(unitfisher.__file__).parents[1]
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", ENDINGS, folder],
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ENDINGS, tmp_path],
         env={**os.environ, "PYTHONPATH": str(package)},
         capture_output=True,
         text=True,
     )
-    assert (run.returncode, run.stderr) == (0, "")
-    return folder
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such end on this system")
-@pytest.mark.parametrize("how", ["folder", "run", "killed"])
-def test_the_end_of_the_process_keeps_what_was_measured(ended, how):
-    assert set(pd.read_parquet(ended / how / "units")["step"]) == {0, 1, 2}
+    assert (ended.returncode, ended.stderr) == (0, "")
+    kept = [pd.read_parquet(tmp_path / how / "units") for how in ("folder", "run", "killed")]
+    assert [set(table["step"]) for table in kept] == 3 * [{0, 1, 2}]

@@ -100,6 +100,10 @@ def require_unobserved(model: nn.Module, chosen: Mapping[str, nn.Module]) -> Non
                 )
 
 
+def _kind(layer: nn.Module) -> str:
+    return ("nn." if type(layer).__module__.startswith("torch.nn") else "") + type(layer).__name__
+
+
 def name_uncovered(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     """Say once which modules with parameters are not observed, and what to do about it."""
     left = {n: m for n, m in parametric(model) if n not in chosen}
@@ -107,10 +111,10 @@ def name_uncovered(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
         names = ", ".join(
             f"{n or 'the model itself'} ({type(m).__name__})" for n, m in left.items()
         )
+        kinds = ", ".join(sorted({_kind(m) for m in chosen.values()}))
         warnings.warn(
             f"not observed, having no form as units over shared inputs: {names}. To leave them "
-            f"out without this note name the layers to observe, such as "
-            f"layers=(nn.Linear, nn.Conv2d). {PER_SAMPLE}",
+            f"out without this note name the layers to observe: layers=({kinds},). {PER_SAMPLE}",
             UncoveredLayersWarning,
             stacklevel=3,
         )

@@ -1,6 +1,5 @@
 """The table of what a Monitor has measured: one row per step, layer and unit."""
 
-import atexit
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,8 @@ class History:
         self.rows: list[Columns] = []
         self.newest: dict[str, UnitStatistics] = {}
         self.phase = "train"
-        atexit.register(self.close)  # after the run's own, so that it comes before
+        if run is not None:
+            run.before_closing(self.commit)
 
     @classmethod
     def opened(cls, record: str | Path | Run | None, config: Mapping[str, Any]) -> "History":
@@ -93,7 +93,6 @@ class History:
             self.run.flush()
 
     def close(self) -> None:
-        atexit.unregister(self.close)
         self.flush()
         if self.run is not None and self.owned:
             self.run.close()

@@ -246,7 +246,7 @@ class Monitor:
             self.model.register_forward_hook(Hook(self._after, observed), always_call=True),
         ]
         self._close = weakref.finalize(self, self._history.close)
-        self._close.atexit = False  # the history sees to that itself, before its run is closed
+        self._close.atexit = False  # a run that closes at exit asks for what is held
 
     def _before(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         self._drop_pass()  # a pass that was interrupted

@@ -14,7 +14,7 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -71,6 +71,7 @@ class Run:
         self._state, self._writing = threading.Lock(), threading.Lock()
         self._process = os.getpid()
         self._closed = self._warned = False
+        self._before_closing: list[Callable[[], None]] = []
         atexit.register(self.close)
 
     @property
@@ -137,8 +138,15 @@ class Run:
             )
         return pd.read_parquet(self.folder / table)
 
+    def before_closing(self, act: Callable[[], None]) -> None:
+        """Call this when the run is about to be closed, for rows that are still held back."""
+        self._before_closing.append(act)
+
     def close(self) -> None:
         """Flush, and take no more rows. Done by itself when the interpreter exits."""
+        held, self._before_closing = self._before_closing, []
+        for act in held if os.getpid() == self._process else []:
+            act()
         with self._state:
             self._closed = True
         self.flush()
