@@ -1,5 +1,6 @@
 """Every mistake gets an error that says what is wrong, where, and what to do instead."""
 
+import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -56,6 +57,11 @@ ATTACHED = {
     "type-without-match": (Named, {"layers": nn.Conv2d}, "Conv2d.*matches no .*'hidden1'"),
     "predicate-without-match": (Named, {"layers": lambda *_: False}, "matches no .*'hidden1'"),
     "type-not-supported": (Named, {"layers": nn.LayerNorm}, r"'norm' \(LayerNorm\).*per_sample"),
+    "one-of-two-not-supported": (
+        Named,
+        {"layers": ["output", nn.LayerNorm]},
+        r"'norm' \(LayerNorm\).*per_sample",
+    ),
     "no-choice": (Named, {"layers": []}, "layers=? ?.*'hidden1'"),
     "no-kind-of-choice": (Named, {"layers": 3}, "layers.*name.*type.*predicate.*got 3"),
     "an-instance": (Named, {"layers": nn.Linear(2, 2)}, "layers.*name.*type.*predicate"),
@@ -129,6 +135,24 @@ def test_a_layer_is_observed_once_also_from_an_inner_model():
         Monitor(model)
 
 
+def test_a_layer_is_observed_once_also_from_an_outer_model():
+    model = nn.Sequential(mlp(), nn.Linear(CLASSES, CLASSES))
+    Monitor(model)
+    with pytest.raises(LayerSelectionError, match=r"'0'.*observed .*already"):
+        Monitor(model[0])
+
+
+@pytest.mark.parametrize("end", ["detached", "deleted"])
+def test_a_layer_is_free_again_after_its_monitor_or_model(end):
+    inner = mlp()
+    first = Monitor(nn.Sequential(inner))
+    if end == "detached":
+        first.detach()
+    del first
+    gc.collect()
+    Monitor(inner)
+
+
 def test_other_layers_of_an_observed_model_may_be_observed():
     model = mlp()
     Monitor(model, layers="0", every=1)
@@ -183,10 +207,16 @@ def test_a_run_that_was_closed_takes_no_measurement(tmp_path):
 
 
 def test_layers_that_are_left_out_are_named_once_with_the_ways_out():
-    told = r"norm \(LayerNorm\).*layers=\(.*Linear.*per_sample_gradients"
+    told = r"LayerNorm norm.*layers=\(.*Linear.*per_sample_gradients"
     with pytest.warns(UncoveredLayersWarning, match=told) as warned:
         Monitor(Named(), every=1).model(normal(8, 4))
     assert len(warned) == 1
+
+
+def test_layers_that_are_left_out_are_named_by_kind():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.PReLU(), nn.LayerNorm(3))
+    with pytest.warns(UncoveredLayersWarning, match=r"nn\.LayerNorm 1, 3; nn\.PReLU 2\. "):
+        Monitor(model)
 
 
 def test_the_note_on_layers_left_out_proposes_kinds_that_the_model_has():

@@ -31,6 +31,13 @@ class Mixing(nn.Module):
         return self.head(self.over(self.below(x).tanh().mT).tanh().mT)
 
 
+def test_an_output_of_very_many_columns_says_so():
+    logits, exact = torch.zeros(1, 101, 11), Estimator(Categorical())
+    with pytest.warns(UserWarning, match=r"101 positions.*1010 backward columns.*'rademacher'"):
+        next(columns(logits, exact, torch.Generator(), None))
+    next(columns(logits[:, :100], exact, torch.Generator(), None))
+
+
 def filled(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.double().parameters():

@@ -1,5 +1,6 @@
 """The Monitor in live use: when it measures, what it keeps, and how a run goes on."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -468,6 +469,36 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path):
     resumed = Monitor(again, **OPTIONS, seed=7)
     resumed.load_state_dict(observed)
     assert_frame_equal(passes(again, resumed, range(5, 9)), expected)
+
+
+def test_a_record_that_is_resumed_loses_what_came_after_the_state(tmp_path):
+    whole = seeded()
+    expected = passes(whole, Monitor(whole, **OPTIONS), range(9))
+
+    model = seeded()
+    monitor = Monitor(model, **OPTIONS, record=Run(tmp_path, {}))
+    passes(model, monitor, range(5))
+    weights, state = copy.deepcopy(model.state_dict()), monitor.state_dict()
+    passes(model, monitor, range(5, 7))  # and is killed
+    monitor.flush()
+
+    again = mlp()
+    again.load_state_dict(weights)
+    resumed = Monitor(again, **OPTIONS, record=Run(tmp_path, {}, resume=True))
+    resumed.load_state_dict(state)
+    assert_frame_equal(passes(again, resumed, range(5, 9)), expected)
+
+
+def test_a_state_goes_on_in_a_new_record(tmp_path):
+    model = mlp()
+    first = Monitor(model, every=1, record=tmp_path / "first")
+    model(normal(8, 4))
+    state = first.state_dict()
+    first.detach()
+    second = Monitor(model, every=1, record=tmp_path / "second")
+    second.load_state_dict(state)
+    model(normal(8, 4))
+    assert measured_steps(second) == [1]
 
 
 def test_a_state_that_was_taken_does_not_change_with_the_passes_that_follow():

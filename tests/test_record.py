@@ -345,7 +345,7 @@ def test_a_fork_writes_nothing(tmp_path, writers):
     assert Run(tmp_path / "run", resume=True).read()["step"].tolist() == [0, 2]
 
 
-def no_space(descriptor):
+def no_space(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -418,6 +418,42 @@ def test_resume_clears_away_what_a_killed_writer_left(tmp_path):
 def test_a_kill_before_the_configuration_leaves_an_empty_folder(tmp_path):
     (tmp_path / ".unfinished").write_text("{")
     assert Run(tmp_path, {"lr": 0.1}).config == {"lr": 0.1}
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3, 5, 6, 7, 99])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_truncated_table_has_its_first_rows_and_goes_on_after_them(
+    tmp_path, monkeypatch, resumed, kept
+):
+    monkeypatch.setattr(unitfisher.parts, "PART_ROWS", 3)
+    run = Run(tmp_path)
+    for step in range(7):
+        run.append("units", {"step": [step]})
+        run.flush()
+    if resumed:
+        run.close()
+        run = Run(tmp_path, resume=True)
+    run.truncate("units", kept)
+    assert run.count() == min(kept, 7)
+    run.append("units", {"step": [-1]})
+    run.close()
+    assert list(run.read()["step"]) == [*range(min(kept, 7)), -1]
+
+
+def test_a_kill_while_truncating_leaves_first_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(unitfisher.parts, "PART_ROWS", 3)
+    run = Run(tmp_path)
+    for step in range(9):
+        run.append("units", {"step": [step]})
+        run.flush()
+    monkeypatch.setattr(os, "replace", no_space)
+    with pytest.raises(OSError, match="No space"):
+        run.truncate("units", 2)
+    assert list(pd.read_parquet(tmp_path / "units")["step"]) == [0, 1, 2]
+
+
+def test_a_table_without_rows_is_counted_as_none(tmp_path):
+    assert Run(tmp_path).count("units") == 0
 
 
 def test_a_run_is_not_overwritten(tmp_path):

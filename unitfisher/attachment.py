@@ -3,7 +3,8 @@
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,11 @@ class UncoveredLayersWarning(UserWarning):
 class Hook:
     """A Monitor's hook on a model. Copies and pickles of the model carry an idle one instead."""
 
+    standing: ClassVar[WeakSet["Hook"]] = WeakSet()  # a hook that is removed is gone
+
     def __init__(self, act: Callable[..., None], layers: Collection[nn.Module]) -> None:
         self.act, self.layers = act, layers
+        self.standing.add(self)
 
     def __call__(self, *args: Any) -> None:
         self.act(*args)
@@ -86,18 +90,15 @@ def _counts(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def require_unobserved(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    wanted = {id(layer): name for name, layer in chosen.items()}
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            if not isinstance(hook, Hook):
-                continue
-            twice = [wanted[id(m)] for m in hook.layers if id(m) in wanted]
-            if twice:
-                raise LayerSelectionError(
-                    f"layers {', '.join(map(repr, twice))} are observed by a Monitor already: "
-                    f"detach() that one first, or choose other layers"
-                )
+def require_unobserved(chosen: Mapping[str, nn.Module]) -> None:
+    """Refuse layers that another Monitor observes, whichever module that one stands on."""
+    observed = {id(layer) for hook in Hook.standing for layer in hook.layers}
+    twice = [name for name, layer in chosen.items() if id(layer) in observed]
+    if twice:
+        raise LayerSelectionError(
+            f"layers {', '.join(map(repr, twice))} are observed by a Monitor already: "
+            f"detach() that one first, or choose other layers"
+        )
 
 
 def _kind(layer: nn.Module) -> str:
@@ -108,12 +109,13 @@ def name_uncovered(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     """Say once which modules with parameters are not observed, and what to do about it."""
     left = {n: m for n, m in parametric(model) if n not in chosen}
     if left:
-        names = ", ".join(
-            f"{n or 'the model itself'} ({type(m).__name__})" for n, m in left.items()
-        )
+        by_kind: dict[str, list[str]] = {}
+        for name, module in left.items():
+            by_kind.setdefault(_kind(module), []).append(name or "the model itself")
+        named = "; ".join(f"{kind} {', '.join(names)}" for kind, names in by_kind.items())
         kinds = ", ".join(sorted({_kind(m) for m in chosen.values()}))
         warnings.warn(
-            f"not observed, having no form as units over shared inputs: {names}. To leave them "
+            f"not observed, having no form as units over shared inputs: {named}. To leave them "
             f"out without this note name the layers to observe: layers=({kinds},). {PER_SAMPLE}",
             UncoveredLayersWarning,
             stacklevel=3,

@@ -32,7 +32,9 @@ NONLINEARITIES = frozenset(
         "hardtanh",
         "leaky_relu",
         "logsigmoid",
+        "max",
         "maximum",
+        "minimum",
         "mish",
         "prelu",
         "relu",
@@ -47,6 +49,7 @@ NONLINEARITIES = frozenset(
         "tanh",
         "tanhshrink",
         "threshold",
+        "where",
     ]
 )
 TRANSPARENT = frozenset(
@@ -208,7 +211,7 @@ class _Follow(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        followed = self._followed(args[0] if args else (kwargs or {}).get("input"))
+        followed = self._followed(args or (kwargs or {}).values())
         result = func(*args, **(kwargs or {}))
         if func is Tensor.retain_grad:
             self.retained.append(args[0])
@@ -216,18 +219,21 @@ class _Follow(TorchFunctionMode):
             self._step(getattr(func, "__name__", "").rstrip("_"), result, *followed)
         return result
 
-    def _followed(self, x: Any) -> tuple[nn.Module, Call] | None:
-        """Whose preactivation is x? No one's any more once a sum in place has changed it."""
-        if id(x) not in self.open:
-            return None
-        alive, version, layer, call = self.open[id(x)]
-        same = isinstance(x, Tensor) and alive() is x and _version(x) == version
-        return (layer, call) if same else None
+    def _followed(self, args: Iterable[Any]) -> tuple[nn.Module, Call] | None:
+        """Whose preactivation is read? No one's any more once a sum in place has changed it."""
+        for x in args:
+            if id(x) in self.open:
+                alive, version, layer, call = self.open[id(x)]
+                if isinstance(x, Tensor) and alive() is x and _version(x) == version:
+                    return layer, call
+        return None
 
     def _step(self, name: str, result: Any, layer: nn.Module, call: Call) -> None:
         if name in TRANSPARENT:
             self.start(result, layer, call)
         elif name in NONLINEARITIES and call.means.nonlinearity is None:
+            if not isinstance(result, Tensor) or result.shape != call.shape:
+                return  # ``max`` over an axis, say
             call.means = UnitMeans.of(at_units(layer, result.detach()), nonlinearity=name)
 
 

@@ -1,19 +1,17 @@
-"""One layer in one forward pass: what its units received and the errors that came back.
+"""The cases of one layer: what its units received and the errors that came back.
 
 A case is a sample (joint, reduce) or one position of a sample (expand), with r columns of error.
 From them come the moments, for as many units at a time as memory allows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
-from unitfisher.capture import Call
-from unitfisher.layers import LayerSelectionError, at_units, incoming
 from unitfisher.moments import UnitMoments
 from unitfisher.rows import Moments, UnitRows
 
@@ -160,97 +158,3 @@ class UnitCases:
         groups = len(self.a)
         origin = self._origin if groups == 1 else self._origin[:: self.units // groups]
         return origin.reshape(groups, 1, 1, -1)
-
-
-@dataclass(frozen=True)
-class Observed:
-    """One layer in one forward pass; several calls are further positions of the same weights."""
-
-    name: str
-    layer: nn.Module
-    calls: Sequence[Call]
-    samples: int
-    sharing: str
-    units: Int[Tensor, " u"] | None = None  # which of the layer's; None: all
-
-    @cached_property
-    def activations(self) -> Float[Tensor, "g n t d"]:
-        """The calls' incoming activations, in single precision at least."""
-        for call in self.calls:
-            call.require_unchanged()
-        seen = [incoming(self.layer, call.activations) for call in self.calls]
-        a = torch.cat([self._by_sample(x) for x in seen], 2)
-        a = a if a.dtype == torch.float64 else a.float()
-        if len(a) == 1 or self.units is None:
-            return a
-        return a[self.units.to(a.device) // (len(self.calls[0].means.mean) // len(a))]
-
-    def errors(self, grads: Sequence[Tensor | None]) -> Float[Tensor, "r n t u"]:
-        """Arrange a block of columns, (r, *output.shape) for each call.
-
-        None stands for a call that the model's output does not depend on: no error.
-        """
-        columns = next((len(g) for g in grads if g is not None), 1)
-        parts = []
-        for call, grad in zip(self.calls, grads, strict=True):
-            if grad is None:
-                grad = call.activations.new_zeros(columns, *call.shape)
-            delta = at_units(self.layer, grad.flatten(0, 1)).unflatten(0, (columns, -1))
-            parts.append(self._by_sample(delta))
-        delta = torch.cat(parts, 2)
-        return delta if self.units is None else delta[..., self.units.to(delta.device)]
-
-    def gradient(
-        self, delta: Float[Tensor, "1 n t u"]
-    ) -> tuple[Float[Tensor, "u d"], Float[Tensor, " u"]]:
-        """Return (g, g0) of the mean over samples whose errors these are."""
-        a = self.activations.flatten(1, 2)
-        origin = a.mean(1, keepdim=True)
-        by_group = delta.flatten(0, 2).unflatten(-1, (len(a), -1)).permute(1, 2, 0)  # g v n
-        g0 = by_group.sum(-1, keepdim=True, dtype=torch.float64)
-        about = (by_group.to(a.dtype) @ (a - origin)).double()
-        g = about + g0 * origin.double()  # in double: g - g0 μ_q nearly cancels for a large mean
-        return g.flatten(0, 1) / self.samples, g0.flatten() / self.samples
-
-    def _by_sample(self, x: Tensor) -> Tensor:
-        """Give the second axis the samples and the third the positions."""
-        rows = x.shape[1] * x.shape[2]
-        if x.shape[1] == self.samples:
-            return x
-        if rows % self.samples or self.sharing != "expand":
-            raise LayerSelectionError(
-                f"layer {self.name!r} was called on {x.shape[1]} rows where the model's output "
-                f"has {self.samples} samples: which rows belong to which sample is not known. "
-                f"Keep the samples on the first axis, leave the layer out with layers=..., or, "
-                f"when the rows divide evenly, use sharing='expand'"
-            )
-        return x.reshape(len(x), self.samples, -1, x.shape[-1])
-
-
-class Folding:
-    """Gathers a layer's errors block by block; folds columns as soon as the sharing permits."""
-
-    def __init__(self, observed: Observed) -> None:
-        self.observed = observed
-        self.D: Tensor | None = None
-        self.columns: list[Tensor] = []
-
-    def add(self, delta: Float[Tensor, "r n t u"]) -> None:
-        if self.observed.sharing == "joint" and delta.shape[2] > 1:
-            self.columns.append(delta)
-            return
-        if self.observed.sharing == "reduce":
-            delta = delta.sum(2, keepdim=True)
-        D = (delta.double() ** 2).sum(0)
-        self.D = D if self.D is None else self.D.add_(D)
-
-    def cases(self) -> UnitCases:
-        """Put the errors beside the activations."""
-        a, samples = self.observed.activations, self.observed.samples
-        if self.columns:
-            return UnitCases(a, torch.cat(self.columns), samples)
-        assert self.D is not None, "no column was sent back"
-        if self.observed.sharing == "reduce":
-            a = a.mean(2, keepdim=True, dtype=torch.float64)
-        delta = self.D.sqrt().flatten(0, 1)[None, :, None]
-        return UnitCases(a.flatten(1, 2).unsqueeze(2), delta, samples)

@@ -4,6 +4,7 @@ Columns are those of the output Fisher's root S, drawn labels, random signs or t
 Several at once go through one vmapped backward of the graph that the forward pass has built.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from unitfisher.likelihoods import Likelihood, Output
 
 FISHERS = ("exact", "mc", "rademacher", "empirical")
 SHARINGS = ("expand", "joint", "reduce")
+MANY_COLUMNS = 1000  # exact, but slow enough to say so
 COLUMN_BYTES = 128 * 2**20  # what the errors of columns sent back together may take
 
 
@@ -70,8 +72,15 @@ def columns(
 
 def _exact(z: Output, likelihood: Likelihood, together: int) -> Iterator[Tensor]:
     """One position after another: the labels of two positions are independent."""
-    total = likelihood.columns(z)
-    for position in range(z.shape[1]):
+    total, positions = likelihood.columns(z), z.shape[1]
+    if total * positions > MANY_COLUMNS:
+        warnings.warn(
+            f"the exact Fisher of an output of {positions} positions and {z.shape[2]} numbers each "
+            f"takes {total * positions} backward columns a measurement; fisher='rademacher' "
+            f"estimates it with samples= of them",
+            stacklevel=2,
+        )
+    for position in range(positions):
         here = slice(position, position + 1)
         for start in range(0, total, together):
             root = likelihood.root(z[:, here], start, min(start + together, total))

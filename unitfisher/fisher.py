@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from unitfisher.capture import Call, Seen, capture
-from unitfisher.cases import Folding, Observed, UnitCases
+from unitfisher.cases import UnitCases
 from unitfisher.errors import Estimator, columns, columns_together, send_all_back, send_back
 from unitfisher.layers import Layers, LayerSelectionError, match, supported
 from unitfisher.likelihoods import Likelihood, OutputError, likelihood_of
+from unitfisher.observed import Folding, Observed
 from unitfisher.passes import Chance, Pick, arguments, pick_output, undisturbed
 from unitfisher.per_sample import unit_fisher_per_sample
 

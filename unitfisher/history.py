@@ -92,6 +92,17 @@ class History:
         if self.run is not None:
             self.run.flush()
 
+    def written(self) -> int:
+        """Flush, and count the rows that the record holds."""
+        self.flush()
+        return 0 if self.run is None else self.run.count(TABLE)
+
+    def go_back(self, rows: list[Columns], written: int) -> None:
+        """Hold these rows, and drop those that the record got after so many."""
+        self.rows, self.newest = rows, {}
+        if self.run is not None:
+            self.run.truncate(TABLE, written)
+
     def close(self) -> None:
         self.flush()
         if self.run is not None and self.owned:

@@ -91,24 +91,24 @@ def select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     """Return the layers asked for that have a canonical form, in the model's order.
 
     Raises:
-        LayerSelectionError: A choice matches no module, or none that is supported.
+        LayerSelectionError: One of the choices matches no module, or none that is supported.
     """
     found = match(model, layers)
-    covered = {name: m for name, m in found.items() if supported(m)}
-    if not covered:
-        kinds = ", ".join(sorted({type(m).__name__ for m in found.values()}))
+    uncovered = {name: m for name, m in found.items() if not supported(m)}
+    if uncovered:
+        kinds = ", ".join(sorted({type(m).__name__ for m in uncovered.values()}))
         raise LayerSelectionError(
-            f"layers={layers!r} matches {_some(found)} ({kinds}), which have no form as units "
+            f"layers={layers!r} matches {_some(uncovered)} ({kinds}), which have no form as units "
             f"over shared inputs. {PER_SAMPLE}"
         )
-    return covered
+    return found
 
 
 def match(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     """Return the modules that the choice names; None: every trainable layer that is supported.
 
-    A pattern or predicate means modules that own parameters, and of those the supported ones
-    where there are any.
+    A choice means modules that own parameters, and of those the supported ones where it matches
+    any.
 
     Raises:
         LayerSelectionError: A choice matches nothing.

@@ -7,8 +7,8 @@ Labels, loss, parameters, gradients and the global random state are not touched.
 
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -34,9 +34,9 @@ from unitfisher.fisher import Gradient, Observation, Observer, observe_now, requ
 from unitfisher.history import History
 from unitfisher.layers import Layers, select
 from unitfisher.likelihoods import Likelihood, likelihood_of
-from unitfisher.passes import Chance, Pick, device_of, kept
+from unitfisher.passes import Chance, Pick, device_of, exactly, kept
 from unitfisher.record import Run
-from unitfisher.statistics import LayerStep, UnitStatistics, statistics, tensors_of
+from unitfisher.statistics import LayerStep, UnitStatistics, bytes_of, statistics, tensors_of
 
 
 class MonitorState(TypedDict):
@@ -47,6 +47,7 @@ class MonitorState(TypedDict):
     generators: dict[str, Tensor]
     units: dict[str, Tensor]
     history: list[dict[str, Any]]
+    written: int
 
 
 class Monitor:
@@ -112,7 +113,7 @@ class Monitor:
         self.damping, self.every, self.on_nonfinite = damping, every, on_nonfinite
         estimator = Estimator(likelihood_of(likelihood), fisher, samples, sharing)
         chosen = select(self.model, layers)
-        require_unobserved(self.model, chosen)
+        require_unobserved(chosen)
         if layers is None:
             name_uncovered(self.model, chosen)
         self._observer = Observer(
@@ -160,7 +161,10 @@ class Monitor:
             ValueError: Nothing was measured yet, or no observed layer has a gradient.
         """
         if not self.latest:
-            raise ValueError("nothing was measured yet: run a training pass or monitor.measure(x)")
+            raise ValueError(
+                "nothing was measured yet: run a training pass or monitor.measure(x) (a model that "
+                "was compiled after attaching calls no hooks: measure(x) is the way there)"
+            )
         steps, completed = {}, dict(self.latest)
         for name, measured in self.latest.items():
             gradient = _gradient_of(self.layers[name], measured)
@@ -205,18 +209,25 @@ class Monitor:
         self.detach()
 
     def state_dict(self) -> MonitorState:
-        """Return what is needed to go on after a restart: steps, random state, units, rows."""
-        self._history.commit()
+        """Return what is needed to go on after a restart: steps, random state, units, rows.
+
+        Rows that are in a record stay there; their number is in the state.
+        """
+        written = self._history.written()
         return {
             "step": self.step,
             "layers": list(self.layers),
             "generators": self._observer.chance.state(),
             "units": dict(self._observer.units),
             "history": list(self._history.rows),
+            "written": written,
         }
 
     def load_state_dict(self, state: MonitorState) -> None:
         """Go on from `state_dict`.
+
+        A record that is resumed (``record=Run(folder, config, resume=True)``) loses the rows that
+        were written after that state, so that none stands there twice.
 
         Raises:
             ValueError: The state observes other layers' units than this Monitor.
@@ -231,12 +242,12 @@ class Monitor:
         self.step = state["step"]
         self._observer.chance.load(state["generators"])
         self._observer = replace(self._observer, units=dict(state["units"]))
-        self._history.rows = list(state["history"])
+        self._history.go_back(list(state["history"]), state["written"])
 
     def memory_usage(self) -> dict[str, int]:
         """Count the bytes held between passes: the newest measurement and the rows in memory."""
-        latest = _bytes(t for m in self.latest.values() for t in tensors_of(m))
-        history = _bytes(self._history.tensors)
+        latest = bytes_of(t for m in self.latest.values() for t in tensors_of(m))
+        history = bytes_of(self._history.tensors)
         return {"latest": latest, "history": history, "total": latest + history}
 
     def _attach(self) -> None:
@@ -330,23 +341,3 @@ def _gradient_of(layer: nn.Module, measured: UnitStatistics) -> Gradient | None:
     if g is None or (measured.biased and g0 is None):
         return None
     return Gradient(g[measured.units], None if g0 is None else g0[measured.units])
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
-@contextmanager
-def exactly(device: torch.device) -> Iterator[None]:
-    """Compute without autocast, reduced-precision products or a graph of our own."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    asked = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, asked, strict=True):
-            backend.fp32_precision = precision

@@ -43,10 +43,10 @@ class Table:
     """
 
     def __init__(self, folder: Path) -> None:
-        parts = sorted(folder.glob("part-*.parquet"))
         self.folder = folder
+        parts = self._parts
         self.schema: pa.Schema = pq.read_schema(parts[-1]) if parts else None
-        self._part = int(parts[-1].stem.removeprefix("part-")) + 1 if parts else 0
+        self._part = _next_part(parts)
         self._pending: list[dict[str, Values]] = []  # as given
         self._rows: pa.Table = None  # of the open part
         self._stale = False  # is that part behind on disk?
@@ -70,6 +70,27 @@ class Table:
             self._convert()
         if self._stale:
             self._write()
+
+    def truncate(self, rows: int) -> None:
+        """Drop all rows but the first, from the end: whenever it is cut short, the rest stands."""
+        self.flush()
+        parts = self._parts
+        lengths = [pq.read_metadata(part).num_rows for part in parts]
+        for part, length in zip(reversed(parts), reversed(lengths), strict=True):
+            start = sum(lengths[: parts.index(part)])
+            if start >= rows:
+                part.unlink()
+            elif start + length > rows:
+                _write(part, pq.read_table(part).slice(0, rows - start))
+        self._part, self._rows = _next_part(self._parts), None
+
+    @property
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob("part-*.parquet"))
+
+    def __len__(self) -> int:
+        """Count the rows on disk."""
+        return sum(pq.read_metadata(part).num_rows for part in self._parts)
 
     def _own(self, name: str, column: Column) -> Values:
         """Copy, so that what is done in place later is not recorded."""
@@ -118,11 +139,9 @@ class Table:
 
     def _write(self) -> None:
         part = self.folder / f"part-{self._part:05d}.parquet"
-        file = pa.BufferOutputStream()
-        pq.write_table(self._rows, file)
         try:
             self.folder.mkdir(exist_ok=True)
-            write_atomically(part, file.getvalue(), self.folder.parent / UNFINISHED)
+            _write(part, self._rows)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -132,6 +151,16 @@ class Table:
         self._stale = False
         if len(self._rows) >= PART_ROWS:
             self._part, self._rows = self._part + 1, None
+
+
+def _next_part(parts: Sequence[Path]) -> int:
+    return int(parts[-1].stem.removeprefix("part-")) + 1 if parts else 0
+
+
+def _write(part: Path, rows: pa.Table) -> None:
+    file = pa.BufferOutputStream()
+    pq.write_table(rows, file)
+    write_atomically(part, file.getvalue(), part.parent.parent / UNFINISHED)
 
 
 def write_atomically(path: Path, data: bytes | pa.Buffer, unfinished: Path) -> None:

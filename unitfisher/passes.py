@@ -174,3 +174,18 @@ def _contents(result: Any) -> str:
 
 def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """Compute without autocast, reduced-precision products or a graph of our own."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    asked = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, asked, strict=True):
+            backend.fp32_precision = precision

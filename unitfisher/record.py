@@ -103,10 +103,20 @@ class Run:
         with self._state:
             if self._closed:
                 raise RuntimeError(f"run {self.folder} is closed; append before, or resume it")
-            growing = self._tables.get(table) or Table(self.folder / table)
+            growing = self._table(table)
             growing.append(columns)
             self._tables[table] = growing
             self._arm()
+
+    def count(self, table: str = "units") -> int:
+        """Flush, and count the rows of a table; 0 where there is none."""
+        self.flush()
+        return len(self._table(table))
+
+    def truncate(self, table: str, rows: int) -> None:
+        """Keep the first rows of a table and drop the rest, such as those after a checkpoint."""
+        with self._writing:
+            self._table(table).truncate(rows)
 
     def flush(self) -> None:
         """Write all rows appended so far.
@@ -162,6 +172,10 @@ class Run:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _table(self, name: str) -> Table:
+        known = self._tables.get(name)
+        return Table(self.folder / name) if known is None else known  # a table may be of length 0
 
     def _arm(self) -> None:
         if self._timer is None:

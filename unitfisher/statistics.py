@@ -1,5 +1,6 @@
 """What one measurement says of one layer: the theorems' quantities for every unit."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
@@ -246,3 +247,9 @@ def tensors_of(measured: UnitStatistics) -> list[Tensor]:
     moments = vars(measured.cases).get("_moments")
     kept += vars(moments).values() if moments is not None else []
     return [t for t in kept if isinstance(t, Tensor)]
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Count storages once, however many tensors view them."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
