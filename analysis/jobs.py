@@ -29,6 +29,7 @@ from unitfisher.experiments import (
 
 WIDTH = 128
 PROBE_SEED = 1  # the same probe set in every run
+TABLES = ("activations", "training", "path", "finished")  # what a report reads of a run
 LIVE = 12  # how often, about, a training batch is measured as it passes
 
 
@@ -100,8 +101,15 @@ def state(job: Job) -> Literal["new", "unfinished", "finished"]:
             f"{job.folder} holds a run with {'; '.join(changed)}. "
             "Choose another --out, or remove that folder"
         )
-    made = any((job.folder / "finished").glob("part-*.parquet"))
-    return "finished" if made else "unfinished"
+    if not any((job.folder / "finished").glob("part-*.parquet")):
+        return "unfinished"
+    missing = [table for table in TABLES if not (job.folder / table).is_dir()]
+    if missing:
+        raise RunMismatchError(
+            f"{job.folder} holds a finished run without its tables {', '.join(missing)}, as "
+            "recorded results do; choose another --out"
+        )
+    return "finished"
 
 
 def measured_epochs(epochs: int, measurements: int) -> list[int]:

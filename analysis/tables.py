@@ -6,7 +6,7 @@ from itertools import product
 from typing import Literal, NamedTuple
 
 import pandas as pd
-from jobs import Job
+from jobs import TABLES, Job
 
 from unitfisher.experiments import ACTIVATIONS
 
@@ -66,8 +66,7 @@ QUANTITIES = (MEAN_ACTIVATION, *MEASURED, DEAD, *SCORES)
 
 def read(jobs: Sequence[Job]) -> Records:
     """Read the records of finished runs."""
-    tables = ("activations", "training", "path", "finished")
-    return Records(*(pd.concat([_read(job, table) for job in jobs]) for table in tables))
+    return Records(*(pd.concat([_read(job, table) for job in jobs]) for table in TABLES))
 
 
 def _read(job: Job, table: str) -> pd.DataFrame:

@@ -1,3 +1,4 @@
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,14 @@ def test_finished_runs_are_not_made_again(
 def test_another_configuration_is_refused(made: bias_shift.Config, refused: None) -> None:
     with pytest.raises(jobs.RunMismatchError, match=r"units = 4, asked for 5.*another --out"):
         bias_shift.main(replace(made, units=5))
+
+
+def test_a_finished_run_without_its_tables_is_refused(
+    made: bias_shift.Config, tmp_path: Path, refused: None
+) -> None:
+    shutil.copytree(made.folder, tmp_path / "published", ignore=shutil.ignore_patterns("path"))
+    with pytest.raises(jobs.RunMismatchError, match=r"without its tables path.*another --out"):
+        bias_shift.main(replace(made, out=tmp_path / "published"))
 
 
 def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path, refused: None) -> None:
