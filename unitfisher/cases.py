@@ -79,8 +79,8 @@ class UnitCases:
             origin = (self._origin + self._mean_q()).to(a.dtype)  # each unit's own: exactly centred
             m = UnitMoments.of(a, self.D, origin=origin, samples=self.samples)
             return replace(m, sum_a=(self.mean - m.origin) * m.cases)
-        G, S = self._gradients()
         origin = self._origin.double()
+        G, S = self._gradients(origin)
         about = torch.zeros_like(origin)  # G is about the origin already
         joined = UnitMoments.of_gradients(
             G, S, self.mean - origin, origin=about, samples=self.samples
@@ -115,38 +115,38 @@ class UnitCases:
 
     def _weighted_rows(self) -> UnitRows:
         if self.delta.shape[2] == 1:
-            a = (self.a.double() - self._group_origin.double()).squeeze(2)
+            about = self._about(self.mean).squeeze(2)
             total = self.D.sum(0)
-            safe = torch.where(total > 0, total, 1.0)
-            v = w = (self.D / safe).sqrt().T
-            q = (v * w).unflatten(0, (len(a), -1))
-            m = (q @ a).flatten(0, 1)  # E_q(a) about the origin
+            v = w = (self.D / torch.where(total > 0, total, 1.0)).sqrt().T
         else:
-            G, S = self._gradients()
+            G, S = self._gradients(self.mean)
             total = (S**2).sum(0)
-            safe = torch.where(total > 0, total, 1.0)
-            a, w = G.transpose(0, 1), (S / safe.sqrt()).T
-            v = safe.rsqrt()[:, None].expand_as(w)
-            m = (S.unsqueeze(-1) * G).sum(0) / safe[:, None]
-        origin = self._origin.double()
+            scale = torch.where(total > 0, total, 1.0).rsqrt()[:, None]
+            about, w = G.transpose(0, 1), S.T * scale
+            v = scale.expand_as(w)
         return UnitRows(
             c=total / self.samples,
             mu_p=self.mean,
-            mu_q=origin + m,
-            mean_shift=origin - self.mean + m,
-            a=a,
-            m=m,
+            about=about,
             v=v,
             w=w,
             ridge=torch.zeros_like(total),
         )
 
-    def _gradients(self) -> tuple[Float[Tensor, "r u d"], Float[Tensor, "r u"]]:
+    def _gradients(
+        self, origin: Float[Tensor, "*g d"]
+    ) -> tuple[Float[Tensor, "r u d"], Float[Tensor, "r u"]]:
         """Per case and column: Σ_t δ (a - origin) for each unit's weights, Σ_t δ for its bias."""
-        about = self.a.double() - self._group_origin.double()
+        about = self._about(origin)
         delta = self.delta.double().unflatten(-1, (len(self.a), -1))
         G = torch.einsum("rmtgv,gmtd->rmgvd", delta, about).flatten(2, 3)
         return G.flatten(0, 1), delta.sum(2).flatten(2).flatten(0, 1)
+
+    def _about(self, origin: Float[Tensor, "*g d"]) -> Float[Tensor, "g m t d"]:
+        """Activations about an origin that the units of a group share, in double precision."""
+        groups = len(self.a)
+        own = origin if groups == 1 else origin[:: self.units // groups]
+        return self.a.double() - own.reshape(groups, 1, 1, -1)
 
     @property
     def _origin(self) -> Float[Tensor, "*g d"]:

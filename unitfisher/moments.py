@@ -9,12 +9,25 @@ and variances are averages over all cases, under p and under q ∝ D = E_y δ².
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unitfisher.solvers import cholesky, cholesky_solve, dot, outer, require_regular
+
+
+class ConstantFit(NamedTuple):
+    """Ridge regression of the constant 1 on a unit's activations, its cases weighted by q.
+
+    What the fit leaves, ρ, carries the theorems: 1 / E_q(ρ) = 1 + μ_qᵀ Var_q⁻¹ μ_q, and
+    E_p(ρ) / E_q(ρ) = 1 + (μ_q - μ_p)ᵀ Var_q⁻¹ μ_q.
+    """
+
+    gain: Float[Tensor, " u"]  # 1 / E_q(ρ)
+    k: Float[Tensor, " u"]  # E_p(ρ) / E_q(ρ) - 1
+    damping_share: Float[Tensor, " u"]  # of E_q(ρ): the ridge's part of the objective
 
 
 @dataclass(frozen=True)
@@ -226,6 +239,13 @@ class UnitMoments:
     def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
         """Return Var_q⁻¹ rhs; zero where a unit is dead."""
         return cholesky_solve(self._factor, rhs) * self.alive[:, None]
+
+    @cached_property
+    def fit(self) -> ConstantFit:
+        x = self.solve(self.mu_q)  # Var_q⁻¹ μ_q
+        gain = 1 + dot(self.mu_q, x)
+        epsilon = self.ridge / self._safe(self.c)
+        return ConstantFit(gain, dot(self.mean_shift, x), epsilon * dot(x, x) / gain)
 
     @cached_property
     def _factor(self) -> Float[Tensor, "u d d"]:

@@ -1,7 +1,8 @@
 """The cases of one layer's units as weighted rows: exact and cheap for fewer cases than inputs.
 
 There the sums of `moments.UnitMoments` would be large and singular without damping; a system on
-the cases' side is small, and in double precision loses nothing.
+the cases' side is small, and in double precision loses nothing. The theorems' scalars come from
+one ridge regression of the constant 1 on the rows, without any vector as long as a unit's inputs.
 """
 
 from dataclasses import dataclass, replace
@@ -11,31 +12,37 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unitfisher.moments import UnitMoments, idle
+from unitfisher.moments import ConstantFit, UnitMoments, idle
 from unitfisher.solvers import cholesky, cholesky_solve, dot, outer, require_regular
 
 
 @dataclass(frozen=True)
 class UnitRows:
-    """Var_q = Σ_n z zᵀ + (λ/c) I of each unit, with rows z = v a - w m solved on the cases' side.
+    """Rows z = v (a - μ_p) of each unit, with Zᵀ Z = E_q (a - μ_p)(a - μ_p)ᵀ and Zᵀ w = μ_q - μ_p.
 
-    One set of cases a serves all units of a group; what differs is how they weigh. Cases and the
-    mean m = E_q(a) are given about a common origin.
+    One set of cases serves all units of a group; what differs is how they weigh. In joint sharing
+    the cases are each unit's own gradients, and v = 1, up to the scale.
     """
 
     c: Float[Tensor, " u"]
     mu_p: Float[Tensor, "*p d"]
-    mu_q: Float[Tensor, "u d"]
-    mean_shift: Float[Tensor, "u d"]
-    a: Float[Tensor, "g n d"]
-    m: Float[Tensor, "u d"]
+    about: Float[Tensor, "g n d"]  # a - μ_p, or gradients about it
     v: Float[Tensor, "u n"]
-    w: Float[Tensor, "u n"]
+    w: Float[Tensor, "u n"]  # Σ w² = 1
     ridge: Float[Tensor, " u"]
 
     @property
     def alive(self) -> Bool[Tensor, " u"]:
         return self.c > 0
+
+    @cached_property
+    def mean_shift(self) -> Float[Tensor, "u d"]:
+        """E_q(a) - E_p(a)."""
+        return self._transposed(self.v * self.w)
+
+    @property
+    def mu_q(self) -> Float[Tensor, "u d"]:
+        return self.mu_p + self.mean_shift
 
     @property
     def mu_q_double(self) -> Float[Tensor, "u d"]:
@@ -47,49 +54,75 @@ class UnitRows:
 
     @cached_property
     def trace_Var_q(self) -> Float[Tensor, " u"]:
-        squares = self._of_group((self.a**2).sum(-1))
-        products = dot(self.v * self.w, self._times(self.m))
-        trace = (
-            (self.v**2 * squares).sum(-1) - 2 * products + dot(self.w, self.w) * dot(self.m, self.m)
-        )
-        return trace + self.a.shape[-1] * self.epsilon
+        squares = self._of_group((self.about**2).sum(-1))
+        spread = (self.v**2 * squares).sum(-1) - dot(self.mean_shift, self.mean_shift)
+        return spread + self.about.shape[-1] * self.epsilon
 
     def damped(self, damping: float) -> "UnitRows":
         """Damp the weight block; see UnitMoments.damped."""
         trace = self.trace_Var_q + dot(self.mu_q, self.mu_q)
-        return replace(self, ridge=self.ridge + damping * self.c * trace / self.a.shape[-1])
+        return replace(self, ridge=self.ridge + damping * self.c * trace / self.about.shape[-1])
 
     def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
-        """Return Var_q⁻¹ rhs = (rhs - Zᵀ (Z Zᵀ + ε I)⁻¹ Z rhs) / ε; zero where a unit is dead."""
-        factor, epsilon = self._factor
-        y = self.v * self._times(rhs) - self.w * dot(self.m, rhs)[:, None]  # Z rhs
-        y = cholesky_solve(factor, y)
-        back = self._transposed(self.v * y) - self.m * dot(self.w, y)[:, None]  # Zᵀ y
-        return (rhs - back) / epsilon[:, None] * self.alive[:, None]
+        """Return Var_q⁻¹ rhs; zero where a unit is dead.
+
+        (Zᵀ Z + ε I)⁻¹ rhs = (rhs - Zᵀ (Z Zᵀ + ε I)⁻¹ Z rhs) / ε, and one rank more for the mean
+        that Var_q is about (Sherman and Morrison).
+        """
+        y, residual = self._constant
+        z = self.v * self._times(rhs)  # Z rhs
+        z = self._solve(z) - y * (self._epsilon * dot(y, z) / residual)[:, None]
+        x = (rhs - self._transposed(self.v * z)) / self._epsilon[:, None]
+        return x * self.alive[:, None]
 
     @cached_property
-    def _factor(self) -> tuple[Float[Tensor, "u n n"], Float[Tensor, " u"]]:
-        """Cholesky factor of Z Zᵀ + ε I, and ε; ε = 1 where a unit is idle."""
+    def fit(self) -> ConstantFit:
+        """Fit the constant. Every product is one of vectors over cases.
+
+        With α = (Zᵀ Z + ε I)⁻¹ (μ_q - μ_p) and β the same of μ_p, Var_q⁻¹ μ_q = r α + β where
+        r = (1 + μ_pᵀ α) / e and e = 1 - (μ_q - μ_p)ᵀ α is what the fit leaves of the constant.
+        """
+        epsilon, mu_p = self._epsilon, self.mu_p.expand_as(self.mean_shift)
+        (y, e), mean = self._constant, self.v * self._times(mu_p)  # Z μ_p
+        t = self._solve(mean)
+        h, b = dot(mean, y), (dot(mu_p, mu_p) - dot(mean, t)) / epsilon  # μ_pᵀ α, μ_pᵀ β
+        r = (1 + h) / e
+        gain = r * (1 + h) + b
+        alpha, alpha_beta = dot(y, self.w - epsilon[:, None] * y), dot(y, t)  # ‖α‖², αᵀ β
+        squared = epsilon * (r**2 * alpha + 2 * r * alpha_beta) + b - dot(t, t)  # ε ‖r α + β‖²
+        return ConstantFit(gain, r - 1, squared / gain)
+
+    @cached_property
+    def _constant(self) -> tuple[Float[Tensor, "u n"], Float[Tensor, " u"]]:
+        """Return y = (Z Zᵀ + ε I)⁻¹ w, so that α = Zᵀ y, and e = ε wᵀ y: nothing cancels."""
+        y = self._solve(self.w)
+        return y, torch.where(self.alive, self._epsilon * dot(self.w, y), 1.0)
+
+    @property
+    def _epsilon(self) -> Float[Tensor, " u"]:
+        """ε; 1 where a unit is idle."""
         epsilon = torch.where(idle(self.alive, self.trace_Var_q, self.mu_q), 1.0, self.epsilon)
         require_regular(epsilon > 0)
-        gram = self._gram()
-        gram.diagonal(dim1=-2, dim2=-1).add_(epsilon[:, None])
-        return cholesky(gram), epsilon
+        return epsilon
 
-    def _gram(self) -> Float[Tensor, "u n n"]:
-        """Z Zᵀ from the one a aᵀ that the units of a group share."""
-        gram = outer(self.v, self.v) * self._of_group(self.a @ self.a.mT)
-        half = self.v * self._times(self.m) - self.w * (dot(self.m, self.m) / 2)[:, None]
-        cross = outer(half, self.w)
-        return gram.sub_(cross).sub_(cross.mT)
+    def _solve(self, rhs: Float[Tensor, "u n"]) -> Float[Tensor, "u n"]:
+        """Return (Z Zᵀ + ε I)⁻¹ rhs."""
+        return cholesky_solve(self._factor, rhs)
+
+    @cached_property
+    def _factor(self) -> Float[Tensor, "u n n"]:
+        """Cholesky factor of Z Zᵀ + ε I, from the one product that the units of a group share."""
+        gram = outer(self.v, self.v) * self._of_group(self.about @ self.about.mT)
+        gram.diagonal(dim1=-2, dim2=-1).add_(self._epsilon[:, None])
+        return cholesky(gram)
 
     def _times(self, x: Float[Tensor, "u d"]) -> Float[Tensor, "u n"]:
-        grouped = x.reshape(len(self.a), -1, x.shape[-1])
-        return (grouped @ self.a.mT).flatten(0, 1)
+        grouped = x.reshape(len(self.about), -1, x.shape[-1])
+        return (grouped @ self.about.mT).flatten(0, 1)
 
     def _transposed(self, y: Float[Tensor, "u n"]) -> Float[Tensor, "u d"]:
-        grouped = y.reshape(len(self.a), -1, y.shape[-1])
-        return (grouped @ self.a).flatten(0, 1)
+        grouped = y.reshape(len(self.about), -1, y.shape[-1])
+        return (grouped @ self.about).flatten(0, 1)
 
     def _of_group(self, x: Float[Tensor, "g ..."]) -> Float[Tensor, "..."]:
         return x if len(x) == 1 else x.repeat_interleave(len(self.v) // len(x), 0)

@@ -38,11 +38,8 @@ def bias_shift_correction(m: Moments) -> BiasShiftCorrection:
     Raises:
         SingularFisherError: Var_q of some living unit is not positive definite.
     """
-    x = m.solve(m.mu_q)  # Var_q⁻¹ μ_q
-    s = (1 + dot(m.mu_q, x)) / m.c
-    k = dot(m.mean_shift, x)
-    dead = torch.full_like(s, torch.nan)
-    return BiasShiftCorrection(torch.where(m.alive, s, dead), torch.where(m.alive, k, dead))
+    living = torch.where(m.alive, 1.0, torch.nan)
+    return BiasShiftCorrection(m.fit.gain / m.c * living, m.fit.k * living)
 
 
 def theorem_1(m: UnitMoments, g: Float[Tensor, "u d"], g0: Float[Tensor, " u"]) -> UnitStep:
@@ -103,8 +100,6 @@ def weight_natural_gradient(m: Moments, g: Float[Tensor, "u d"]) -> Float[Tensor
 def damping_share(m: Moments) -> Float[Tensor, " u"]:
     """How much of s is made by the damping: ε ‖x‖² / (1 + μ_qᵀ x), x = Var_q⁻¹ μ_q, ε = λ/c.
 
-    In [0, 1): near 1, s and k say more about the damping than about the data.
+    In [0, 1): near 1, s and k say more about the damping than about the data. NaN for a dead unit.
     """
-    x = m.solve(m.mu_q)
-    epsilon = m.ridge / m.c  # 0 / 0 for a dead unit: NaN, as s and k
-    return epsilon * dot(x, x) / (1 + dot(m.mu_q, x))
+    return m.fit.damping_share * torch.where(m.alive, 1.0, torch.nan)
