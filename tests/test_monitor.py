@@ -519,7 +519,7 @@ def test_memory_is_counted_and_grows_by_the_rows():
     for _ in range(3):
         model(normal(8, 4))
         used.append(monitor.memory_usage())
-    assert used[0] == {"latest": 0, "history": 0, "total": 0}
+    assert used[0] == {"latest": 0, "window": 0, "history": 0, "total": 0}
     assert used[3]["latest"] == used[1]["latest"] > 0
     assert used[3]["history"] == 2 * used[2]["history"] > used[1]["history"] == 0
 
@@ -684,3 +684,79 @@ def test_the_end_of_the_process_keeps_what_was_measured(tmp_path):
     assert (ended.returncode, ended.stderr) == (0, "")
     kept = [pd.read_parquet(tmp_path / how / "units") for how in ("folder", "run", "killed")]
     assert [set(table["step"]) for table in kept] == 3 * [{0, 1, 2}]
+
+
+# Several batches, and a share of the time
+
+
+def pooled(model: nn.Module, window: int, *batches: Tensor, **options: object) -> pd.DataFrame:
+    monitor = Monitor(model, every=1, window=window, **options)
+    for x in batches:
+        model(x)
+    monitor.detach()
+    table = monitor.to_pandas()
+    return table[table["step"] == len(batches) - 1].reset_index(drop=True)
+
+
+def of_theory(table: pd.DataFrame) -> pd.DataFrame:
+    return table.drop(columns=["step", "output_mean", "output_var"])
+
+
+@pytest.mark.parametrize("sharing", ["expand", "joint", "reduce"])
+@pytest.mark.parametrize("of", ["mlp", "convolutional"])
+def test_a_window_measures_its_batches_as_one(of, sharing):
+    linear, size = of == "mlp", (4,) if of == "mlp" else (2, 5, 5)
+    model = mlp().double() if linear else convolutional().double()
+    x = [normal(n, *size, seed=n).double() for n in (9, 5, 8)]
+    found = pooled(model, 2, *x, sharing=sharing)
+    whole = pooled(model, 1, torch.cat(x[1:]), sharing=sharing)
+    assert_frame_equal(of_theory(found), of_theory(whole), rtol=1e-6)
+
+
+def convolutional() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, stride=2), nn.ELU(), nn.Flatten(), nn.Linear(12, CLASSES)
+    )
+
+
+def test_a_batch_that_is_not_finite_does_not_stay_in_the_window():
+    model = mlp().double()
+    x = [normal(8, 4, seed=n).double() for n in range(3)]
+    expected = pooled(model, 2, x[0], x[2])
+    x[1][3, 1] = torch.nan
+    found = pooled(model, 2, *x, on_nonfinite="record")
+    assert_frame_equal(of_theory(found), of_theory(expected))
+
+
+def test_sequences_of_different_lengths_are_not_pooled_jointly():
+    model = nn.Sequential(nn.Linear(4, 3))
+    monitor = Monitor(model, every=1, window=2, sharing="joint")
+    model(normal(8, 5, 4))
+    with pytest.raises(ValueError, match=r"\[5, 6\] positions.*sharing='expand'"):
+        model(normal(8, 6, 4))
+    monitor.detach()
+
+
+def test_a_window_goes_on_after_a_restart(tmp_path):
+    model = mlp()
+    x = [normal(8, 4, seed=n) for n in range(3)]
+    whole = pooled(model, 3, *x)
+    first = Monitor(model, every=1, window=3)
+    model(x[0])
+    model(x[1])
+    torch.save(first.state_dict(), tmp_path / "monitor.pt")
+    assert first.memory_usage()["window"] > 0
+    first.detach()
+    second = Monitor(model, every=1, window=3)
+    second.load_state_dict(torch.load(tmp_path / "monitor.pt"))
+    model(x[2])
+    table = second.to_pandas()
+    assert_frame_equal(table[table["step"] == 2].reset_index(drop=True), whole)
+
+
+def test_a_share_of_the_time_measures_the_first_step_and_not_each():
+    model = mlp()
+    monitor = Monitor(model, overhead=1e-3)
+    for _ in range(20):
+        a_step(model, normal(8, 4))
+    assert measured_steps(monitor) == [0]

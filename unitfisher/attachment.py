@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from unitfisher.layers import PER_SAMPLE, LayerSelectionError, parametric
 
-Schedule = int | Callable[[int], bool]
-
 
 class UncoveredLayersWarning(UserWarning):
     """Modules with parameters that the Monitor does not observe."""
@@ -72,7 +70,9 @@ def sample_units(
     return sampled
 
 
-def require_numbers(damping: object, every: object, units: object) -> None:
+def require_numbers(
+    *, damping: object, every: object, overhead: object, window: object, units: object
+) -> None:
     """Refuse impossible values of these options, saying what is possible."""
     number = isinstance(damping, int | float) and 0 <= damping < float("inf")
     if not number:
@@ -82,6 +82,10 @@ def require_numbers(damping: object, every: object, units: object) -> None:
             f"every must be a whole number from 1 (measure each n-th training pass) or a "
             f"predicate of the step, got {every!r}"
         )
+    if overhead is not None and not (isinstance(overhead, int | float) and overhead > 0):
+        raise ValueError(f"overhead must be above 0, as 0.05 for 5 % of the time, got {overhead!r}")
+    if not _counts(window):
+        raise ValueError(f"window must be a whole number of batches from 1, got {window!r}")
     if units is not None and not _counts(units):
         raise ValueError(f"units must be a whole number from 1 or None for all, got {units!r}")
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from unitfisher.attachment import (
     Hook,
-    Schedule,
     UncoveredLayersWarning,
     elsewhere,
     name_uncovered,
@@ -36,7 +35,9 @@ from unitfisher.layers import Layers, select
 from unitfisher.likelihoods import Likelihood, likelihood_of
 from unitfisher.passes import Chance, Pick, device_of, exactly, kept
 from unitfisher.record import Run
+from unitfisher.schedule import Overhead, Schedule, due
 from unitfisher.statistics import LayerStep, UnitStatistics, bytes_of, statistics, tensors_of
+from unitfisher.window import State, Window
 
 
 class MonitorState(TypedDict):
@@ -48,6 +49,7 @@ class MonitorState(TypedDict):
     units: dict[str, Tensor]
     history: list[dict[str, Any]]
     written: int
+    window: State
 
 
 class Monitor:
@@ -69,6 +71,9 @@ class Monitor:
         sharing: "expand" (every position a case), "joint" (the true Fisher block) or "reduce".
         damping: Relative, on the weight block: λ = damping · trace(A) / d for each unit.
         every: Measure every n-th training pass, the first included, or a predicate of the step.
+        overhead: Instead of ``every``: measure as often as this share of the training time
+            allows, 0.05 for 5 %.
+        window: Pool the cases of the newest so many measured training batches.
         units: Observe a fixed random sample of this many units per layer; None: all.
         output: Picks the logits from what forward returns: index, key, attribute or callable.
         on_nonfinite: "raise", or "record": a pass with NaN or infinity is kept as such.
@@ -101,6 +106,8 @@ class Monitor:
         sharing: str = "expand",
         damping: float = 1e-3,
         every: Schedule = 50,
+        overhead: float | None = None,
+        window: int = 1,
         units: int | None = None,
         output: Pick = None,
         on_nonfinite: str = "raise",
@@ -108,7 +115,8 @@ class Monitor:
         seed: int = 0,
     ) -> None:
         require_choice("on_nonfinite", on_nonfinite, ("raise", "record"))
-        require_numbers(damping, every, units)
+        require_numbers(damping=damping, every=every, overhead=overhead, window=window, units=units)
+        every = every if overhead is None else Overhead(overhead)
         self.model = unwrapped(model)
         self.damping, self.every, self.on_nonfinite = damping, every, on_nonfinite
         estimator = Estimator(likelihood_of(likelihood), fisher, samples, sharing)
@@ -121,8 +129,9 @@ class Monitor:
         )
         self.latest, self.targets, self.step = {}, None, 0
         config: dict[str, Any] = {"layers": list(chosen), "units": units, "every": every}
-        config |= {"estimator": estimator, "damping": damping, "seed": seed}
+        config |= {"window": window, "estimator": estimator, "damping": damping, "seed": seed}
         self._history = History.opened(record, config)
+        self._window = Window(window)
         self._paused = False
         self._pass: tuple[ExitStack, Seen, int] | None = None
         self._uncalled: set[str] = set()
@@ -221,6 +230,7 @@ class Monitor:
             "units": dict(self._observer.units),
             "history": list(self._history.rows),
             "written": written,
+            "window": self._window.state(),
         }
 
     def load_state_dict(self, state: MonitorState) -> None:
@@ -242,13 +252,16 @@ class Monitor:
         self.step = state["step"]
         self._observer.chance.load(state["generators"])
         self._observer = replace(self._observer, units=dict(state["units"]))
+        self._window.load(state["window"])
         self._history.go_back(list(state["history"]), state["written"])
 
     def memory_usage(self) -> dict[str, int]:
-        """Count the bytes held between passes: the newest measurement and the rows in memory."""
+        """Count the bytes held between passes: newest measurement, window and rows in memory."""
         latest = bytes_of(t for m in self.latest.values() for t in tensors_of(m))
         history = bytes_of(self._history.tensors)
-        return {"latest": latest, "history": history, "total": latest + history}
+        window = bytes_of(self._window.tensors)
+        total = latest + window + history
+        return {"latest": latest, "window": window, "history": history, "total": total}
 
     def _attach(self) -> None:
         observed = list(self.layers.values())
@@ -265,7 +278,7 @@ class Monitor:
             return
         self._history.commit()
         step, self.step = self.step, self.step + 1
-        if self._paused or not self._due(step):
+        if self._paused or not due(self.every, step):
             return
         stack = ExitStack()
         self._pass = stack, stack.enter_context(capture(self.layers)), step
@@ -286,13 +299,11 @@ class Monitor:
                     observations = self._observer.observe(result, seen, targets)
             finally:
                 seen.forget_gradients()
+            observations = self._window.pooled(observations)
             self._keep(seen, observations, step, "train")
 
     def _concerned(self) -> bool:
         return self.model.training and torch.is_grad_enabled() and not elsewhere()
-
-    def _due(self, step: int) -> bool:
-        return self.every(step) if callable(self.every) else step % self.every == 0
 
     def _drop_pass(self) -> None:
         if self._pass is not None:

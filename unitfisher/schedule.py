@@ -1,0 +1,58 @@
+"""Which training passes are measured: each n-th, those a predicate names, or as time permits."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from statistics import median
+
+Schedule = int | Callable[[int], bool]
+
+
+def due(schedule: Schedule, step: int) -> bool:
+    return schedule(step) if callable(schedule) else step % schedule == 0
+
+
+class Overhead:
+    """Measures as often as a share of the training time allows.
+
+    A measurement is due when the training so far pays for one more that costs what the newest
+    did. A step is timed from its forward pass to the next one's, so that whatever a
+    measurement entails counts; a pause (evaluation, a checkpoint) counts as no more than two
+    steps. The first pass is measured, and paid off before the next.
+
+    Args:
+        share: Time of measuring over time of plain training, above 0.
+        clock: Returns seconds.
+    """
+
+    def __init__(self, share: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.share, self.clock = share, clock
+        self.plain: deque[float] = deque(maxlen=32)  # seconds of the newest plain steps
+        self.plain_time = self.measured_time = 0.0  # seconds of all steps without and with
+        self.newest = 0.0  # seconds of the newest measured step
+        self.measurements = 0
+        self.started: float | None = None  # when the step that is under way began
+        self.measuring = False
+
+    def __call__(self, step: int) -> bool:
+        now = self.clock()
+        if self.started is not None:
+            self._book(now - self.started)
+        usual = median(self.plain) if self.plain else 0.0
+        training = self.plain_time + self.measurements * usual
+        spent, cost = self.measured_time - self.measurements * usual, self.newest - usual
+        self.started, self.measuring = now, self.share * training >= spent + cost
+        return self.measuring
+
+    def __repr__(self) -> str:
+        return f"Overhead({self.share})"
+
+    def _book(self, seconds: float) -> None:
+        """Take in the step that has ended."""
+        if self.measuring:
+            self.newest = min(seconds, 2 * self.newest) if self.measurements else seconds
+            self.measured_time += self.newest
+            self.measurements += 1
+        else:
+            self.plain.append(seconds)
+            self.plain_time += min(seconds, 2 * median(self.plain))
