@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unitfisher.moments import UnitMoments
@@ -33,6 +33,22 @@ class UnitCases:
     @property
     def units(self) -> int:
         return self.delta.shape[-1]
+
+    @property
+    def inputs(self) -> int:
+        return self.a.shape[-1]
+
+    @property
+    def dead(self) -> Bool[Tensor, " u"]:
+        """No error reaches the unit in any case."""
+        return self.D.sum(0) == 0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is kept, caches too."""
+        moments = vars(self).get("_moments")
+        cached = [] if moments is None else list(vars(moments).values())
+        return [t for t in [*vars(self).values(), *cached] if isinstance(t, Tensor)]
 
     @property
     def rows(self) -> int:
@@ -64,22 +80,28 @@ class UnitCases:
 
     def parts(self) -> Iterator[tuple[slice, Moments]]:
         """Yield the moments of part after part of the units, as memory allows."""
-        if self._per_part >= self.units:
-            yield slice(None), self._moments
-            return
-        for start in range(0, self.units, self._per_part):
-            part = slice(start, start + self._per_part)
-            yield part, self._of_units(part)._moments
+        for part in self.split():
+            whole = part == slice(None)
+            yield part, self._moments if whole else self.of_units(part)._moments
 
-    def sums(self) -> UnitMoments:
-        """Form the second moments of all units at once, u·d² numbers."""
+    def split(self) -> list[slice]:
+        """Choose which units to treat together."""
+        if self._per_part >= self.units:
+            return [slice(None)]
+        starts = range(0, self.units, self._per_part)
+        return [slice(start, start + self._per_part) for start in starts]
+
+    def sums(self, origin: Float[Tensor, "*u d"] | None = None) -> UnitMoments:
+        """Form the second moments of all units at once, u·d² numbers, about an origin near them."""
         if self.delta.shape[2] == 1:
             a = self.a.squeeze(2)
             a = a.squeeze(0) if len(a) == 1 else a
-            origin = (self._origin + self._mean_q()).to(a.dtype)  # each unit's own: exactly centred
+            if origin is None:
+                origin = self._origin + self._mean_q()  # each unit's own: exactly centred
+            origin = origin.to(a.dtype)
             m = UnitMoments.of(a, self.D, origin=origin, samples=self.samples)
             return replace(m, sum_a=(self.mean - m.origin) * m.cases)
-        origin = self._origin.double()
+        origin = self._origin.double() if origin is None else origin
         G, S = self._gradients(origin)
         about = torch.zeros_like(origin)  # G is about the origin already
         joined = UnitMoments.of_gradients(
@@ -107,7 +129,7 @@ class UnitCases:
         copies = 0 if few and not joint else copies
         return max(1, MOMENTS_BYTES // (copies + 24 * min(self.rows, d) ** 2))
 
-    def _of_units(self, part: slice) -> "UnitCases":
+    def of_units(self, part: slice) -> "UnitCases":
         a = self.a
         if len(a) > 1:  # keep only the groups of these units, one each
             a = a.repeat_interleave(self.units // len(a), 0)[part]

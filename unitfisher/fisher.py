@@ -4,7 +4,7 @@ The pass may be the user's own, in training: nothing is called twice, no gradien
 the graph is left for the user's backward.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from unitfisher.capture import Call, Seen, capture
+from unitfisher.capture import Call, Seen, UnitMeans, capture
 from unitfisher.cases import UnitCases
 from unitfisher.errors import Estimator, columns, columns_together, send_all_back, send_back
 from unitfisher.layers import Layers, LayerSelectionError, match, supported
@@ -42,6 +42,7 @@ class Observation:
     """What one pass says of one layer."""
 
     cases: UnitCases
+    means: UnitMeans  # of the units' outputs
     gradient: Gradient | None
     fault: str | None  # where NaN or infinity was found first
 
@@ -89,8 +90,9 @@ class Observer:
             for name, by_call in _by_layer(seen.calls, send_back(output, edges, score)).items():
                 g, g0 = observed[name].gradient(observed[name].errors(by_call))
                 gradients[name] = Gradient(g, None if self.layers[name].bias is None else g0)
+        means = seen.means()
         return {
-            name: _checked(name, folding.cases(), gradients.get(name), fault)
+            name: _checked(name, folding.cases(), means[name], gradients.get(name), fault)
             for name, folding in foldings.items()
         }
 
@@ -150,8 +152,8 @@ def unit_fisher(
     blocks = {}
     if covered:
         observer = Observer(covered, estimator, {}, Chance(seed), output)
-        _, observations = observe_now(model, inputs, observer, targets)
-        require_finite(observations)
+        observations = observe_now(model, inputs, observer, targets)
+        require_finite(observation.fault for observation in observations.values())
         for name, observation in observations.items():
             m = observation.cases.sums()
             blocks[name] = m.A if covered[name].bias is None else m.F
@@ -165,7 +167,7 @@ def unit_fisher(
 
 def observe_now(
     model: nn.Module, inputs: Any, observer: Observer, targets: Tensor | None
-) -> tuple[Seen, dict[str, Observation]]:
+) -> dict[str, Observation]:
     """Run the model once in eval mode and observe that pass; leave the model as it was.
 
     Inputs are a tensor, a tuple of arguments or a mapping of keyword arguments.
@@ -174,7 +176,7 @@ def observe_now(
     with undisturbed(model), torch.inference_mode(False):
         with torch.enable_grad(), capture(observer.layers) as seen:
             result = model(*args, **kwargs)
-        return seen, observer.observe(result, seen, targets)
+        return observer.observe(result, seen, targets)
 
 
 def require_joint(name: str, layer: nn.Module, estimator: Estimator) -> None:
@@ -216,18 +218,18 @@ def _by_layer(
 
 
 def _checked(
-    name: str, cases: UnitCases, gradient: Gradient | None, fault: str | None
+    name: str, cases: UnitCases, means: UnitMeans, gradient: Gradient | None, fault: str | None
 ) -> Observation:
     if fault is None and not cases.delta.isfinite().all():
         fault = f"the errors at layer {name!r}"
-    return Observation(cases, gradient, fault)
+    return Observation(cases, means, gradient, fault)
 
 
-def require_finite(observations: Mapping[str, Observation]) -> None:
-    for observation in observations.values():
-        if observation.fault is not None:
+def require_finite(faults: Iterable[str | None]) -> None:
+    for fault in faults:
+        if fault is not None:
             raise NonFiniteError(
-                f"{observation.fault} hold NaN or infinity: nothing of this pass was recorded. "
+                f"{fault} hold NaN or infinity: nothing of this pass was recorded. "
                 f"Lower the learning rate or look at the input; a Monitor with "
                 f"on_nonfinite='record' keeps such measurements, marked as not finite"
             )

@@ -7,7 +7,7 @@ Labels, loss, parameters, gradients and the global random state are not touched.
 
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from unitfisher.passes import Chance, Pick, device_of, exactly, kept
 from unitfisher.record import Run
 from unitfisher.schedule import Overhead, Schedule, due
 from unitfisher.statistics import LayerStep, UnitStatistics, bytes_of, statistics, tensors_of
+from unitfisher.streaming import Streamed, is_loader, observe_all
 from unitfisher.window import State, Window
 
 
@@ -146,7 +147,9 @@ class Monitor:
         """Measure now on this input, in eval mode, and leave the model exactly as it was.
 
         Args:
-            inputs: The model's input, a tuple of its arguments or a mapping of keyword arguments.
+            inputs: The model's input, a tuple of its arguments or a mapping of keyword arguments;
+                or a loader, any other iterable of batches: each an input, or a pair of input and
+                targets. Its batches count as one, in memory of u·d² numbers a layer.
             targets: Observed labels; with them the gradient of the mean log-likelihood is taken
                 too, and its cosine and bias-shift shares are filled in.
 
@@ -154,8 +157,13 @@ class Monitor:
             Statistics by layer, also in ``latest`` and in the record.
         """
         with exactly(device_of(self.model)):
-            seen, observations = observe_now(self.model, inputs, self._observer, targets)
-            return self._keep(seen, observations, self.step, "measure")
+            if not is_loader(inputs):
+                observations = observe_now(self.model, inputs, self._observer, targets)
+                return self._keep(observations, self.step, "measure")
+            if targets is not None:
+                raise ValueError("with a loader targets come in its batches: (inputs, targets)")
+            streamed = observe_all(self.model, inputs, self._observer)
+            return self._keep(streamed, self.step, "measure")
 
     def natural_gradient(self) -> dict[str, LayerStep]:
         """Return the unit natural gradient of the current ``.grad``, by the newest measured Fisher.
@@ -300,7 +308,7 @@ class Monitor:
             finally:
                 seen.forget_gradients()
             observations = self._window.pooled(observations)
-            self._keep(seen, observations, step, "train")
+            self._keep(observations, step, "train")
 
     def _concerned(self) -> bool:
         return self.model.training and torch.is_grad_enabled() and not elsewhere()
@@ -311,18 +319,19 @@ class Monitor:
             stack.close()
 
     def _keep(
-        self, seen: Seen, observations: Mapping[str, Observation], step: int, phase: str
+        self,
+        observations: Mapping[str, Observation] | Mapping[str, Streamed],
+        step: int,
+        phase: str,
     ) -> dict[str, UnitStatistics]:
-        means = seen.means()
         if self.on_nonfinite == "raise":
-            require_finite(observations)
+            require_finite(of.fault for of in observations.values())
         self._name_uncalled(observations)
         measured = {
             name: statistics(
                 name,
                 self.layers[name],
                 observation,
-                means[name],
                 step=step,
                 units=self._observer.units.get(name),
                 damping=self.damping,
@@ -333,8 +342,8 @@ class Monitor:
         self._history.hold(measured, phase)
         return measured
 
-    def _name_uncalled(self, observations: Mapping[str, Observation]) -> None:
-        missing = self.layers.keys() - observations.keys() - self._uncalled
+    def _name_uncalled(self, observations: Collection[str]) -> None:
+        missing = self.layers.keys() - set(observations) - self._uncalled
         if missing:
             self._uncalled |= missing
             warnings.warn(

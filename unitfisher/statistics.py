@@ -8,12 +8,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from unitfisher.capture import UnitMeans
-from unitfisher.cases import UnitCases
 from unitfisher.diagnostics import bias_shift_share, cosine, mean_share, with_bias
 from unitfisher.fisher import Gradient, Observation
 from unitfisher.rows import Moments
 from unitfisher.solvers import SingularFisherError
+from unitfisher.streaming import Cases, Streamed
 from unitfisher.theorems import (
     bias_shift_correction,
     damping_share,
@@ -60,7 +59,7 @@ class UnitStatistics:
     bias_shift_share_gradient: Float[Tensor, " u"]
     bias_shift_share_natural: Float[Tensor, " u"]
     biased: bool
-    cases: UnitCases = field(repr=False)
+    cases: Cases = field(repr=False)
     gradient: Gradient | None = field(repr=False)
 
     def natural_gradient(
@@ -118,16 +117,16 @@ def natural_gradient(m: Moments, gradient: Gradient) -> LayerStep:
 def statistics(
     layer: str,
     module: nn.Module,
-    observation: Observation,
-    means: UnitMeans,
+    observation: Observation | Streamed,
     *,
     step: int,
     units: Int[Tensor, " u"] | None,
     damping: float,
 ) -> UnitStatistics:
     """Compute a layer's statistics from what a pass showed of it."""
-    cases, gradient, finite = observation.cases, observation.gradient, observation.fault is None
-    device = cases.a.device
+    cases, means, gradient = observation.cases, observation.means, observation.gradient
+    finite = observation.fault is None
+    device = cases.mean.device
     units = torch.arange(cases.units, device=device) if units is None else units.to(device)
     if finite:
         found, angles = theory(layer, units, cases, damping, gradient)
@@ -139,7 +138,7 @@ def statistics(
         units=units,
         damping=damping,
         mean=cases.mean,
-        dead=cases.D.sum(0) == 0,
+        dead=cases.dead,
         n_eff=cases.n_eff,
         mean_share=mean_share(cases.mean, cases.trace_variance),
         output_mean=means.mean[units],
@@ -177,9 +176,9 @@ class Angles(NamedTuple):
         )
 
     @classmethod
-    def unknown(cls, cases: UnitCases) -> "Angles":
+    def unknown(cls, cases: Cases) -> "Angles":
         """NaN: there was no gradient."""
-        return cls(*[torch.full_like(cases.D[0], torch.nan)] * 3)
+        return cls(*[torch.full_like(cases.n_eff, torch.nan)] * 3)
 
 
 class Theory(NamedTuple):
@@ -208,9 +207,9 @@ class Theory(NamedTuple):
         )
 
     @classmethod
-    def unknown(cls, cases: UnitCases) -> "Theory":
+    def unknown(cls, cases: Cases) -> "Theory":
         """NaN for every quantity: the pass was not finite."""
-        wide = cases.mean.new_full((cases.units, cases.a.shape[-1]), torch.nan)
+        wide = cases.mean.new_full((cases.units, cases.inputs), torch.nan)
         return cls(
             *(wide if name in ("mean_q", "corrected_mean") else wide[:, 0] for name in cls._fields)
         )
@@ -219,7 +218,7 @@ class Theory(NamedTuple):
 def theory(
     layer: str,
     units: Int[Tensor, " u"],
-    cases: UnitCases,
+    cases: Cases,
     damping: float,
     gradient: Gradient | None,
 ) -> tuple[Theory, Angles]:
@@ -243,9 +242,7 @@ def theory(
 def tensors_of(measured: UnitStatistics) -> list[Tensor]:
     """List the tensors that a measurement keeps, for counting their memory."""
     own = [getattr(measured, f.name) for f in fields(measured)]
-    kept: list[object] = [*own, *vars(measured.cases).values(), *(measured.gradient or ())]
-    moments = vars(measured.cases).get("_moments")
-    kept += vars(moments).values() if moments is not None else []
+    kept: list[object] = [*own, *measured.cases.tensors, *(measured.gradient or ())]
     return [t for t in kept if isinstance(t, Tensor)]
 
 

@@ -1,0 +1,130 @@
+"""A whole data set in batches says what it says in one."""
+
+import pytest
+import torch
+from networks import CLASSES, NETWORKS, mlp
+from pandas.testing import assert_frame_equal
+from strategies import TOL
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+import unitfisher.cases
+import unitfisher.streaming
+from unitfisher import Monitor
+from unitfisher.fisher import NonFiniteError
+
+NETS = {name: NETWORKS[name] for name in ("mlp", "weight-reuse", "sequence", "softmax-regression")}
+NETS["convolution-in-groups"] = None
+SHARINGS = ["expand", "joint", "reduce"]
+
+
+def grouped() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, groups=2), nn.ELU(), nn.Flatten(), nn.Linear(16, CLASSES)
+    )
+
+
+def prepared(of: str) -> tuple[nn.Module, Tensor, Tensor]:
+    network = NETS[of]
+    generator = torch.Generator().manual_seed(1)
+    if network is None:
+        torch.manual_seed(0)
+        model, size, labels = grouped(), (2, 4, 4), ()
+    else:
+        model, size, labels = network.seeded(), network.size, network.positions
+    x = torch.randn(120, *size, generator=generator, dtype=torch.float64)
+    return model.double(), x, torch.randint(0, CLASSES, (120, *labels), generator=generator)
+
+
+def batches(*whole: Tensor) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(t.split([50, 7, 1, 62]) for t in whole), strict=True))
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("of", NETS)
+def test_a_loader_measures_its_batches_as_one(of, sharing):
+    model, x, y = prepared(of)
+    monitor = Monitor(model, sharing=sharing)
+    monitor.measure(batches(x, y))
+    found = monitor.to_pandas()
+    monitor.detach()
+    again = Monitor(model, sharing=sharing)
+    again.measure(x, targets=y)
+    assert_frame_equal(found, again.to_pandas(), rtol=1e-6)
+
+
+def test_units_in_parts_stream_as_all_together(monkeypatch):
+    model, x, _ = prepared("mlp")
+    monitor = Monitor(model)
+    whole = monitor.measure([x])["2"]
+    monkeypatch.setattr(unitfisher.cases, "MOMENTS_BYTES", 40_000)
+    parts = monitor.measure([x[:100], x[100:]])["2"]
+    assert len(list(parts.cases.parts())) > 1
+    for name in ("c", "s", "k", "mean_q", "n_eff", "damping_share"):
+        assert_close(getattr(parts, name), getattr(whole, name), **TOL)
+    assert_close(parts.natural_gradient(*gradient()), whole.natural_gradient(*gradient()), **TOL)
+    assert_close(parts.damped(0.1).k, whole.damped(0.1).k, **TOL)
+
+
+def gradient() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    return g[:, :6], g[:, 6]
+
+
+def test_activations_far_from_zero_keep_their_digits():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, CLASSES)), torch.randn(400, 5) + 1000
+    model[0].bias.data -= model[0].weight.data @ x.mean(0)
+    found = Monitor(model).measure(list(x.split(100)))["0"]
+    exact = Monitor(nn.Sequential(nn.Linear(5, CLASSES)).double())
+    exact.model.load_state_dict(model.state_dict())
+    expected = exact.measure(x.double())["0"]
+    assert_close(found.s, expected.s, rtol=1e-4, atol=0)
+    assert_close(found.k, expected.k, rtol=1e-4, atol=1e-4)
+
+
+def test_a_data_loader_is_read_with_its_labels():
+    model, x, y = prepared("mlp")
+    measured = Monitor(model).measure(DataLoader(TensorDataset(x, y), batch_size=50))["0"]
+    assert measured.cosine.isfinite().all()
+
+
+def test_batches_without_labels_have_no_gradient():
+    model, x, _ = prepared("mlp")
+    assert Monitor(model).measure(iter([x[:60], x[60:]]))["0"].cosine.isnan().all()
+
+
+def test_memory_does_not_grow_with_the_batches():
+    model, x, _ = prepared("mlp")
+    monitor = Monitor(model)
+    monitor.measure([x])
+    one = monitor.memory_usage()["latest"]
+    monitor.measure([x] * 9)
+    assert monitor.memory_usage()["latest"] == one
+
+
+def test_a_loader_without_batches_is_told():
+    with pytest.raises(ValueError, match=r"no batch.*used up"):
+        Monitor(mlp()).measure([])
+
+
+def test_sums_that_do_not_fit_are_told_with_the_layers(monkeypatch):
+    monkeypatch.setattr(unitfisher.streaming, "SUMS_BYTES", 2000)
+    with pytest.raises(ValueError, match=r"most of it '2' .*units=.*layers="):
+        Monitor(mlp()).measure([torch.randn(9, 4)])
+
+
+def test_targets_beside_a_loader_are_refused():
+    with pytest.raises(ValueError, match=r"\(inputs, targets\)"):
+        Monitor(mlp()).measure([torch.randn(9, 4)], targets=torch.zeros(9))
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_batch_that_is_not_finite_is_named(bad):
+    x = [torch.randn(9, 4), torch.randn(9, 4)]
+    x[bad][2, 1] = torch.nan
+    with pytest.raises(NonFiniteError, match="into layer '0'"):
+        Monitor(mlp()).measure(x)
+    assert not Monitor(mlp(), on_nonfinite="record").measure(x)["0"].finite
