@@ -177,7 +177,10 @@ def _watch(name: str, seen: Seen, follow: "_Follow") -> Callable[..., None]:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return  # inside vmap or grad: shapes and levels are not those of the pass
-        x = args[0] if args else kwargs["input"]
+        with torch._C.DisableTorchFunction():  # no need to follow what is done here
+            see(layer, args[0] if args else kwargs["input"], y)
+
+    def see(layer: nn.Module, x: Tensor, y: Tensor) -> None:
         if y.numel() == 0:
             return  # an expert to which no row was sent
         edge = get_gradient_edge(y) if y.requires_grad else None

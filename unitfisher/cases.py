@@ -46,8 +46,8 @@ class UnitCases:
     @property
     def tensors(self) -> list[Tensor]:
         """What is kept, caches too."""
-        moments = vars(self).get("_moments")
-        cached = [] if moments is None else list(vars(moments).values())
+        moments = [*vars(self).get("_damped", {}).values(), vars(self).get("_moments")]
+        cached = [t for m in moments if m is not None for t in vars(m).values()]
         return [t for t in [*vars(self).values(), *cached] if isinstance(t, Tensor)]
 
     @property
@@ -83,6 +83,21 @@ class UnitCases:
         for part in self.split():
             whole = part == slice(None)
             yield part, self._moments if whole else self.of_units(part)._moments
+
+    def damped_parts(self, damping: float) -> Iterator[tuple[slice, Moments]]:
+        """Yield the same damped; what was solved at the newest damping is kept."""
+        for part, m in self.parts():
+            if part != slice(None):
+                yield part, m.damped(damping)
+                continue
+            if damping not in self._damped:
+                self._damped.clear()
+                self._damped[damping] = m.damped(damping)
+            yield part, self._damped[damping]
+
+    @cached_property
+    def _damped(self) -> dict[float, Moments]:
+        return {}
 
     def split(self) -> list[slice]:
         """Choose which units to treat together."""
@@ -146,14 +161,7 @@ class UnitCases:
             scale = torch.where(total > 0, total, 1.0).rsqrt()[:, None]
             about, w = G.transpose(0, 1), S.T * scale
             v = scale.expand_as(w)
-        return UnitRows(
-            c=total / self.samples,
-            mu_p=self.mean,
-            about=about,
-            v=v,
-            w=w,
-            ridge=torch.zeros_like(total),
-        )
+        return UnitRows.of(total / self.samples, self.mean, about, v, w)
 
     def _gradients(
         self, origin: Float[Tensor, "*g d"]

@@ -268,7 +268,7 @@ def idle(
     alive: Bool[Tensor, " u"], trace_Var_q: Float[Tensor, " u"], mu_q: Float[Tensor, "u d"]
 ) -> Bool[Tensor, " u"]:
     """Dead, or fed with nothing but zeros: then Var_q is 0 and every answer too."""
-    return ~alive | (trace_Var_q == 0) & (mu_q == 0).all(-1)
+    return ~alive | (trace_Var_q == 0) & (dot(mu_q, mu_q) == 0)
 
 
 def _repeated(x: Float[Tensor, "g ..."], units: int) -> Float[Tensor, "u ..."]:

@@ -26,21 +26,33 @@ class UnitRows:
 
     c: Float[Tensor, " u"]
     mu_p: Float[Tensor, "*p d"]
+    mean_shift: Float[Tensor, "u d"]  # μ_q - μ_p
+    trace_Var_q: Float[Tensor, " u"]
     about: Float[Tensor, "g n d"]  # a - μ_p, or gradients about it
     v: Float[Tensor, "u n"]
     w: Float[Tensor, "u n"]  # Σ w² = 1
     ridge: Float[Tensor, " u"]
+
+    @classmethod
+    def of(
+        cls,
+        c: Float[Tensor, " u"],
+        mu_p: Float[Tensor, "*p d"],
+        about: Float[Tensor, "g n d"],
+        v: Float[Tensor, "u n"],
+        w: Float[Tensor, "u n"],
+    ) -> "UnitRows":
+        """Take rows as they are, without damping."""
+        mean_shift = _of_rows(about, v * w)
+        squares = _per_unit((about**2).sum(-1), len(c))
+        trace = (v**2 * squares).sum(-1) - dot(mean_shift, mean_shift)
+        return cls(c, mu_p, mean_shift, trace, about, v, w, torch.zeros_like(c))
 
     @property
     def alive(self) -> Bool[Tensor, " u"]:
         return self.c > 0
 
     @cached_property
-    def mean_shift(self) -> Float[Tensor, "u d"]:
-        """E_q(a) - E_p(a)."""
-        return self._transposed(self.v * self.w)
-
-    @property
     def mu_q(self) -> Float[Tensor, "u d"]:
         return self.mu_p + self.mean_shift
 
@@ -48,20 +60,20 @@ class UnitRows:
     def mu_q_double(self) -> Float[Tensor, "u d"]:
         return self.mu_q
 
-    @property
-    def epsilon(self) -> Float[Tensor, " u"]:
-        return self.ridge / torch.where(self.alive, self.c, 1.0)
-
     @cached_property
-    def trace_Var_q(self) -> Float[Tensor, " u"]:
-        squares = self._of_group((self.about**2).sum(-1))
-        spread = (self.v**2 * squares).sum(-1) - dot(self.mean_shift, self.mean_shift)
-        return spread + self.about.shape[-1] * self.epsilon
+    def epsilon(self) -> Float[Tensor, " u"]:
+        """λ / c; 1 where a unit is idle, whose answer is 0 at any rate."""
+        still = idle(self.alive, self.trace_Var_q, self.mu_q)
+        epsilon = torch.where(still, 1.0, self.ridge / self.c)
+        require_regular(epsilon > 0)
+        return epsilon
 
     def damped(self, damping: float) -> "UnitRows":
         """Damp the weight block; see UnitMoments.damped."""
-        trace = self.trace_Var_q + dot(self.mu_q, self.mu_q)
-        return replace(self, ridge=self.ridge + damping * self.c * trace / self.about.shape[-1])
+        d = self.about.shape[-1]
+        more = damping * (self.trace_Var_q + dot(self.mu_q, self.mu_q)) / d
+        ridge, trace = self.ridge + self.c * more, self.trace_Var_q + d * more * self.alive
+        return replace(self, ridge=ridge, trace_Var_q=trace)
 
     def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
         """Return Var_q⁻¹ rhs; zero where a unit is dead.
@@ -70,9 +82,9 @@ class UnitRows:
         that Var_q is about (Sherman and Morrison).
         """
         y, residual = self._constant
-        z = self.v * self._times(rhs)  # Z rhs
-        z = self._solve(z) - y * (self._epsilon * dot(y, z) / residual)[:, None]
-        x = (rhs - self._transposed(self.v * z)) / self._epsilon[:, None]
+        z = self.v * _times_rows(self.about, rhs)  # Z rhs
+        z = self._solve(z) - y * (self.epsilon * dot(y, z) / residual)[:, None]
+        x = (rhs - _of_rows(self.about, self.v * z)) / self.epsilon[:, None]
         return x * self.alive[:, None]
 
     @cached_property
@@ -82,8 +94,9 @@ class UnitRows:
         With α = (Zᵀ Z + ε I)⁻¹ (μ_q - μ_p) and β the same of μ_p, Var_q⁻¹ μ_q = r α + β where
         r = (1 + μ_pᵀ α) / e and e = 1 - (μ_q - μ_p)ᵀ α is what the fit leaves of the constant.
         """
-        epsilon, mu_p = self._epsilon, self.mu_p.expand_as(self.mean_shift)
-        (y, e), mean = self._constant, self.v * self._times(mu_p)  # Z μ_p
+        epsilon, mu_p, (y, e) = self.epsilon, self.mu_p, self._constant
+        points = mu_p if mu_p.dim() == 2 else mu_p.expand(len(self.about), -1)
+        mean = self.v * _times_rows(self.about, points)  # Z μ_p
         t = self._solve(mean)
         h, b = dot(mean, y), (dot(mu_p, mu_p) - dot(mean, t)) / epsilon  # μ_pᵀ α, μ_pᵀ β
         r = (1 + h) / e
@@ -96,14 +109,7 @@ class UnitRows:
     def _constant(self) -> tuple[Float[Tensor, "u n"], Float[Tensor, " u"]]:
         """Return y = (Z Zᵀ + ε I)⁻¹ w, so that α = Zᵀ y, and e = ε wᵀ y: nothing cancels."""
         y = self._solve(self.w)
-        return y, torch.where(self.alive, self._epsilon * dot(self.w, y), 1.0)
-
-    @property
-    def _epsilon(self) -> Float[Tensor, " u"]:
-        """ε; 1 where a unit is idle."""
-        epsilon = torch.where(idle(self.alive, self.trace_Var_q, self.mu_q), 1.0, self.epsilon)
-        require_regular(epsilon > 0)
-        return epsilon
+        return y, torch.where(self.alive, self.epsilon * dot(self.w, y), 1.0)
 
     def _solve(self, rhs: Float[Tensor, "u n"]) -> Float[Tensor, "u n"]:
         """Return (Z Zᵀ + ε I)⁻¹ rhs."""
@@ -112,20 +118,25 @@ class UnitRows:
     @cached_property
     def _factor(self) -> Float[Tensor, "u n n"]:
         """Cholesky factor of Z Zᵀ + ε I, from the one product that the units of a group share."""
-        gram = outer(self.v, self.v) * self._of_group(self.about @ self.about.mT)
-        gram.diagonal(dim1=-2, dim2=-1).add_(self._epsilon[:, None])
+        gram = _per_unit(self.about @ self.about.mT, len(self.v)) * outer(self.v, self.v)
+        gram.diagonal(dim1=-2, dim2=-1).add_(self.epsilon[:, None])
         return cholesky(gram)
 
-    def _times(self, x: Float[Tensor, "u d"]) -> Float[Tensor, "u n"]:
-        grouped = x.reshape(len(self.about), -1, x.shape[-1])
-        return (grouped @ self.about.mT).flatten(0, 1)
 
-    def _transposed(self, y: Float[Tensor, "u n"]) -> Float[Tensor, "u d"]:
-        grouped = y.reshape(len(self.about), -1, y.shape[-1])
-        return (grouped @ self.about).flatten(0, 1)
+def _times_rows(about: Float[Tensor, "g n d"], x: Float[Tensor, "v d"]) -> Float[Tensor, "v n"]:
+    """Multiply each unit's vector, or each group's, with the rows of the group."""
+    grouped = x.reshape(len(about), -1, x.shape[-1])
+    return (grouped @ about.mT).flatten(0, 1)
 
-    def _of_group(self, x: Float[Tensor, "g ..."]) -> Float[Tensor, "..."]:
-        return x if len(x) == 1 else x.repeat_interleave(len(self.v) // len(x), 0)
+
+def _of_rows(about: Float[Tensor, "g n d"], y: Float[Tensor, "u n"]) -> Float[Tensor, "u d"]:
+    """Sum the rows of each unit's group with its coefficients."""
+    grouped = y.reshape(len(about), -1, y.shape[-1])
+    return (grouped @ about).flatten(0, 1)
+
+
+def _per_unit(x: Float[Tensor, "g ..."], units: int) -> Float[Tensor, "..."]:
+    return x if len(x) == 1 else x.repeat_interleave(units // len(x), 0)
 
 
 Moments = UnitMoments | UnitRows

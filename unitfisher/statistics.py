@@ -85,9 +85,9 @@ class UnitStatistics:
         if not self.finite:
             return LayerStep(torch.full_like(g, torch.nan), None if g0 is None else g0 * torch.nan)
         dw, dw0 = torch.zeros_like(self.mean_q), torch.zeros_like(self.c)
-        for part, m in self.cases.parts():
+        for part, m in self.cases.damped_parts(self.damping):
             try:
-                step = natural_gradient(m.damped(self.damping), Gradient(g, g0).of_units(part))
+                step = natural_gradient(m, Gradient(g, g0).of_units(part))
             except SingularFisherError as error:
                 raise error.of_layer(self.layer, self.units[part]) from None
             dw[part], dw0[part] = step.dw, 0.0 if step.dw0 is None else step.dw0
@@ -224,8 +224,9 @@ def theory(
 ) -> tuple[Theory, Angles]:
     """Compute what the theorems say, part after part of the units."""
     found, angles = [], []
-    for part, m in cases.parts():
-        damped = m.damped(damping)
+    undamped = cases.parts()
+    for part, damped in cases.damped_parts(damping):
+        _, m = next(undamped)
         try:
             found.append(Theory.of(m, damped))
             if gradient is not None:

@@ -53,6 +53,9 @@ class UnitSums:
     def parts(self) -> Iterator[tuple[slice, UnitMoments]]:
         return iter(self.held)
 
+    def damped_parts(self, damping: float) -> Iterator[tuple[slice, UnitMoments]]:
+        return ((part, m.damped(damping)) for part, m in self.held)
+
     @property
     def units(self) -> int:
         return len(self.weight)
