@@ -401,10 +401,11 @@ def test_model_is_left_as_it_was():
     assert torch.get_rng_state().equal(chance)
 
 
-def test_fisher_has_no_graph_and_the_precision_of_double():
-    model, x = mlp().float(), inputs(5, 2).float()
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+def test_fisher_has_no_graph_and_the_precision_of_the_model(precision):
+    model, x = mlp().to(precision), inputs(5, 2).to(precision)
     assert not unit_fisher(model, x)["0"].requires_grad
-    assert unit_fisher(model, x)["0"].dtype == torch.float64
+    assert unit_fisher(model, x)["0"].dtype == precision
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

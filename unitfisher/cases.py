@@ -16,6 +16,7 @@ from unitfisher.moments import UnitMoments
 from unitfisher.rows import Moments, UnitRows
 
 MOMENTS_BYTES = 128 * 2**20  # what the second moments held at one time may take
+ROOT_BYTES = 32 * 2**20  # what the rows may take from which Fishers are multiplied
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,30 @@ class UnitCases:
             G, S, self.mean - origin, origin=about, samples=self.samples
         )
         return replace(joined, origin=origin)
+
+    def fisher(self, *, biased: bool) -> Float[Tensor, "u e e"]:
+        """Materialise the Fishers, bias last, in the precision of the activations."""
+        e = self.inputs + biased
+        F = self.a.new_empty(self.units, e, e)
+        together = max(1, ROOT_BYTES // (16 * self.rows * e))
+        for start in range(0, self.units, together):
+            part = slice(start, start + together)
+            Z = self.of_units(part)._root(biased=biased)
+            torch.matmul(Z.mT, Z, out=F[part])
+        return F
+
+    def _root(self, *, biased: bool) -> Float[Tensor, "u n e"]:
+        """Return each unit's rows Z with Zᵀ Z = F."""
+        rows: Tensor
+        if self.delta.shape[2] == 1:
+            a = self.a.squeeze(2)
+            a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if biased else a
+            weight = (self.D / self.samples).sqrt().to(a.dtype).T
+            rows = weight.unflatten(0, (len(a), -1)).unsqueeze(-1) * a.unsqueeze(1)
+            return rows.flatten(0, 1)
+        G, S = self._gradients(torch.zeros_like(self.mean))
+        rows = (torch.cat([G, S.unsqueeze(-1)], -1) if biased else G) / self.samples**0.5
+        return rows.to(self.a.dtype).transpose(0, 1)
 
     def _mean_q(self) -> Float[Tensor, "u d"]:
         """E_q(a) about the origin, in the precision of the activations."""

@@ -124,7 +124,8 @@ def unit_fisher(
     """Materialise every unit's Fisher block, weights in ``weight[i].flatten()`` order, bias last.
 
     The model runs in eval mode and is left as it was. A layer without bias gives (u, d, d). This
-    takes u·(d+1)² numbers a layer; `Monitor` gives the theorems' quantities without them.
+    takes u·(d+1)² numbers a layer, of the activations' precision; `Monitor` gives the theorems'
+    quantities without them.
 
     Args:
         model: Any module; its forward is called once.
@@ -155,8 +156,8 @@ def unit_fisher(
         observations = observe_now(model, inputs, observer, targets)
         require_finite(observation.fault for observation in observations.values())
         for name, observation in observations.items():
-            m = observation.cases.sums()
-            blocks[name] = m.A if covered[name].bias is None else m.F
+            biased = covered[name].bias is not None
+            blocks[name] = observation.cases.fisher(biased=biased)
     for name in chosen.keys() - covered.keys():
         require_joint(name, chosen[name], estimator)
         blocks |= unit_fisher_per_sample(

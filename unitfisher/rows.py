@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from unitfisher.gram import solve_grams
 from unitfisher.moments import ConstantFit, UnitMoments, idle
-from unitfisher.solvers import cholesky, cholesky_solve, dot, outer, require_regular
+from unitfisher.solvers import dot, require_regular
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,10 @@ class UnitRows:
         (Zᵀ Z + ε I)⁻¹ rhs = (rhs - Zᵀ (Z Zᵀ + ε I)⁻¹ Z rhs) / ε, and one rank more for the mean
         that Var_q is about (Sherman and Morrison).
         """
-        y, residual = self._constant
+        y, _, e = self._constant
         z = self.v * _times_rows(self.about, rhs)  # Z rhs
-        z = self._solve(z) - y * (self.epsilon * dot(y, z) / residual)[:, None]
+        (solved,) = self._solve(z)
+        z = solved - y * (self.epsilon * dot(y, z) / e)[:, None]
         x = (rhs - _of_rows(self.about, self.v * z)) / self.epsilon[:, None]
         return x * self.alive[:, None]
 
@@ -94,11 +96,9 @@ class UnitRows:
         With α = (Zᵀ Z + ε I)⁻¹ (μ_q - μ_p) and β the same of μ_p, Var_q⁻¹ μ_q = r α + β where
         r = (1 + μ_pᵀ α) / e and e = 1 - (μ_q - μ_p)ᵀ α is what the fit leaves of the constant.
         """
-        epsilon, mu_p, (y, e) = self.epsilon, self.mu_p, self._constant
-        points = mu_p if mu_p.dim() == 2 else mu_p.expand(len(self.about), -1)
-        mean = self.v * _times_rows(self.about, points)  # Z μ_p
-        t = self._solve(mean)
-        h, b = dot(mean, y), (dot(mu_p, mu_p) - dot(mean, t)) / epsilon  # μ_pᵀ α, μ_pᵀ β
+        epsilon, mu_p, (y, t, e) = self.epsilon, self.mu_p, self._constant
+        h = dot(self._mean, y)  # μ_pᵀ α
+        b = (dot(mu_p, mu_p) - dot(self._mean, t)) / epsilon  # μ_pᵀ β
         r = (1 + h) / e
         gain = r * (1 + h) + b
         alpha, alpha_beta = dot(y, self.w - epsilon[:, None] * y), dot(y, t)  # ‖α‖², αᵀ β
@@ -106,21 +106,30 @@ class UnitRows:
         return ConstantFit(gain, r - 1, squared / gain)
 
     @cached_property
-    def _constant(self) -> tuple[Float[Tensor, "u n"], Float[Tensor, " u"]]:
-        """Return y = (Z Zᵀ + ε I)⁻¹ w, so that α = Zᵀ y, and e = ε wᵀ y: nothing cancels."""
-        y = self._solve(self.w)
-        return y, torch.where(self.alive, self.epsilon * dot(self.w, y), 1.0)
-
-    def _solve(self, rhs: Float[Tensor, "u n"]) -> Float[Tensor, "u n"]:
-        """Return (Z Zᵀ + ε I)⁻¹ rhs."""
-        return cholesky_solve(self._factor, rhs)
+    def _mean(self) -> Float[Tensor, "u n"]:
+        """Z μ_p."""
+        points = self.mu_p if self.mu_p.dim() == 2 else self.mu_p.expand(len(self.about), -1)
+        return self.v * _times_rows(self.about, points)
 
     @cached_property
-    def _factor(self) -> Float[Tensor, "u n n"]:
-        """Cholesky factor of Z Zᵀ + ε I, from the one product that the units of a group share."""
-        gram = _per_unit(self.about @ self.about.mT, len(self.v)) * outer(self.v, self.v)
-        gram.diagonal(dim1=-2, dim2=-1).add_(self.epsilon[:, None])
-        return cholesky(gram)
+    def _constant(self) -> tuple[Float[Tensor, "u n"], Float[Tensor, "u n"], Float[Tensor, " u"]]:
+        """Return y and t, solved for w and Z μ_p, so that α = Zᵀ y, and e = ε wᵀ y > 0."""
+        y, t = self._solve(self.w, self._mean)
+        return y, t, torch.where(self.alive, self.epsilon * dot(self.w, y), 1.0)
+
+    @cached_property
+    def _gram(self) -> Float[Tensor, "g n n"]:
+        return self.about @ self.about.mT
+
+    def _solve(self, *rhs: Float[Tensor, "u n"]) -> tuple[Float[Tensor, "u n"], ...]:
+        """Return (Z Zᵀ + ε I)⁻¹ rhs, from the one product that the units of a group share."""
+        units, together = len(self.v) // len(self.about), torch.stack(rhs, -1)
+        systems = zip(
+            self._gram, *(x.split(units) for x in (self.v, self.epsilon, together)), strict=True
+        )
+        solved = [solve_grams(*system) for system in systems]
+        require_regular(torch.cat([of.regular for of in solved]))
+        return torch.cat([of.Y for of in solved]).unbind(-1)
 
 
 def _times_rows(about: Float[Tensor, "g n d"], x: Float[Tensor, "v d"]) -> Float[Tensor, "v n"]:

@@ -1,0 +1,181 @@
+/* Solve (diag(v_u) K diag(v_u) + epsilon_u I) Y_u = rhs_u for many units u that share a K.
+ *
+ * One unit's system is too small to fill a processor. So every lane of a vector is another unit,
+ * and each operation below is on LANES units at once. Lanes never mix: what a unit gets depends
+ * neither on its neighbours nor on the number of threads.
+ *
+ * The Cholesky factor L is kept in panels of T rows: panel I is tiles (I, 0) .. (I, I) of T by T,
+ * column after column, so that the product of two panels reads two contiguous streams. In place
+ * of L_jj stands 1 / L_jj. What T or LANES do not divide is filled up with the identity.
+ */
+
+#include <float.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+/* A tile, and a column of both panels that it is the product of, fill the registers: one vector
+ * too many costs twice the time, vectors wider than a register ten times. */
+#if defined __AVX512F__
+enum { LANES = 8, T = 4 };
+#elif defined __AVX__
+enum { LANES = 4, T = 3 };
+#else
+enum { LANES = 2, T = 3 };
+#endif
+enum { BLOCK = 16 }; /* tiles: so many stay in the first cache, BLOCK² of them in the second */
+
+typedef double lanes __attribute__((vector_size(8 * LANES)));
+typedef int64_t mask __attribute__((vector_size(8 * LANES)));
+
+typedef struct { /* as in gram.py */
+    const double *K, *v, *epsilon, *rhs;
+    double *Y;
+    bool *regular;
+    int64_t u, n, r, group, taken; /* units that share a K, units that threads have taken */
+} Task;
+
+typedef struct { /* up to LANES units: weights, solutions, factor */
+    lanes epsilon, *v, *y, *L;
+    mask regular;
+    const double *K[LANES];
+    int64_t n, panels, first, units;
+} Block;
+
+#define INLINE static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline)) /* keeps its registers out of the inner loop */
+#define EACH(i, start, end) _Pragma("GCC unroll 8") for (int i = start; i < (end); i++)
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t above(int64_t I) { return T * T * I * (I + 1) / 2; }
+INLINE lanes *tile(const Block *b, int64_t I, int64_t J) { return b->L + above(I) + T * T * J; }
+
+INLINE lanes gram(const Block *b, int64_t i, int64_t j) {
+    int64_t at = b->n * least(i, b->n - 1) + least(j, b->n - 1);
+    lanes K = (lanes){} + b->K[0][at];
+    if (b->K[0] != b->K[LANES - 1]) EACH(l, 1, LANES) K[l] = b->K[l][at];
+    return K;
+}
+
+INLINE void build(lanes C[T][T], const Block *b, int64_t I, int64_t J) {
+    EACH(i, 0, T) {
+        int64_t row = T * I + i;
+        EACH(j, 0, T) C[i][j] = b->v[row] * b->v[T * J + j] * gram(b, row, T * J + j);
+        if (I == J) C[i][i] += row < b->n ? b->epsilon : (lanes){} + 1;
+    }
+}
+
+/* C -= A B' */
+INLINE void subtract(lanes C[T][T], const lanes *A, const lanes *B, int64_t columns) {
+    for (int64_t k = 0; k < columns; k++, A += T, B += T) {
+        lanes a[T], b[T];
+        EACH(i, 0, T) a[i] = A[i], b[i] = B[i]; /* once: C might be the same memory */
+        EACH(i, 0, T) EACH(j, 0, T) C[i][j] -= a[i] * b[j];
+    }
+}
+
+/* A pivot must be more than what rounding makes of zero. */
+APART void factor_tile(Block *b, int64_t J) {
+    lanes C[T][T], root, *at = tile(b, J, J);
+    EACH(j, 0, T) {
+        int64_t row = T * J + j;
+        lanes diagonal = b->v[row] * b->v[row] * gram(b, row, row) + b->epsilon;
+        EACH(i, j, T) C[i][j] = at[T * j + i];
+        EACH(k, 0, j) EACH(i, j, T) C[i][j] -= C[i][k] * C[j][k];
+        EACH(l, 0, LANES) root[l] = __builtin_sqrt(C[j][j][l]);
+        C[j][j] = 1 / root;
+        b->regular &= 64 * DBL_EPSILON * diagonal * C[j][j] * C[j][j] < 1;
+        EACH(i, j + 1, T) C[i][j] *= C[j][j];
+        EACH(i, j, T) at[T * j + i] = C[i][j];
+    }
+}
+
+/* Bring tile (I, J) forward by the panels' tiles first .. last - 1. */
+INLINE void update(const Block *b, int64_t I, int64_t J, int64_t first, int64_t last) {
+    lanes C[T][T], *at = tile(b, I, J), *D = tile(b, J, J);
+    if (first == 0) build(C, b, I, J);
+    else EACH(j, 0, T) EACH(i, 0, T) C[i][j] = at[T * j + i];
+    subtract(C, tile(b, I, first), tile(b, J, first), T * (least(J, last) - first));
+    if (J < least(I, last)) EACH(j, 0, T) EACH(i, 0, T) {
+        EACH(k, 0, j) C[i][j] -= C[i][k] * D[T * k + j];
+        C[i][j] *= D[T * j + j];
+    }
+    EACH(j, 0, T) EACH(i, 0, T) at[T * j + i] = C[i][j];
+}
+
+static void factor(Block *b) {
+    b->regular = (mask){} == 0;
+    for (int64_t first = 0; first < b->panels; first += BLOCK)
+        for (int64_t left = first; left < b->panels; left += BLOCK)
+            for (int64_t I = left; I < b->panels; I++) {
+                for (int64_t J = left; J < least(I + 1, left + BLOCK); J++)
+                    update(b, I, J, first, first + BLOCK);
+                if (I < first + BLOCK) factor_tile(b, I);
+            }
+}
+
+/* y = L'^-1 L^-1 y for R right-hand sides at once */
+INLINE void substitute(const Block *b, int R) {
+    lanes x[T][2], *y = b->y;
+    for (int64_t I = 0; I < b->panels; I++) {
+        const lanes *A = tile(b, I, 0), *D = tile(b, I, I);
+        EACH(i, 0, T) EACH(c, 0, R) x[i][c] = y[R * (T * I + i) + c];
+        for (int64_t k = 0; k < T * I; k++)
+            EACH(i, 0, T) EACH(c, 0, R) x[i][c] -= A[T * k + i] * y[R * k + c];
+        EACH(i, 0, T) EACH(c, 0, R) {
+            EACH(k, 0, i) x[i][c] -= D[T * k + i] * x[k][c];
+            y[R * (T * I + i) + c] = x[i][c] *= D[T * i + i];
+        }
+    }
+    for (int64_t I = b->panels - 1; I >= 0; I--) {
+        const lanes *A = tile(b, I, 0), *D = tile(b, I, I);
+        for (int i = T - 1; i >= 0; i--) EACH(c, 0, R) {
+            x[i][c] = y[R * (T * I + i) + c];
+            EACH(k, i + 1, T) x[i][c] -= D[T * i + k] * x[k][c];
+            y[R * (T * I + i) + c] = x[i][c] *= D[T * i + i];
+        }
+        for (int64_t k = 0; k < T * I; k++)
+            EACH(i, 0, T) EACH(c, 0, R) y[R * k + c] -= A[T * k + i] * x[i][c];
+    }
+}
+
+INLINE void gather(lanes *x, const Block *b, const double *from, int64_t r, int R) {
+    for (int64_t i = 0; i < T * b->panels * R; i++) x[i] = (lanes){};
+    for (int64_t l = 0; l < b->units; l++)
+        for (int64_t i = 0; i < b->n; i++)
+            EACH(c, 0, R) x[R * i + c][l] = from[(l * b->n + i) * r + c];
+}
+
+INLINE void solve(const Block *b, const Task *t, int64_t column, int R) {
+    int64_t at = b->first * t->n * t->r + column;
+    gather(b->y, b, t->rhs + at, t->r, R);
+    substitute(b, R);
+    for (int64_t l = 0; l < b->units; l++)
+        for (int64_t i = 0; i < b->n; i++, at += t->r) EACH(c, 0, R)
+            t->Y[at + c] = b->regular[l] ? b->y[R * i + c][l] : __builtin_nan("");
+}
+
+static void solve_block(Block *b, const Task *t) {
+    int64_t column = 0;
+    b->units = least(LANES, t->u - b->first);
+    for (int64_t l = 0; l < b->units; l++) b->epsilon[l] = t->epsilon[b->first + l];
+    EACH(l, 0, LANES)
+        b->K[l] = t->K + t->n * t->n * (least(b->first + l, t->u - 1) / t->group);
+    gather(b->v, b, t->v + b->first * t->n, 1, 1);
+    factor(b);
+    for (int64_t l = 0; l < b->units; l++) t->regular[b->first + l] = b->regular[l];
+    for (; column + 1 < t->r; column += 2) solve(b, t, column, 2);
+    if (column < t->r) solve(b, t, column, 1);
+}
+
+/* What every thread runs until no units are left; one without memory leaves them to the others. */
+void solve_grams(Task *t) {
+    int64_t panels = (t->n + T - 1) / T, size = above(panels) + 3 * T * panels;
+    lanes *memory = aligned_alloc(sizeof(lanes), (size + 1) * sizeof(lanes));
+    if (!memory) return;
+    Block b = {.epsilon = (lanes){} + 1, .n = t->n, .panels = panels, .L = memory};
+    b.v = tile(&b, panels, 0), b.y = b.v + T * panels;
+    while ((b.first = __atomic_fetch_add(&t->taken, LANES, __ATOMIC_RELAXED)) < t->u)
+        solve_block(&b, t);
+    free(memory);
+}
