@@ -13,6 +13,7 @@ import unitfisher.cases
 import unitfisher.streaming
 from unitfisher import Monitor
 from unitfisher.fisher import NonFiniteError
+from unitfisher.operator import unit_fisher_operator
 
 NETS = {name: NETWORKS[name] for name in ("mlp", "weight-reuse", "sequence", "softmax-regression")}
 NETS["convolution-in-groups"] = None
@@ -128,3 +129,15 @@ def test_a_batch_that_is_not_finite_is_named(bad):
     with pytest.raises(NonFiniteError, match="into layer '0'"):
         Monitor(mlp()).measure(x)
     assert not Monitor(mlp(), on_nonfinite="record").measure(x)["0"].finite
+
+
+@pytest.mark.parametrize("of", ["mlp", "convolution-in-groups"])
+def test_a_units_operator_is_that_of_one_batch(of, monkeypatch):
+    model, x, _ = prepared(of)
+    monitor = Monitor(model)
+    whole = unit_fisher_operator(monitor.measure(x)["0"], unit=2).dense()
+    assert_close(unit_fisher_operator(monitor.measure([x])["0"], unit=2).dense(), whole, **TOL)
+    monkeypatch.setattr(unitfisher.cases, "MOMENTS_BYTES", 30_000)  # parts
+    found = unit_fisher_operator(monitor.measure([x[:50], x[50:]])["0"], unit=2)
+    assert_close(found.dense(), whole, **TOL)
+    assert_close(found.solve(whole[0]), whole.new_tensor([1.0] + [0.0] * (len(whole) - 1)), **TOL)

@@ -11,6 +11,8 @@ from unitfisher.likelihoods import Likelihood as Likelihood
 from unitfisher.likelihoods import OutputError as OutputError
 from unitfisher.moments import UnitMoments as UnitMoments
 from unitfisher.monitor import Monitor as Monitor
+from unitfisher.operator import UnitFisherOperator as UnitFisherOperator
+from unitfisher.operator import unit_fisher_operator as unit_fisher_operator
 from unitfisher.passes import activation_statistics as activation_statistics
 from unitfisher.per_sample import per_sample_gradients as per_sample_gradients
 from unitfisher.record import RecordExistsError as RecordExistsError

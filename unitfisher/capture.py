@@ -135,6 +135,9 @@ class Seen:
 
     def fault(self) -> str | None:
         """Name the first place in the pass that holds NaN or infinity."""
+        sums = [total for call in self.calls for total in (call.activations.sum(), call.net.sum())]
+        if bool(torch.stack([total.double() for total in sums]).isfinite().all()):
+            return None  # one look at all; what follows looks again, where a sum may overflow too
         for call in self.calls:
             if not call.activations.isfinite().all():
                 return f"the activations into layer {call.layer!r}"
