@@ -1,0 +1,132 @@
+"""The benchmark's table, its figure and its record."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only; a display may be absent
+
+import matplotlib.pyplot as plt
+import torch
+from benchmark_peers import DISTRIBUTIONS
+from benchmark_results import Result
+
+from unitfisher.provenance import plain, provenance
+
+HEADINGS = (
+    "row",
+    "on",
+    "bar",
+    "stretch",
+    "measured",
+    "quartiles",
+    "ms",
+    "of ms",
+    "verdict",
+    "note",
+)
+
+
+def table(results: Sequence[Result]) -> str:
+    """Lay the results out in Markdown that can be read as it is."""
+    lines = [HEADINGS, *map(_cells, results)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
+    rows = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+    rule = "| " + " | ".join("-" * width for width in widths) + " |"
+    return "\n".join([rows[0], rule, *rows[1:]]) + "\n"
+
+
+def save(results: Sequence[Result], folder: Path, config: Any, seconds: float) -> None:
+    """Write benchmark.json, benchmark.md and scaling.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = provenance({}) | {"config": plain(config)} | conditions(seconds)
+    record["versions"] |= {name: version_of(name) for name in DISTRIBUTIONS}
+    record["rows"] = [plain(asdict(result)) for result in results]
+    (folder / "benchmark.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    (folder / "benchmark.md").write_text(f"{sentence(record)}\n\n{table(results)}")
+    draw([result for result in results if result.points], folder / "scaling.png")
+
+
+def conditions(seconds: float) -> dict[str, Any]:
+    return {
+        "threads": torch.get_num_threads(),
+        "compiled_kernel": compiled_kernel(),
+        "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "seconds": round(seconds, 1),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def compiled_kernel() -> bool:
+    """Whether the package has a compiled kernel here, and uses it."""
+    if find_spec("unitfisher.gram") is None:
+        return False
+    return import_module("unitfisher.gram").compiled()
+
+
+def sentence(record: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "unitfisher"))
+    rounds = [row["rounds"] for row in record["rows"] if row["rounds"]]
+    discarded = sum(row["discarded"] for row in record["rows"])
+    clock = "time on the cores" if record["config"]["clock"] == "cpu" else "wall clock"
+    kernel = "with" if record["compiled_kernel"] else "without"
+    return (
+        f"{record['device']}; {versions}, {kernel} a compiled kernel; {record['finished']}, "
+        f"{record['seconds']:.0f} s. Ratios are of medians ({clock}) to one plain forward + "
+        f"backward pass of the same network and batch (random data) unless said, with quartiles "
+        f"over rounds; {discarded} of {sum(rounds)} turns were disturbed and thrown away."
+    )
+
+
+def version_of(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def draw(grown: Sequence[Result], path: Path) -> None:
+    """Time of one measurement over each size, with the exponent."""
+    if not grown:
+        return
+    figure, axes = plt.subplots(1, len(grown), figsize=(2.2 * len(grown), 2.4), squeeze=False)
+    for ax, result in zip(axes[0], grown, strict=True):
+        ax.loglog([int(size) for size in result.points], list(result.points.values()), "o-")
+        ax.set(xlabel=result.title.split()[-1], title=f"exponent {result.value:.2f}")
+    axes[0][0].set_ylabel("one measurement (ms)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _cells(result: Result) -> tuple[str, ...]:
+    spread = "" if result.low is None else f"{short(result.low)}-{short(result.high)}"
+    value = "" if result.value is None else f"{short(result.value)} {result.unit}"
+    return (
+        result.title,
+        result.case,
+        short(result.bar),
+        short(result.stretch),
+        value,
+        spread,
+        short(result.ms),
+        short(result.plain_ms),
+        result.verdict,
+        result.note,
+    )
+
+
+def short(number: float | None) -> str:
+    """Three digits; at least those before the point, and two after it below ten."""
+    if number is None:
+        return ""
+    return f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"

@@ -1,0 +1,91 @@
+"""What a row came to, and how it stands to its bar."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from benchmark_rows import Kind, Row
+from benchmark_scaling import Growth
+from benchmark_timing import Ratio
+
+Verdict = Literal["stretch", "met", "missed", "disturbed", "not there yet", "failed", ""]
+UNITS: dict[Kind, str] = {
+    "turns": "× plain",
+    "total": "× plain",
+    "alone": "× plain",
+    "contest": "× faster",
+    "result": "× result",
+    "GiB": "GiB",
+    "scaling": "exponent",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line of the table."""
+
+    key: str
+    title: str
+    case: str
+    bar: float | None
+    stretch: float | None
+    unit: str
+    verdict: Verdict
+    value: float | None = None
+    low: float | None = None  # quartiles
+    high: float | None = None
+    ms: float | None = None
+    plain_ms: float | None = None  # of what it is compared with
+    rounds: int = 0
+    discarded: int = 0
+    note: str = ""
+    points: dict[str, float] = field(default_factory=dict)  # ms by size
+
+
+def timed(row: Row, ratio: Ratio, note: str = "") -> Result:
+    """A row whose value is a ratio of times."""
+    return Result(
+        *_names(row),
+        verdict="disturbed" if ratio.disturbed else judge(row, ratio.value),
+        value=ratio.value,
+        low=ratio.low,
+        high=ratio.high,
+        ms=ratio.ms,
+        plain_ms=ratio.of_ms,
+        rounds=ratio.rounds,
+        discarded=ratio.discarded,
+        note=note,
+    )
+
+
+def counted(row: Row, value: float, note: str = "") -> Result:
+    """A row whose value is no time."""
+    return Result(*_names(row), verdict=judge(row, value), value=value, note=note)
+
+
+def grown(row: Row, growth: Growth) -> Result:
+    """A row whose value is an exponent."""
+    points = {str(size): ms for size, ms in zip(growth.sizes, growth.ms, strict=True)}
+    note = f"floor {growth.floor:.2f}; " + ", ".join(f"{s}: {t:.3g} ms" for s, t in points.items())
+    return Result(*_names(row), verdict="", value=growth.measured, note=note, points=points)
+
+
+def failed(row: Row, error: str) -> Result:
+    return Result(*_names(row), verdict="failed", note=error)
+
+
+def missing(row: Row) -> Result:
+    return Result(*_names(row), verdict="not there yet")
+
+
+def judge(row: Row, value: float) -> Verdict:
+    """Say which bar is reached; more is better in a contest, less elsewhere."""
+    sign = -1 if row.kind == "contest" else 1
+    if row.bar is None:
+        return ""
+    if row.stretch is not None and sign * value <= sign * row.stretch:
+        return "stretch"
+    return "met" if sign * value <= sign * row.bar else "missed"
+
+
+def _names(row: Row) -> tuple[str, str, str, float | None, float | None, str]:
+    return row.key, row.title, row.case.title, row.bar, row.stretch, UNITS[row.kind]

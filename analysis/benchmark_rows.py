@@ -1,0 +1,156 @@
+"""The rows of the benchmark: what is measured, where, and the bar it has to reach.
+
+A new row is one line in ROWS; a new way of observing is one function in benchmark_ways.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import benchmark_peers as peers
+import benchmark_ways as ways
+from benchmark_cases import (
+    CONV_64,
+    CONV_768,
+    FC_4096,
+    FIFTY,
+    MANY,
+    MNIST_64,
+    MNIST_512,
+    Case,
+    Run,
+    Setting,
+)
+from benchmark_scaling import SCALING, VARIED
+
+Kind = Literal["turns", "contest", "total", "alone", "GiB", "result", "scaling"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Kinds: "turns" takes turns with the plain step and other rows of its case, and counts plain
+    steps; "total" does so by sums instead of medians, "alone" in a process of its own, because it
+    may take too much memory; "contest" takes turns with its rivals, and counts how often it fits
+    into the fastest one's time; "GiB" and "result" are peaks of memory, in GiB and in sizes of the
+    result; "scaling" is the exponent of time in a size.
+    """
+
+    case: Case
+    name: str
+    title: str
+    prepare: Callable[[Setting], Run] | None  # None: the package has no such thing yet
+    bar: float | None = None
+    stretch: float | None = None
+    kind: Kind = "turns"
+    rivals: tuple["Row", ...] = ()
+    peer: bool = False  # another library, which may be absent or fail
+    threads: int | None = None  # CPU threads of its own
+
+    @property
+    def key(self) -> str:
+        """What --rows is matched with."""
+        return f"{self.case.name}/{self.name}"
+
+
+def peer(case: Case, name: str, title: str, prepare: Callable[[Setting], Run]) -> Row:
+    threads = 1 if "ASDL" in title else None  # unstable with more
+    return Row(case, name, title, prepare, peer=True, threads=threads)
+
+
+def beside(row: Row) -> Row:
+    """The same row without the compiled kernel."""
+    title, prepare = f"{row.title}, torch only", partial(ways.torch_only, row.prepare)
+    return Row(row.case, f"{row.name}-torch", title, prepare)
+
+
+def per_sample(case: Case) -> Row:
+    rivals = (
+        peer(case, "per-sample-func", "... by torch.func", peers.torch_func_per_sample),
+        peer(case, "per-sample-backpack", "... by BackPACK", peers.backpack_per_sample),
+        peer(case, "per-sample-opacus", "... by Opacus", peers.opacus_per_sample),
+        peer(case, "per-sample-asdl", "... by ASDL", peers.asdl_per_sample),
+    )
+    title, prepare = "per-sample gradients", ways.per_sample_gradients
+    return Row(case, "per-sample", title, prepare, 1.0, None, "contest", rivals)
+
+
+one_sign_D = partial(ways.squared_errors, fisher="rademacher")
+exact_D = partial(ways.squared_errors, fisher="exact")
+exact_all = partial(ways.everything, fisher="exact")
+one_sign_all = partial(ways.everything, fisher="rademacher")
+exact_natural = partial(ways.natural_gradients, fisher="exact")
+one_sign_natural = partial(ways.natural_gradients, fisher="rademacher")
+natural_alone = partial(ways.natural_gradients_alone, fisher="rademacher")
+one_layer = partial(ways.one_layer, fisher="rademacher")
+asdl_exact = partial(peers.asdl_unit_fishers, fisher="fisher_exact")
+asdl_natural_mc = partial(peers.asdl_natural_gradients, fisher="fisher_mc")
+asdl_natural_exact = partial(peers.asdl_natural_gradients, fisher="fisher_exact")
+economy = partial(peers.cockpit, configuration="economy")
+full = partial(peers.cockpit, configuration="full")
+
+ACTIVATIONS = "step + mean and variance of every unit (second pass)"
+NATURAL = "step + everything + all natural gradients"
+MATERIALISED = "exact unit Fishers, materialised"
+OVERHEAD = "Monitor(overhead=0.05): 1.05 ± 0.01"
+LARGE = "step + s, k of all units, one sign"
+
+SOLVING = (
+    Row(MNIST_64, "all-exact", "step + everything, exact", exact_all, 12, 4.5),
+    Row(MNIST_64, "all-sign", "step + everything, one sign", one_sign_all, 9, 3.0),
+    Row(MNIST_64, "natural-exact", f"{NATURAL}, exact", exact_natural, 14, 5),
+    Row(MNIST_64, "natural-sign", f"{NATURAL}, one sign", one_sign_natural, 11, 3.5),
+    Row(MNIST_512, "natural-all", f"{NATURAL}, exact, all rows", exact_natural, 25, 10),
+    Row(CONV_64, "natural-sign", "step + all natural gradients, one sign", natural_alone, 2.5, 2.0),
+)
+ROWS = (
+    Row(MNIST_64, "hooks", "hooks when not measuring", ways.idle_hooks, 1.01, 1.00),
+    Row(MNIST_64, "activations", ACTIVATIONS, ways.activation_statistics, 1.15, 1.05),
+    Row(CONV_64, "activations", ACTIVATIONS, ways.activation_statistics, 1.10, 1.03),
+    Row(MNIST_64, "keep", "step that keeps a and δ", ways.keep, 1.10, 1.05),
+    Row(MNIST_64, "d-sign", "step + D, one random sign", one_sign_D, 1.6, 1.4),
+    Row(CONV_64, "d-sign", "step + D, one random sign", one_sign_D, 1.4, 1.25),
+    Row(MNIST_64, "d-exact", "step + exact D", exact_D, 2.6, 2.0),
+    Row(MNIST_512, "d-exact", "step + exact D", exact_D, 3.3, 2.8),
+    *(each for row in SOLVING for each in (row, beside(row))),
+    Row(MNIST_512, "natural-128", f"{NATURAL}, exact, 128 rows", None, 14, 4),
+    Row(MNIST_512, "natural-64", f"{NATURAL}, exact, 64 rows", None, 10, 2.5),
+    Row(FIFTY, "every-50th", "everything each 50th step", ways.training_observed, 1.15, 1.08),
+    Row(MANY, "overhead", OVERHEAD, ways.training_with_overhead, 1.06, None, "total"),
+    Row(
+        *(MNIST_64, "fisher", MATERIALISED, ways.unit_fishers, 15, 25, "contest"),
+        (peer(MNIST_64, "fisher-asdl", "... by ASDL, exact", asdl_exact),),
+    ),
+    Row(MNIST_64, "fisher-memory", MATERIALISED, ways.unit_fishers, 1.2, None, "result"),
+    Row(
+        *(MNIST_64, "natural-asdl", f"{NATURAL}, exact", exact_natural),
+        *(300, 800, "contest"),
+        (peer(MNIST_64, "asdl-exact", "... by ASDL, exact", asdl_natural_exact),),
+    ),
+    Row(
+        *(MNIST_64, "natural-asdl-mc", f"{NATURAL}, one sign"),
+        *(one_sign_natural, 300, 800, "contest"),
+        (peer(MNIST_64, "asdl-mc", "... by ASDL, MC", asdl_natural_mc),),
+    ),
+    per_sample(MNIST_64),
+    per_sample(CONV_64),
+    Row(FC_4096, "measure", LARGE, one_layer, 30, 5, "alone"),
+    Row(FC_4096, "memory", LARGE, one_layer, 4, None, "GiB"),
+    Row(CONV_768, "measure", LARGE, one_layer, 30, 5, "alone"),
+    Row(CONV_768, "memory", LARGE, one_layer, 4, None, "GiB"),
+    peer(MNIST_64, "c-backpack", "BackPACK DiagGGNExact (c only)", peers.backpack_c),
+    peer(MNIST_64, "kfac-asdl", "ASDL K-FAC, another quantity", peers.asdl_kfac),
+    peer(MNIST_64, "kfac-curvlinops", "step + curvlinops K-FAC factors", peers.curvlinops_kfac),
+    peer(MNIST_64, "kfac-pytorch", "step + kfac-pytorch", peers.kfac_pytorch),
+    peer(MNIST_64, "delve", "step + delve's activation covariance", peers.delve),
+    peer(MNIST_64, "cockpit", "step + Cockpit economy", economy),
+    peer(MNIST_64, "cockpit-full", "step + Cockpit full", full),
+    peer(CONV_64, "cockpit", "step + Cockpit economy", economy),
+    peer(CONV_64, "delve", "step + delve's activation covariance", peers.delve),
+    *(
+        Row(SCALING, size, f"growth with {size}", ways.measured_now, kind="scaling")
+        for size in VARIED
+    ),
+)
