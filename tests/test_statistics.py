@@ -290,7 +290,7 @@ def test_damping_afterwards_equals_measuring_at_that_damping(setting, sharing):
 def test_parts_of_the_units_give_what_all_at_once_give(monkeypatch, setting, sharing):
     y = labels(setting)
     whole = measured(setting, y, sharing=sharing)
-    monkeypatch.setattr(UnitCases, "_per_part", 3)  # and one is left
+    monkeypatch.setattr(UnitCases, "per_part", 3)  # and one is left
     assert_same(measured(setting, y, sharing=sharing), whole)
 
 

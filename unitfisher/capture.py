@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
@@ -69,6 +69,9 @@ TRANSPARENT = frozenset(
 )
 
 
+FEW = 2**16  # numbers: outputs are copied then, and averaged together with others
+
+
 class UnitMeans(NamedTuple):
     """Mean and variance of each unit's own output over samples and positions."""
 
@@ -79,11 +82,10 @@ class UnitMeans(NamedTuple):
 
     @classmethod
     def of(cls, y: Float[Tensor, "n t u"], nonlinearity: str | None) -> "UnitMeans":
-        y = y.flatten(0, 1)
         y = y if y.dtype == torch.float64 else y.float()
-        mean = y.mean(0)
-        var = ((y - mean) ** 2).mean(0)  # a tenth of torch.var_mean's time over the first axis
-        return cls(mean, var, len(y), nonlinearity)
+        mean = y.mean((0, 1))
+        var = ((y - mean) ** 2).mean((0, 1))  # faster than torch.var_mean over the first axes
+        return cls(mean, var, y.shape[0] * y.shape[1], nonlinearity)
 
     def joined(self, other: "UnitMeans") -> "UnitMeans":
         """Return the statistics of both sets of cases together."""
@@ -99,12 +101,33 @@ class Call:
     """One call of a layer."""
 
     layer: str
+    module: nn.Module
     activations: Tensor  # as the layer received them
     version: int  # of that tensor: a later change in place would be seen
-    shape: torch.Size  # of the layer's output
+    net: Tensor  # the preactivations, as long as no nonlinearity changes them
+    net_version: int
+    net_sum: Float[Tensor, ""]  # NaN or infinite where any preactivation is
     edge: GradientEdge | None  # where ∂/∂net arrives; None when no graph is built
-    net: Float[Tensor, " u"]  # mean preactivation, NaN or infinite where any is
-    means: UnitMeans  # of the preactivation, until a nonlinearity follows
+    nonlinearity: str | None = None
+    output: Float[Tensor, "n t u"] | UnitMeans | None = None  # None: not taken yet
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.net.shape
+
+    def take(self, y: Tensor, nonlinearity: str | None = None) -> None:
+        """Take the units' outputs as they are now: later operations may change them in place."""
+        at = at_units(self.module, y.detach())
+        self.nonlinearity = nonlinearity
+        self.output = at.clone() if at.numel() <= FEW else UnitMeans.of(at, nonlinearity)
+
+    def settled(self) -> Float[Tensor, "n t u"] | UnitMeans:
+        """Return what was taken; the preactivations if nothing was."""
+        if self.output is None:
+            changed = _version(self.net) != self.net_version  # by what no function mode sees
+            self.take(torch.full_like(self.net, torch.nan) if changed else self.net)
+        assert self.output is not None
+        return self.output
 
     def require_unchanged(self) -> None:
         if _version(self.activations) != self.version:
@@ -135,13 +158,13 @@ class Seen:
 
     def fault(self) -> str | None:
         """Name the first place in the pass that holds NaN or infinity."""
-        sums = [total for call in self.calls for total in (call.activations.sum(), call.net.sum())]
-        if bool(torch.stack([total.double() for total in sums]).isfinite().all()):
-            return None  # one look at all; what follows looks again, where a sum may overflow too
+        sums = one_look(x for call in self.calls for x in (call.activations.sum(), call.net_sum))
+        if bool(sums.isfinite().all()):
+            return None  # what follows looks again: a sum may overflow
         for call in self.calls:
             if not call.activations.isfinite().all():
                 return f"the activations into layer {call.layer!r}"
-            if not call.net.isfinite().all():
+            if not call.net_sum.isfinite():
                 return f"the preactivations of layer {call.layer!r}"
         return None
 
@@ -153,10 +176,30 @@ class Seen:
     def means(self) -> dict[str, UnitMeans]:
         """Join each layer's calls."""
         joined: dict[str, UnitMeans] = {}
-        for call in self.calls:
+        for call, means in zip(self.calls, self._means_of_calls(), strict=True):
             first = joined.get(call.layer)
-            joined[call.layer] = first.joined(call.means) if first else call.means
+            joined[call.layer] = first.joined(means) if first else means
         return joined
+
+    def _means_of_calls(self) -> list[UnitMeans]:
+        """Outputs that were kept are averaged together: few operations for many small layers."""
+        kept: dict[object, list[tuple[int, Call, Tensor]]] = {}
+        found: dict[int, UnitMeans] = {}
+        for i, call in enumerate(self.calls):
+            output = call.settled()
+            if isinstance(output, UnitMeans):
+                found[i] = output
+            else:
+                form = output.shape[:2], output.dtype, output.device
+                kept.setdefault(form, []).append((i, call, output))
+        for alike in kept.values():
+            outputs = [output for _, _, output in alike]
+            together = UnitMeans.of(torch.cat(outputs, -1), None)
+            units = [output.shape[-1] for output in outputs]
+            parts = zip(together.mean.split(units), together.var.split(units), strict=True)
+            for (i, call, _), (mean, var) in zip(alike, parts, strict=True):
+                found[i] = UnitMeans(mean, var, together.cases, call.nonlinearity)
+        return [found[i] for i in range(len(self.calls))]
 
 
 @contextmanager
@@ -187,10 +230,10 @@ def _watch(name: str, seen: Seen, follow: "_Follow") -> Callable[..., None]:
         if y.numel() == 0:
             return  # an expert to which no row was sent
         edge = get_gradient_edge(y) if y.requires_grad else None
-        means = UnitMeans.of(at_units(layer, y.detach()), nonlinearity=None)
-        call = Call(name, x.detach(), _version(x), y.shape, edge, means.mean, means)
+        net = y.detach()
+        call = Call(name, layer, x.detach(), _version(x), net, _version(y), _sum(net), edge)
         seen.calls.append(call)
-        follow.start(y, layer, call)
+        follow.start(y, call)
 
     return hook
 
@@ -205,10 +248,10 @@ class _Follow(TorchFunctionMode):
     def __init__(self, retained: list[Tensor]) -> None:
         super().__init__()
         self.retained = retained
-        self.open: dict[int, tuple[ReferenceType[Tensor], int, nn.Module, Call]] = {}
+        self.open: dict[int, tuple[ReferenceType[Tensor], int, Call]] = {}
 
-    def start(self, y: Tensor, layer: nn.Module, call: Call) -> None:
-        self.open[id(y)] = ref(y), _version(y), layer, call
+    def start(self, y: Tensor, call: Call) -> None:
+        self.open[id(y)] = ref(y), _version(y), call
 
     def __torch_function__(
         self,
@@ -217,31 +260,61 @@ class _Follow(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        followed = self._followed(args or (kwargs or {}).values())
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        call = self._followed(args or kwargs.values())
+        result = func(*args, **kwargs) if call is None else self._step(call, func, args, kwargs)
         if func is Tensor.retain_grad:
             self.retained.append(args[0])
-        if followed is not None:
-            self._step(getattr(func, "__name__", "").rstrip("_"), result, *followed)
         return result
 
-    def _followed(self, args: Iterable[Any]) -> tuple[nn.Module, Call] | None:
+    def _followed(self, args: Iterable[Any]) -> Call | None:
         """Whose preactivation is read? No one's any more once a sum in place has changed it."""
         for x in args:
             if id(x) in self.open:
-                alive, version, layer, call = self.open[id(x)]
+                alive, version, call = self.open[id(x)]
                 if isinstance(x, Tensor) and alive() is x and _version(x) == version:
-                    return layer, call
+                    return call
         return None
 
-    def _step(self, name: str, result: Any, layer: nn.Module, call: Call) -> None:
-        if name in TRANSPARENT:
-            self.start(result, layer, call)
-        elif name in NONLINEARITIES and call.means.nonlinearity is None:
-            if not isinstance(result, Tensor) or result.shape != call.shape:
-                return  # ``max`` over an axis, say
-            call.means = UnitMeans.of(at_units(layer, result.detach()), nonlinearity=name)
+    def _step(
+        self,
+        call: Call,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        name = getattr(func, "__name__", "").rstrip("_")
+        transparent, nonlinear = name in TRANSPARENT, name in NONLINEARITIES
+        if (
+            call.output is None
+            and not nonlinear
+            and not (transparent and _is_pure(func, args, kwargs))
+        ):
+            call.take(call.net)
+        result = func(*args, **kwargs)
+        if transparent:
+            self.start(result, call)
+        elif nonlinear and call.nonlinearity is None:
+            whole = isinstance(result, Tensor) and result.shape == call.shape  # no ``max`` of rows
+            call.take(result if whole else call.net, name if whole else None)
+        return result
 
 
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
+
+
+def one_look(numbers: Iterable[Float[Tensor, ""]]) -> Float64[Tensor, " m"]:
+    """Put numbers together, from whatever device, so that the host waits but once."""
+    first, *others = numbers
+    return torch.stack([x.to(first.device, torch.float64) for x in (first, *others)])
+
+
+def _sum(x: Tensor) -> Float[Tensor, ""]:
+    """In single precision at least: sums of half-precision numbers soon overflow."""
+    return x.sum(dtype=torch.float32) if x.element_size() < 4 else x.sum()
+
+
+def _is_pure(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Dropout may work in place: its fourth argument."""
+    return not (func.__name__.endswith("_") or args[3:4] == (True,) or kwargs.get("inplace"))

@@ -102,10 +102,10 @@ class UnitCases:
 
     def split(self) -> list[slice]:
         """Choose which units to treat together."""
-        if self._per_part >= self.units:
+        if self.per_part >= self.units:
             return [slice(None)]
-        starts = range(0, self.units, self._per_part)
-        return [slice(start, start + self._per_part) for start in starts]
+        starts = range(0, self.units, self.per_part)
+        return [slice(start, start + self.per_part) for start in starts]
 
     def sums(self, origin: Float[Tensor, "*u d"] | None = None) -> UnitMoments:
         """Form the second moments of all units at once, u·d² numbers, about an origin near them."""
@@ -162,12 +162,17 @@ class UnitCases:
         return self.sums() if self.rows > self.a.shape[-1] else self._weighted_rows()
 
     @property
-    def _per_part(self) -> int:
+    def per_part(self) -> int:
         """Units at a time: their weighted copies of the cases and their second moments."""
         d, joint, few = self.a.shape[-1], self.delta.shape[2] > 1, self.rows <= self.a.shape[-1]
         copies = 16 * self.rows * d if joint else 2 * self.a.element_size() * self.rows * d
         copies = 0 if few and not joint else copies
         return max(1, MOMENTS_BYTES // (copies + 24 * min(self.rows, d) ** 2))
+
+    def by_group(self) -> list["UnitCases"]:
+        """The cases of each group's units."""
+        parts = zip(self.a.split(1), self.delta.chunk(len(self.a), -1), strict=True)
+        return [UnitCases(a, delta, self.samples) for a, delta in parts]
 
     def of_units(self, part: slice) -> "UnitCases":
         a = self.a

@@ -4,7 +4,6 @@ Mean share and the gradient's bias-shift share have no damping in them; the cosi
 gradient's share do, and belong beside the damping share and n_eff.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,14 +18,17 @@ def mean_share(
     return squared / (squared + trace_variance)
 
 
-def with_bias(w: Float[Tensor, "*u d"], w0: Float[Tensor, "*v"]) -> Float[Tensor, "*u e"]:
-    """Append the bias coordinate."""
-    return torch.cat([w, w0.expand(w.shape[:-1]).unsqueeze(-1)], -1)
-
-
-def cosine(v: Float[Tensor, "*u d"], w: Float[Tensor, "*v d"]) -> Float[Tensor, "*w"]:
-    """vᵀw / (‖v‖ ‖w‖), NaN where one of them is zero."""
-    return dot(v, w) / (dot(v, v) * dot(w, w)).sqrt()
+def cosine(
+    v: Float[Tensor, "*u d"],
+    w: Float[Tensor, "*v d"],
+    v0: Tensor | None = None,
+    w0: Tensor | None = None,
+) -> Float[Tensor, "*w"]:
+    """vᵀw / (‖v‖ ‖w‖), NaN where one of them is zero; v0 and w0 are the bias coordinates."""
+    vw, vv, ww = dot(v, w), dot(v, v), dot(w, w)
+    if v0 is not None and w0 is not None:
+        vw, vv, ww = vw + v0 * w0, vv + v0**2, ww + w0**2
+    return vw / (vv * ww).sqrt()
 
 
 def bias_shift_share(
@@ -36,6 +38,5 @@ def bias_shift_share(
 
     Without a bias (v0 None): |νᵀv| / (‖ν‖ ‖v‖).
     """
-    if v0 is None:
-        return cosine(mean, v).abs()
-    return cosine(with_bias(mean, v0.new_ones(())), with_bias(v, v0)).abs()
+    one = None if v0 is None else v0.new_ones(())
+    return cosine(mean, v, one, v0).abs()

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from unitfisher.capture import Call, Seen, UnitMeans, capture
+from unitfisher.capture import Call, Seen, UnitMeans, capture, one_look
 from unitfisher.cases import UnitCases
 from unitfisher.errors import Estimator, columns, columns_together, send_all_back, send_back
 from unitfisher.layers import Layers, LayerSelectionError, match, supported
@@ -90,10 +90,11 @@ class Observer:
             for name, by_call in _by_layer(seen.calls, send_back(output, edges, score)).items():
                 g, g0 = observed[name].gradient(observed[name].errors(by_call))
                 gradients[name] = Gradient(g, None if self.layers[name].bias is None else g0)
-        means = seen.means()
+        means, cases = seen.means(), {name: folded.cases() for name, folded in foldings.items()}
+        faults = dict.fromkeys(cases, fault) if fault else _faulty_errors(cases)
         return {
-            name: _checked(name, folding.cases(), means[name], gradients.get(name), fault)
-            for name, folding in foldings.items()
+            name: Observation(cases[name], means[name], gradients.get(name), faults.get(name))
+            for name in foldings
         }
 
     def _observed(self, seen: Seen, samples: int) -> dict[str, Observed]:
@@ -218,12 +219,13 @@ def _by_layer(
     return found
 
 
-def _checked(
-    name: str, cases: UnitCases, means: UnitMeans, gradient: Gradient | None, fault: str | None
-) -> Observation:
-    if fault is None and not cases.delta.isfinite().all():
-        fault = f"the errors at layer {name!r}"
-    return Observation(cases, means, gradient, fault)
+def _faulty_errors(cases: Mapping[str, UnitCases]) -> dict[str, str]:
+    """Name the layers to which NaN or infinite errors came back; one look where there are none."""
+    zeros = one_look((of.delta * 0).sum() for of in cases.values())
+    if not zeros.any():
+        return {}
+    bad = zip(cases, zeros.tolist(), strict=True)
+    return {name: f"the errors at layer {name!r}" for name, zero in bad if zero != 0}
 
 
 def require_finite(faults: Iterable[str | None]) -> None:

@@ -1,6 +1,6 @@
 """The table of what a Monitor has measured: one row per step, layer and unit."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,26 @@ from unitfisher.record import Run
 from unitfisher.statistics import UnitStatistics
 
 TABLE = "units"
-Columns = dict[str, Any]  # a tensor (u,) or one value for all units
+Columns = dict[str, Any]  # each a value for every unit of every layer, or one for all
 
 
-def columns_of(measured: UnitStatistics, phase: str) -> Columns:
-    """Lay one layer's measurement out as columns; nothing is copied from the device yet."""
+def columns_of(measured: Collection[UnitStatistics], phase: str) -> Columns:
+    """Lay a measurement out as columns, layer after layer; nothing is copied from the device."""
+    layers = [_columns_of_layer(of, phase) for of in measured]
+    units = [len(of.units) for of in measured]
+    return {name: _joined([columns[name] for columns in layers], units) for name in layers[0]}
+
+
+def _joined(values: Sequence[Any], units: Sequence[int]) -> Any:
+    """Put the layers' tensors end to end; repeat what is one value a layer, and not one for all."""
+    if isinstance(values[0], Tensor):
+        return torch.cat([x.to(values[0].device) for x in values])
+    if len(set(values)) == 1:
+        return values[0]
+    return [value for value, n in zip(values, units, strict=True) for _ in range(n)]
+
+
+def _columns_of_layer(measured: UnitStatistics, phase: str) -> Columns:
     norm = torch.linalg.vector_norm
     return {
         "step": measured.step,
@@ -80,12 +95,13 @@ class History:
 
     def commit(self) -> None:
         newest, self.newest = self.newest, {}
-        for measured in newest.values():
-            columns = columns_of(measured, self.phase)
-            if self.run is None:
-                self.rows.append(columns)
-            else:
-                self.run.append(TABLE, columns)
+        if not newest:
+            return
+        columns = columns_of(newest.values(), self.phase)
+        if self.run is None:
+            self.rows.append(columns)
+        else:
+            self.run.append(TABLE, columns)
 
     def flush(self) -> None:
         self.commit()
@@ -110,7 +126,7 @@ class History:
 
     def frame(self) -> pd.DataFrame:
         """Return all rows, one per step, layer and unit, in order of measuring."""
-        held = [columns_of(measured, self.phase) for measured in self.newest.values()]
+        held = [columns_of(self.newest.values(), self.phase)] if self.newest else []
         frames = [pd.DataFrame(_on_host(columns)) for columns in [*self.rows, *held]]
         if self.run is not None and TABLE in self.run.tables:
             frames.insert(0, self.run.read(TABLE))

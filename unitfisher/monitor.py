@@ -36,7 +36,14 @@ from unitfisher.likelihoods import Likelihood, likelihood_of
 from unitfisher.passes import Chance, Pick, device_of, exactly, kept
 from unitfisher.record import Run
 from unitfisher.schedule import Overhead, Schedule, due
-from unitfisher.statistics import LayerStep, UnitStatistics, bytes_of, statistics, tensors_of
+from unitfisher.statistics import (
+    LayerStep,
+    UnitStatistics,
+    bytes_of,
+    statistics,
+    tensors_of,
+    with_gradients,
+)
 from unitfisher.streaming import Streamed, is_loader, observe_all
 from unitfisher.window import State, Window
 
@@ -182,16 +189,15 @@ class Monitor:
                 "nothing was measured yet: run a training pass or monitor.measure(x) (a model that "
                 "was compiled after attaching calls no hooks: measure(x) is the way there)"
             )
-        steps, completed = {}, dict(self.latest)
-        for name, measured in self.latest.items():
-            gradient = _gradient_of(self.layers[name], measured)
-            if gradient is None:
-                continue
-            with exactly(device_of(self.model)):
-                steps[name] = measured.natural_gradient(*gradient)
-                completed[name] = measured.with_gradient(gradient, steps[name])
-        if not steps:
+        gradients = {
+            name: gradient
+            for name, measured in self.latest.items()
+            if (gradient := _gradient_of(self.layers[name], measured)) is not None
+        }
+        if not gradients:
             raise ValueError("no observed layer has a gradient: call loss.backward() first")
+        with exactly(device_of(self.model)):
+            steps, completed = with_gradients(self.latest, gradients)
         self._history.complete(completed)
         self.latest = completed
         return steps
@@ -327,17 +333,13 @@ class Monitor:
         if self.on_nonfinite == "raise":
             require_finite(of.fault for of in observations.values())
         self._name_uncalled(observations)
-        measured = {
-            name: statistics(
-                name,
-                self.layers[name],
-                observation,
-                step=step,
-                units=self._observer.units.get(name),
-                damping=self.damping,
-            )
-            for name, observation in observations.items()
-        }
+        measured = statistics(
+            observations,
+            self.layers,
+            step=step,
+            units=self._observer.units,
+            damping=self.damping,
+        )
         self.latest = measured
         self._history.hold(measured, phase)
         return measured

@@ -34,7 +34,7 @@ class Observed:
         a = a if a.dtype == torch.float64 else a.float()
         if len(a) == 1 or self.units is None:
             return a
-        return a[self.units.to(a.device) // (len(self.calls[0].means.mean) // len(a))]
+        return a[self.units.to(a.device) // (self.layer.get_parameter("weight").shape[0] // len(a))]
 
     def errors(self, grads: Sequence[Tensor | None]) -> Float[Tensor, "r n t u"]:
         """Arrange a block of columns, (r, *output.shape) for each call.

@@ -123,13 +123,9 @@ class UnitRows:
 
     def _solve(self, *rhs: Float[Tensor, "u n"]) -> tuple[Float[Tensor, "u n"], ...]:
         """Return (Z Zᵀ + ε I)⁻¹ rhs, from the one product that the units of a group share."""
-        units, together = len(self.v) // len(self.about), torch.stack(rhs, -1)
-        systems = zip(
-            self._gram, *(x.split(units) for x in (self.v, self.epsilon, together)), strict=True
-        )
-        solved = [solve_grams(*system) for system in systems]
-        require_regular(torch.cat([of.regular for of in solved]))
-        return torch.cat([of.Y for of in solved]).unbind(-1)
+        solved = solve_grams(self._gram, self.v, self.epsilon, torch.stack(rhs, -1))
+        require_regular(solved.regular)
+        return solved.Y.unbind(-1)
 
 
 def _times_rows(about: Float[Tensor, "g n d"], x: Float[Tensor, "v d"]) -> Float[Tensor, "v n"]:

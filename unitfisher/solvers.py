@@ -5,7 +5,7 @@ Only Cholesky and triangular solves: batched LU on CPU (torch 2.13 and 2.15, two
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -20,10 +20,11 @@ class SingularFisherError(ValueError):
             f"the Fisher of unit {unit}{where} is singular; observe more samples, or {advice}"
         )
 
-    def of_layer(self, layer: str, units: Int[Tensor, " u"]) -> "SingularFisherError":
+    def of_layer(self, layer: str, unit: int) -> "SingularFisherError":
         """Say the same of a Monitor's layer, by the unit's number there."""
-        advice = "damp it: Monitor(..., damping=1e-3)"
-        return SingularFisherError(int(units[self.unit]), f" in layer {layer!r}", advice)
+        return SingularFisherError(
+            unit, f" in layer {layer!r}", "damp it: Monitor(..., damping=1e-3)"
+        )
 
 
 def cholesky(matrix: Float[Tensor, "u m m"]) -> Float[Tensor, "u m m"]:

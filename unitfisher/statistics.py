@@ -1,6 +1,6 @@
 """What one measurement says of one layer: the theorems' quantities for every unit."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from unitfisher.diagnostics import bias_shift_share, cosine, mean_share, with_bias
+from unitfisher.blocks import Block, blocks, joined_gradients
+from unitfisher.diagnostics import bias_shift_share, cosine, mean_share
 from unitfisher.fisher import Gradient, Observation
 from unitfisher.rows import Moments
 from unitfisher.solvers import SingularFisherError
@@ -60,6 +61,7 @@ class UnitStatistics:
     bias_shift_share_natural: Float[Tensor, " u"]
     biased: bool
     cases: Cases = field(repr=False)
+    block: Block = field(repr=False)  # the layers that were measured together with it
     gradient: Gradient | None = field(repr=False)
 
     def natural_gradient(
@@ -82,75 +84,108 @@ class UnitStatistics:
                 f"got a gradient of {tuple(g.shape)} and "
                 f"{'no bias gradient' if g0 is None else tuple(g0.shape)}"
             )
-        if not self.finite:
-            return LayerStep(torch.full_like(g, torch.nan), None if g0 is None else g0 * torch.nan)
-        dw, dw0 = torch.zeros_like(self.mean_q), torch.zeros_like(self.c)
-        for part, m in self.cases.damped_parts(self.damping):
-            try:
-                step = natural_gradient(m, Gradient(g, g0).of_units(part))
-            except SingularFisherError as error:
-                raise error.of_layer(self.layer, self.units[part]) from None
-            dw[part], dw0[part] = step.dw, 0.0 if step.dw0 is None else step.dw0
-        return LayerStep(dw.to(g.dtype).view_as(g), None if g0 is None else dw0.to(g0.dtype))
+        gradient = Gradient(g, g0)
+        return in_shape_of(gradient, natural_gradient(self.alone, self.damping, gradient))
 
     def damped(self, damping: float) -> "UnitStatistics":
         """Return the same measurement at another relative damping."""
-        if not self.finite:
-            return replace(self, damping=damping)
-        found, angles = theory(self.layer, self.units, self.cases, damping, self.gradient)
+        found, angles = theory(self.alone, damping, self.gradient)
         return replace(self, damping=damping, **found._asdict(), **angles._asdict())
 
-    def with_gradient(self, gradient: Gradient, natural: LayerStep) -> "UnitStatistics":
-        """Return the same measurement with the angles and shares of this gradient and step."""
-        angles = Angles.of(self.mean, gradient, natural)
-        return replace(self, gradient=gradient, **angles._asdict())
+    @property
+    def alone(self) -> Block:
+        """This layer as a block of its own."""
+        return Block((self.layer,), (self.units,), self.cases, self.finite)
 
 
-def natural_gradient(m: Moments, gradient: Gradient) -> LayerStep:
+def statistics(
+    observations: Mapping[str, Observation] | Mapping[str, Streamed],
+    layers: Mapping[str, nn.Module],
+    *,
+    step: int,
+    units: Mapping[str, Int[Tensor, " u"]],
+    damping: float,
+) -> dict[str, UnitStatistics]:
+    """Compute every layer's statistics from what a pass showed of it."""
+    biased = [name for name in observations if layers[name].bias is not None]
+    measured = {}
+    for block in blocks(observations, units, biased):
+        cases = block.cases
+        gradient = joined_gradients(observations[name].gradient for name in block.layers)
+        found, angles = theory(block, damping, gradient)
+        of_units = {**found._asdict(), **angles._asdict(), "dead": cases.dead, "n_eff": cases.n_eff}
+        parted = {key: block.split(x) for key, x in of_units.items()}
+        parted["mean"] = block.split_shared(cases.mean)
+        parted["mean_share"] = block.split_shared(mean_share(cases.mean, cases.trace_variance))
+        for i, (layer, own) in enumerate(zip(block.layers, block.split_cases(), strict=True)):
+            means = observations[layer].means
+            every = layer not in units
+            measured[layer] = UnitStatistics(
+                layer=layer,
+                step=step,
+                units=block.units[i],
+                damping=damping,
+                output_mean=means.mean if every else means.mean[block.units[i]],
+                output_var=means.var if every else means.var[block.units[i]],
+                nonlinearity=means.nonlinearity,
+                finite=block.finite,
+                biased=layer in biased,
+                cases=own,
+                block=block,
+                gradient=observations[layer].gradient,
+                **{key: x[i] for key, x in parted.items()},
+            )
+    return {name: measured[name] for name in observations}
+
+
+def with_gradients(
+    measured: Mapping[str, UnitStatistics], gradients: Mapping[str, Gradient]
+) -> tuple[dict[str, LayerStep], dict[str, UnitStatistics]]:
+    """Return the natural gradients of these, and measurements with their angles and shares."""
+    steps: dict[str, LayerStep] = {}
+    completed = dict(measured)
+    for block in {id(of.block): of.block for of in measured.values()}.values():
+        given = [name for name in block.layers if name in gradients]
+        whole = len(given) == len(block.layers)
+        for part in [block] if whole else [measured[name].alone for name in given]:
+            gradient = joined_gradients(gradients[name] for name in part.layers)
+            assert gradient is not None
+            natural = natural_gradient(part, measured[part.layers[0]].damping, gradient)
+            angles = map(part.split, Angles.of(part.cases.mean, gradient, natural))
+            split = zip(*map(part.split, (t for t in natural if t is not None)), strict=True)
+            for name, step, own in zip(part.layers, split, zip(*angles, strict=True), strict=True):
+                dw, dw0 = step if len(step) == 2 else (*step, None)
+                steps[name] = in_shape_of(gradients[name], LayerStep(dw, dw0))
+                known = Angles(*own)._asdict()
+                completed[name] = replace(measured[name], gradient=gradients[name], **known)
+    return steps, completed
+
+
+def natural_gradient(block: Block, damping: float, gradient: Gradient) -> LayerStep:
+    """Return F⁻¹ (g, g0) of a block's units in double precision, (u, d) and (u,)."""
+    dw = block.cases.mean.new_full((block.cases.units, block.cases.inputs), torch.nan)
+    dw0 = dw[:, 0].clone()
+    for part, m in block.cases.damped_parts(damping) if block.finite else ():
+        try:
+            step = unit_steps(m, gradient.of_units(part))
+        except SingularFisherError as error:
+            raise block.named(error, part) from None
+        dw[part], dw0[part] = step.dw, 0.0 if step.dw0 is None else step.dw0
+    return LayerStep(dw, None if gradient.g0 is None else dw0)
+
+
+def in_shape_of(gradient: Gradient, step: LayerStep) -> LayerStep:
+    (g, g0), (dw, dw0) = gradient, step
+    bias = None if g0 is None or dw0 is None else dw0.to(g0.dtype)
+    return LayerStep(dw.to(g.dtype).view_as(g), bias)
+
+
+def unit_steps(m: Moments, gradient: Gradient) -> LayerStep:
     """Return F⁻¹ (g, g0) in double precision; without a bias A⁻¹ g."""
     g, g0 = gradient.g.flatten(1).to(m.mu_q.dtype), gradient.g0
     if g0 is None:
         return LayerStep(weight_natural_gradient(m, g), None)
     return LayerStep(*unit_natural_gradient(m, g, g0.to(m.mu_q.dtype)))
-
-
-def statistics(
-    layer: str,
-    module: nn.Module,
-    observation: Observation | Streamed,
-    *,
-    step: int,
-    units: Int[Tensor, " u"] | None,
-    damping: float,
-) -> UnitStatistics:
-    """Compute a layer's statistics from what a pass showed of it."""
-    cases, means, gradient = observation.cases, observation.means, observation.gradient
-    finite = observation.fault is None
-    device = cases.mean.device
-    units = torch.arange(cases.units, device=device) if units is None else units.to(device)
-    if finite:
-        found, angles = theory(layer, units, cases, damping, gradient)
-    else:
-        found, angles = Theory.unknown(cases), Angles.unknown(cases)
-    return UnitStatistics(
-        layer=layer,
-        step=step,
-        units=units,
-        damping=damping,
-        mean=cases.mean,
-        dead=cases.dead,
-        n_eff=cases.n_eff,
-        mean_share=mean_share(cases.mean, cases.trace_variance),
-        output_mean=means.mean[units],
-        output_var=means.var[units],
-        nonlinearity=means.nonlinearity,
-        finite=finite,
-        biased=module.bias is not None,
-        cases=cases,
-        gradient=gradient,
-        **found._asdict(),
-        **angles._asdict(),
-    )
 
 
 class Angles(NamedTuple):
@@ -162,17 +197,10 @@ class Angles(NamedTuple):
 
     @classmethod
     def of(cls, mean: Float[Tensor, "*g d"], gradient: Gradient, natural: LayerStep) -> "Angles":
-        g, g0 = gradient.g.flatten(1).to(mean), gradient.g0
-        dw, dw0 = natural.dw.flatten(1).to(mean), natural.dw0
-        if g0 is None or dw0 is None:
-            return cls(
-                cosine(g, dw), bias_shift_share(mean, g, None), bias_shift_share(mean, dw, None)
-            )
-        g0, dw0 = g0.to(mean), dw0.to(mean)
+        g, dw = gradient.g.flatten(1).to(mean), natural.dw
+        g0, dw0 = (None if x is None else x.to(mean) for x in (gradient.g0, natural.dw0))
         return cls(
-            cosine(with_bias(g, g0), with_bias(dw, dw0)),
-            bias_shift_share(mean, g, g0),
-            bias_shift_share(mean, dw, dw0),
+            cosine(g, dw, g0, dw0), bias_shift_share(mean, g, g0), bias_shift_share(mean, dw, dw0)
         )
 
     @classmethod
@@ -215,35 +243,39 @@ class Theory(NamedTuple):
         )
 
 
-def theory(
-    layer: str,
-    units: Int[Tensor, " u"],
-    cases: Cases,
-    damping: float,
-    gradient: Gradient | None,
-) -> tuple[Theory, Angles]:
+def theory(block: Block, damping: float, gradient: Gradient | None) -> tuple[Theory, Angles]:
     """Compute what the theorems say, part after part of the units."""
+    cases = block.cases
+    if not block.finite:
+        return Theory.unknown(cases), Angles.unknown(cases)
     found, angles = [], []
-    undamped = cases.parts()
-    for part, damped in cases.damped_parts(damping):
-        _, m = next(undamped)
+    for (part, m), (_, damped) in zip(cases.parts(), cases.damped_parts(damping), strict=True):
         try:
             found.append(Theory.of(m, damped))
             if gradient is not None:
                 own = gradient.of_units(part)
-                angles.append(Angles.of(m.mu_p, own, natural_gradient(damped, own)))
+                angles.append(Angles.of(m.mu_p, own, unit_steps(damped, own)))
         except SingularFisherError as error:
-            raise error.of_layer(layer, units[part]) from None
-    joined = Theory(*map(torch.cat, zip(*found, strict=True)))
-    if not angles:
+            raise block.named(error, part) from None
+    joined = Theory(*map(together, zip(*found, strict=True)))
+    if gradient is None:
         return joined, Angles.unknown(cases)
-    return joined, Angles(*map(torch.cat, zip(*angles, strict=True)))
+    return joined, Angles(*map(together, zip(*angles, strict=True)))
+
+
+def together(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def tensors_of(measured: UnitStatistics) -> list[Tensor]:
     """List the tensors that a measurement keeps, for counting their memory."""
     own = [getattr(measured, f.name) for f in fields(measured)]
-    kept: list[object] = [*own, *measured.cases.tensors, *(measured.gradient or ())]
+    kept: list[object] = [
+        *own,
+        *measured.cases.tensors,
+        *measured.block.cases.tensors,
+        *(measured.gradient or ()),
+    ]
     return [t for t in kept if isinstance(t, Tensor)]
 
 

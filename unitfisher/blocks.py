@@ -1,0 +1,102 @@
+"""Layers of one form, measured together as the groups of one layer.
+
+What a measurement of small layers costs is how many operations it takes, not how large they are.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from unitfisher.cases import MOMENTS_BYTES, UnitCases
+from unitfisher.fisher import Gradient, Observation
+from unitfisher.solvers import SingularFisherError
+from unitfisher.streaming import Cases, Streamed
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer's cases, or those of several in a row."""
+
+    layers: tuple[str, ...]
+    units: tuple[Int[Tensor, " u"], ...]  # which of each layer's
+    cases: Cases
+    finite: bool
+
+    def split(self, x: Shaped[Tensor, "u ..."]) -> Sequence[Tensor]:
+        """Part what is known of each unit by layers."""
+        return x.chunk(len(self.layers)) if len(self.layers) > 1 else [x]
+
+    def split_shared(self, x: Float[Tensor, "..."]) -> Sequence[Tensor]:
+        """Part what the units of a layer share."""
+        return x[:: len(self.units[0])].unbind() if len(self.layers) > 1 else [x]
+
+    def split_cases(self) -> Sequence[Cases]:
+        if isinstance(self.cases, UnitCases) and len(self.layers) > 1:
+            return self.cases.by_group()
+        return [self.cases]
+
+    def named(self, error: SingularFisherError, part: slice) -> SingularFisherError:
+        """Say of which layer and unit an error is that occurred in this part of the units."""
+        layer, unit = divmod((part.start or 0) + error.unit, len(self.units[0]))
+        return error.of_layer(self.layers[layer], int(self.units[layer][unit]))
+
+
+def blocks(
+    observations: Mapping[str, Observation] | Mapping[str, Streamed],
+    units: Mapping[str, Int[Tensor, " u"]],
+    biased: Collection[str],
+) -> Iterator[Block]:
+    """Put layers of one form together, as many as are treated at one time."""
+    alike: dict[object, list[str]] = {}
+    for name, of in observations.items():
+        form = _form(of)
+        alike.setdefault(name if form is None else (form, name in biased), []).append(name)
+    for names in alike.values():
+        cases = [observations[name].cases for name in names]
+        most = _together(cases[0]) if len(names) > 1 else 1
+        for start in range(0, len(names), most):
+            part = slice(start, start + most)
+            named, joined = tuple(names[part]), _joined(cases[part])
+            every = torch.arange(joined.units // len(named), device=joined.mean.device)
+            chosen = tuple(units.get(name, every).to(every.device) for name in named)
+            yield Block(named, chosen, joined, observations[names[0]].fault is None)
+
+
+def joined_gradients(gradients: Iterable[Gradient | None]) -> Gradient | None:
+    """Put the gradients of a block's layers together; None where one is missing."""
+    found = list(gradients)
+    given = [gradient for gradient in found if gradient is not None]
+    if len(given) < len(found):
+        return None
+    if len(given) == 1:
+        return given[0]
+    biases = [gradient.g0 for gradient in given if gradient.g0 is not None]
+    g = torch.cat([gradient.g.flatten(1) for gradient in given])
+    return Gradient(g, torch.cat(biases) if biases else None)
+
+
+def _form(of: Observation | Streamed) -> object:
+    """What layers have in common that can be measured together; None for one that stays alone."""
+    cases, gradient = of.cases, of.gradient
+    if of.fault or not isinstance(cases, UnitCases) or len(cases.a) > 1 or cases.a.shape[2] > 1:
+        return None
+    a, delta = cases.a, cases.delta
+    given = None if gradient is None else (gradient.g.dtype, gradient.g0 is None)
+    return a.shape, a.dtype, a.device, delta.shape, delta.dtype, cases.samples, given
+
+
+def _together(cases: Cases) -> int:
+    assert isinstance(cases, UnitCases)
+    copied = 4 * (cases.a.nbytes + cases.delta.nbytes)
+    return max(1, min(cases.per_part // cases.units, MOMENTS_BYTES // copied))
+
+
+def _joined(cases: Sequence[Cases]) -> Cases:
+    if len(cases) == 1:
+        return cases[0]
+    several = [each for each in cases if isinstance(each, UnitCases)]
+    a, delta = (torch.cat([each.a for each in several]), [each.delta for each in several])
+    return UnitCases(a, torch.cat(delta, -1), several[0].samples)
