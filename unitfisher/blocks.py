@@ -33,6 +33,13 @@ class Block:
         """Part what the units of a layer share."""
         return x[:: len(self.units[0])].unbind() if len(self.layers) > 1 else [x]
 
+    def center(self, part: slice) -> Float[Tensor, "g d"]:
+        """E_p(a) of these units: one for them all, or for each layer, or for each unit."""
+        mean = self.cases.mean
+        if mean.dim() == 1:
+            return mean.unsqueeze(0)
+        return mean[:: len(self.units[0])] if len(self.layers) > 1 else mean[part]
+
     def split_cases(self) -> Sequence[Cases]:
         if isinstance(self.cases, UnitCases) and len(self.layers) > 1:
             return self.cases.by_group()

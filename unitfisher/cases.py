@@ -182,16 +182,18 @@ class UnitCases:
 
     def _weighted_rows(self) -> UnitRows:
         if self.delta.shape[2] == 1:
-            about = self._about(self.mean).squeeze(2)
+            about, groups = self._about(self.mean).squeeze(2), len(self.a)
+            center = self.mean[None] if groups == 1 else self.mean[:: self.units // groups]
             total = self.D.sum(0)
-            v = w = (self.D / torch.where(total > 0, total, 1.0)).sqrt().T
+            v = w = (self.D / torch.where(total > 0, total, 1.0)).sqrt().T.contiguous()
         else:
             G, S = self._gradients(self.mean)
             total = (S**2).sum(0)
             scale = torch.where(total > 0, total, 1.0).rsqrt()[:, None]
             about, w = G.transpose(0, 1), S.T * scale
+            center = self.mean.expand(self.units, -1)  # every unit is its own group
             v = scale.expand_as(w)
-        return UnitRows.of(total / self.samples, self.mean, about, v, w)
+        return UnitRows.of(total / self.samples, center, about, v, w)
 
     def _gradients(
         self, origin: Float[Tensor, "*g d"]

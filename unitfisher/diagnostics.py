@@ -19,24 +19,11 @@ def mean_share(
 
 
 def cosine(
-    v: Float[Tensor, "*u d"],
-    w: Float[Tensor, "*v d"],
-    v0: Tensor | None = None,
-    w0: Tensor | None = None,
-) -> Float[Tensor, "*w"]:
-    """vᵀw / (‖v‖ ‖w‖), NaN where one of them is zero; v0 and w0 are the bias coordinates."""
-    vw, vv, ww = dot(v, w), dot(v, v), dot(w, w)
-    if v0 is not None and w0 is not None:
-        vw, vv, ww = vw + v0 * w0, vv + v0**2, ww + w0**2
-    return vw / (vv * ww).sqrt()
-
-
-def bias_shift_share(
-    mean: Float[Tensor, "*g d"], v: Float[Tensor, "u d"], v0: Float[Tensor, " u"] | None
+    vw: Float[Tensor, " u"], vv: Float[Tensor, " u"], ww: Float[Tensor, " u"]
 ) -> Float[Tensor, " u"]:
-    """|νᵀv + v0| / (‖(ν; 1)‖ ‖(v; v0)‖): the part of an update that moves E_p[net] only.
+    """vᵀw / (‖v‖ ‖w‖) from the three products, NaN where v or w is zero.
 
-    Without a bias (v0 None): |νᵀv| / (‖ν‖ ‖v‖).
+    With v = (ν; 1), ν = E_p(a), and w an update of weights and bias, its size is the bias-shift
+    share: |νᵀΔw + Δw₀| / (‖(ν; 1)‖ ‖(Δw; Δw₀)‖), the part that moves E_p[net] only.
     """
-    one = None if v0 is None else v0.new_ones(())
-    return cosine(mean, v, one, v0).abs()
+    return vw / (vv * ww).sqrt()

@@ -158,7 +158,7 @@ class UnitMoments:
         if damping < 0:
             raise ValueError(f"damping must not be negative, got {damping!r}")
         d = self.sum_Da.shape[-1]
-        ridge = damping * self.c * (self.trace_Var_q + dot(self.mu_q, self.mu_q)) / d
+        ridge = damping * self.c * (self.trace_Var_q + self.mu_q_squared) / d
         if block == "weight":
             return replace(self, ridge=self.ridge + ridge)
         if block != "full":
@@ -193,6 +193,14 @@ class UnitMoments:
     @property
     def mu_q(self) -> Float[Tensor, "u d"]:
         return self.origin + self._mean
+
+    @property
+    def mu_q_squared(self) -> Float[Tensor, " u"]:
+        return dot(self.mu_q, self.mu_q)
+
+    def from_mu_p(self, x: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
+        """Return μ_p - x."""
+        return self.mu_p - x
 
     @property
     def mu_q_double(self) -> Float[Tensor, "u d"]:
@@ -252,7 +260,7 @@ class UnitMoments:
         """Cholesky factor; of the identity where a unit is idle, whose answer is 0 at any rate."""
         d = self.sum_Da.shape[-1]
         eye = torch.eye(d, dtype=self.c.dtype, device=self.c.device)
-        idle_units = idle(self.alive, self.trace_Var_q, self.mu_q)
+        idle_units = idle(self.alive, self.trace_Var_q, self.mu_q_squared)
         require_regular((self.support > d) | (self.ridge > 0) | idle_units)
         return cholesky(torch.where(idle_units[:, None, None], eye, self.Var_q))
 
@@ -265,10 +273,10 @@ class UnitMoments:
 
 
 def idle(
-    alive: Bool[Tensor, " u"], trace_Var_q: Float[Tensor, " u"], mu_q: Float[Tensor, "u d"]
+    alive: Bool[Tensor, " u"], trace_Var_q: Float[Tensor, " u"], mu_q_squared: Float[Tensor, " u"]
 ) -> Bool[Tensor, " u"]:
     """Dead, or fed with nothing but zeros: then Var_q is 0 and every answer too."""
-    return ~alive | (trace_Var_q == 0) & (dot(mu_q, mu_q) == 0)
+    return ~alive | (trace_Var_q == 0) & (mu_q_squared == 0)
 
 
 def _repeated(x: Float[Tensor, "g ..."], units: int) -> Float[Tensor, "u ..."]:

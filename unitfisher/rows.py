@@ -26,45 +26,68 @@ class UnitRows:
     """
 
     c: Float[Tensor, " u"]
-    mu_p: Float[Tensor, "*p d"]
-    mean_shift: Float[Tensor, "u d"]  # μ_q - μ_p
-    trace_Var_q: Float[Tensor, " u"]
+    center: Float[Tensor, "g d"]  # μ_p
     about: Float[Tensor, "g n d"]  # a - μ_p, or gradients about it
+    gram: Float[Tensor, "g n n"]  # their products
     v: Float[Tensor, "u n"]
     w: Float[Tensor, "u n"]  # Σ w² = 1
+    mean_rows: Float[Tensor, "u n"]  # Z μ_p
+    mu_q: Float[Tensor, "u d"]
+    mu_q_squared: Float[Tensor, " u"]
+    trace_Var_q: Float[Tensor, " u"]
     ridge: Float[Tensor, " u"]
 
     @classmethod
     def of(
         cls,
         c: Float[Tensor, " u"],
-        mu_p: Float[Tensor, "*p d"],
+        center: Float[Tensor, "g d"],
         about: Float[Tensor, "g n d"],
         v: Float[Tensor, "u n"],
         w: Float[Tensor, "u n"],
     ) -> "UnitRows":
         """Take rows as they are, without damping."""
-        mean_shift = _of_rows(about, v * w)
-        squares = _per_unit((about**2).sum(-1), len(c))
-        trace = (v**2 * squares).sum(-1) - dot(mean_shift, mean_shift)
-        return cls(c, mu_p, mean_shift, trace, about, v, w, torch.zeros_like(c))
+        groups = len(about)
+        gram = about @ about.mT
+        mean_rows = v.unflatten(0, (groups, -1)) * (about @ center.unsqueeze(-1)).mT
+        shares = (v * w).unflatten(0, (groups, -1))
+        shift_squared = dot(shares @ gram, shares)  # ‖μ_q - μ_p‖²
+        squares = v.unflatten(0, (groups, -1)) ** 2 @ gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        center_squared = dot(center, center).unsqueeze(-1)
+        mu_q_squared = (
+            center_squared + 2 * dot(mean_rows, w.unflatten(0, (groups, -1))) + shift_squared
+        )
+        return cls(
+            c=c,
+            center=center,
+            about=about,
+            gram=gram,
+            v=v,
+            w=w,
+            mean_rows=mean_rows.flatten(0, 1),
+            mu_q=(shares @ about).add_(center.unsqueeze(1)).flatten(0, 1),
+            mu_q_squared=mu_q_squared.flatten().clamp_min(0.0),
+            trace_Var_q=(squares.squeeze(-1) - shift_squared).flatten(),
+            ridge=torch.zeros_like(c),
+        )
 
     @property
     def alive(self) -> Bool[Tensor, " u"]:
         return self.c > 0
 
-    @cached_property
-    def mu_q(self) -> Float[Tensor, "u d"]:
-        return self.mu_p + self.mean_shift
-
     @property
     def mu_q_double(self) -> Float[Tensor, "u d"]:
         return self.mu_q
 
+    def from_mu_p(self, x: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
+        """Return μ_p - x."""
+        grouped: Tensor = x.unflatten(0, (len(self.center), -1))
+        return (self.center.unsqueeze(1) - grouped).flatten(0, 1)
+
     @cached_property
     def epsilon(self) -> Float[Tensor, " u"]:
         """λ / c; 1 where a unit is idle, whose answer is 0 at any rate."""
-        still = idle(self.alive, self.trace_Var_q, self.mu_q)
+        still = idle(self.alive, self.trace_Var_q, self.mu_q_squared)
         epsilon = torch.where(still, 1.0, self.ridge / self.c)
         require_regular(epsilon > 0)
         return epsilon
@@ -72,7 +95,7 @@ class UnitRows:
     def damped(self, damping: float) -> "UnitRows":
         """Damp the weight block; see UnitMoments.damped."""
         d = self.about.shape[-1]
-        more = damping * (self.trace_Var_q + dot(self.mu_q, self.mu_q)) / d
+        more = damping * (self.trace_Var_q + self.mu_q_squared) / d
         ridge, trace = self.ridge + self.c * more, self.trace_Var_q + d * more * self.alive
         return replace(self, ridge=ridge, trace_Var_q=trace)
 
@@ -83,11 +106,12 @@ class UnitRows:
         that Var_q is about (Sherman and Morrison).
         """
         y, _, e = self._constant
-        z = self.v * _times_rows(self.about, rhs)  # Z rhs
+        grouped = rhs.unflatten(0, (len(self.about), -1))
+        z = self.v * (grouped @ self.about.mT).flatten(0, 1)  # Z rhs
         (solved,) = self._solve(z)
-        z = solved - y * (self.epsilon * dot(y, z) / e)[:, None]
-        x = (rhs - _of_rows(self.about, self.v * z)) / self.epsilon[:, None]
-        return x * self.alive[:, None]
+        z = self.v * (solved - y * (self.epsilon * dot(y, z) / e)[:, None])
+        x = torch.baddbmm(grouped, z.unflatten(0, grouped.shape[:2]), self.about, alpha=-1)
+        return x.flatten(0, 1).mul_((self.alive / self.epsilon)[:, None])
 
     @cached_property
     def fit(self) -> ConstantFit:
@@ -96,9 +120,11 @@ class UnitRows:
         With α = (Zᵀ Z + ε I)⁻¹ (μ_q - μ_p) and β the same of μ_p, Var_q⁻¹ μ_q = r α + β where
         r = (1 + μ_pᵀ α) / e and e = 1 - (μ_q - μ_p)ᵀ α is what the fit leaves of the constant.
         """
-        epsilon, mu_p, (y, t, e) = self.epsilon, self.mu_p, self._constant
-        h = dot(self._mean, y)  # μ_pᵀ α
-        b = (dot(mu_p, mu_p) - dot(self._mean, t)) / epsilon  # μ_pᵀ β
+        epsilon, (y, t, e) = self.epsilon, self._constant
+        center_squared = dot(self.center, self.center).unsqueeze(-1)
+        mean_squared = center_squared.expand(-1, len(self.c) // len(self.center)).flatten()
+        h = dot(self.mean_rows, y)  # μ_pᵀ α
+        b = (mean_squared - dot(self.mean_rows, t)) / epsilon  # μ_pᵀ β
         r = (1 + h) / e
         gain = r * (1 + h) + b
         alpha, alpha_beta = dot(y, self.w - epsilon[:, None] * y), dot(y, t)  # ‖α‖², αᵀ β
@@ -106,42 +132,16 @@ class UnitRows:
         return ConstantFit(gain, r - 1, squared / gain)
 
     @cached_property
-    def _mean(self) -> Float[Tensor, "u n"]:
-        """Z μ_p."""
-        points = self.mu_p if self.mu_p.dim() == 2 else self.mu_p.expand(len(self.about), -1)
-        return self.v * _times_rows(self.about, points)
-
-    @cached_property
     def _constant(self) -> tuple[Float[Tensor, "u n"], Float[Tensor, "u n"], Float[Tensor, " u"]]:
         """Return y and t, solved for w and Z μ_p, so that α = Zᵀ y, and e = ε wᵀ y > 0."""
-        y, t = self._solve(self.w, self._mean)
+        y, t = self._solve(self.w, self.mean_rows)
         return y, t, torch.where(self.alive, self.epsilon * dot(self.w, y), 1.0)
-
-    @cached_property
-    def _gram(self) -> Float[Tensor, "g n n"]:
-        return self.about @ self.about.mT
 
     def _solve(self, *rhs: Float[Tensor, "u n"]) -> tuple[Float[Tensor, "u n"], ...]:
         """Return (Z Zᵀ + ε I)⁻¹ rhs, from the one product that the units of a group share."""
-        solved = solve_grams(self._gram, self.v, self.epsilon, torch.stack(rhs, -1))
+        solved = solve_grams(self.gram, self.v, self.epsilon, torch.stack(rhs, -1))
         require_regular(solved.regular)
         return solved.Y.unbind(-1)
-
-
-def _times_rows(about: Float[Tensor, "g n d"], x: Float[Tensor, "v d"]) -> Float[Tensor, "v n"]:
-    """Multiply each unit's vector, or each group's, with the rows of the group."""
-    grouped = x.reshape(len(about), -1, x.shape[-1])
-    return (grouped @ about.mT).flatten(0, 1)
-
-
-def _of_rows(about: Float[Tensor, "g n d"], y: Float[Tensor, "u n"]) -> Float[Tensor, "u d"]:
-    """Sum the rows of each unit's group with its coefficients."""
-    grouped = y.reshape(len(about), -1, y.shape[-1])
-    return (grouped @ about).flatten(0, 1)
-
-
-def _per_unit(x: Float[Tensor, "g ..."], units: int) -> Float[Tensor, "..."]:
-    return x if len(x) == 1 else x.repeat_interleave(units // len(x), 0)
 
 
 Moments = UnitMoments | UnitRows

@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from unitfisher.blocks import Block, blocks, joined_gradients
-from unitfisher.diagnostics import bias_shift_share, cosine, mean_share
+from unitfisher.diagnostics import cosine, mean_share
 from unitfisher.fisher import Gradient, Observation
 from unitfisher.rows import Moments
-from unitfisher.solvers import SingularFisherError
+from unitfisher.solvers import SingularFisherError, dot
 from unitfisher.streaming import Cases, Streamed
 from unitfisher.theorems import (
     bias_shift_correction,
@@ -151,7 +151,7 @@ def with_gradients(
             gradient = joined_gradients(gradients[name] for name in part.layers)
             assert gradient is not None
             natural = natural_gradient(part, measured[part.layers[0]].damping, gradient)
-            angles = map(part.split, Angles.of(part.cases.mean, gradient, natural))
+            angles = map(part.split, Angles.of(part.center(slice(None)), gradient, natural))
             split = zip(*map(part.split, (t for t in natural if t is not None)), strict=True)
             for name, step, own in zip(part.layers, split, zip(*angles, strict=True), strict=True):
                 dw, dw0 = step if len(step) == 2 else (*step, None)
@@ -196,12 +196,26 @@ class Angles(NamedTuple):
     bias_shift_share_natural: Float[Tensor, " u"]
 
     @classmethod
-    def of(cls, mean: Float[Tensor, "*g d"], gradient: Gradient, natural: LayerStep) -> "Angles":
+    def of(cls, mean: Float[Tensor, "g d"], gradient: Gradient, natural: LayerStep) -> "Angles":
+        """Means are one for each of g groups of consecutive units."""
         g, dw = gradient.g.flatten(1).to(mean), natural.dw
-        g0, dw0 = (None if x is None else x.to(mean) for x in (gradient.g0, natural.dw0))
-        return cls(
-            cosine(g, dw, g0, dw0), bias_shift_share(mean, g, g0), bias_shift_share(mean, dw, dw0)
+        by_group = mean.unsqueeze(-1)
+
+        def with_mean(x: Float[Tensor, "u d"]) -> Float[Tensor, " u"]:
+            grouped: Tensor = x.unflatten(0, (len(mean), -1))
+            return (grouped @ by_group).flatten()
+
+        gg, nn, gn = dot(g, g), dot(dw, dw), dot(g, dw)
+        mm, mg, mn = (
+            dot(mean, mean).repeat_interleave(len(g) // len(mean)),
+            with_mean(g),
+            with_mean(dw),
         )
+        if gradient.g0 is not None and natural.dw0 is not None:
+            g0, dw0 = gradient.g0.to(mean), natural.dw0
+            gg, nn, gn = gg + g0**2, nn + dw0**2, gn + g0 * dw0
+            mm, mg, mn = mm + 1, mg + g0, mn + dw0
+        return cls(cosine(gn, gg, nn), cosine(mg, mm, gg).abs(), cosine(mn, mm, nn).abs())
 
     @classmethod
     def unknown(cls, cases: Cases) -> "Angles":
@@ -229,9 +243,9 @@ class Theory(NamedTuple):
             mean_q=m.mu_q * living[:, None],
             s=s,
             k=k,
-            corrected_mean=m.mu_p - (1 + k)[:, None] * m.mu_q,
+            corrected_mean=m.from_mu_p((1 + k)[:, None] * m.mu_q),
             damping_share=damping_share(damped),
-            mean_share_q=mean_share(m.mu_q, m.trace_Var_q) * living,
+            mean_share_q=m.mu_q_squared / (m.mu_q_squared + m.trace_Var_q) * living,
         )
 
     @classmethod
@@ -254,7 +268,7 @@ def theory(block: Block, damping: float, gradient: Gradient | None) -> tuple[The
             found.append(Theory.of(m, damped))
             if gradient is not None:
                 own = gradient.of_units(part)
-                angles.append(Angles.of(m.mu_p, own, unit_steps(damped, own)))
+                angles.append(Angles.of(block.center(part), own, unit_steps(damped, own)))
         except SingularFisherError as error:
             raise block.named(error, part) from None
     joined = Theory(*map(together, zip(*found, strict=True)))

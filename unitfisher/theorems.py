@@ -81,8 +81,8 @@ def unit_natural_gradient(m: Moments, g: Float[Tensor, "u d"], g0: Float[Tensor,
         SingularFisherError: Var_q of some living unit is not positive definite.
     """
     c, mu_q = torch.where(m.alive, m.c, 1.0), m.mu_q_double
-    centred = (g.double() - g0.double()[:, None] * mu_q).to(g.dtype)  # large means nearly cancel
-    dw = m.solve(centred) / c[:, None]
+    about = torch.addcmul(g.double(), g0.double()[:, None], mu_q, value=-1)
+    dw = m.solve(about.to(g.dtype)).div_(c[:, None])  # in double: large means nearly cancel
     dw0 = g0.double() / c - dot(mu_q, dw.double())
     return UnitStep(dw, (dw0 * m.alive).to(g.dtype))
 
