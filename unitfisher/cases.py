@@ -64,14 +64,15 @@ class UnitCases:
     def mean(self) -> Float[Tensor, "*g d"]:
         """E_p(a): one for all units, or one a unit where groups see different inputs."""
         first = self.a[:, :1, :1]  # about some case, or a large mean loses its digits
-        mean = first.double()[:, 0, 0] + (self.a - first).mean((1, 2), dtype=torch.float64)
+        mean = first.double()[:, 0, 0] + (self.a - first).mean(2).mean(1, dtype=torch.float64)
         return mean[0] if len(mean) == 1 else mean.repeat_interleave(self.units // len(mean), 0)
 
     @cached_property
     def trace_variance(self) -> Float[Tensor, "*g"]:
         """E_p‖a - E_p(a)‖²."""
         groups = len(self.a)
-        spread = ((self.a - self._group_origin) ** 2).sum(-1).mean((1, 2), dtype=torch.float64)
+        squares = (self.a - self._group_origin).square_().sum(-1)
+        spread = squares.mean((1, 2), dtype=torch.float64)
         return spread[0] if groups == 1 else spread.repeat_interleave(self.units // groups)
 
     @property
@@ -164,10 +165,12 @@ class UnitCases:
     @property
     def per_part(self) -> int:
         """Units at a time: their weighted copies of the cases and their second moments."""
-        d, joint, few = self.a.shape[-1], self.delta.shape[2] > 1, self.rows <= self.a.shape[-1]
-        copies = 16 * self.rows * d if joint else 2 * self.a.element_size() * self.rows * d
-        copies = 0 if few and not joint else copies
-        return max(1, MOMENTS_BYTES // (copies + 24 * min(self.rows, d) ** 2))
+        d, joint = self.inputs, self.delta.shape[2] > 1
+        copies = 24 * self.rows * d if joint else 2 * self.a.element_size() * self.rows * d
+        if self.rows > d:
+            return max(1, MOMENTS_BYTES // (copies + 24 * d**2))
+        own = copies + 24 * self.rows**2 if joint else 0  # else the units share the cases
+        return max(1, MOMENTS_BYTES // (own + 64 * (d + self.rows)))
 
     def by_group(self) -> list["UnitCases"]:
         """The cases of each group's units."""
@@ -198,11 +201,16 @@ class UnitCases:
     def _gradients(
         self, origin: Float[Tensor, "*g d"]
     ) -> tuple[Float[Tensor, "r u d"], Float[Tensor, "r u"]]:
-        """Per case and column: Σ_t δ (a - origin) for each unit's weights, Σ_t δ for its bias."""
-        about = self._about(origin)
-        delta = self.delta.double().unflatten(-1, (len(self.a), -1))
-        G = torch.einsum("rmtgv,gmtd->rmgvd", delta, about).flatten(2, 3)
-        return G.flatten(0, 1), delta.sum(2).flatten(2).flatten(0, 1)
+        """Per case and column: Σ_t δ (a - origin) for each unit's weights, Σ_t δ for its bias.
+
+        Products are formed in the precision of the activations, about a point near their mean.
+        """
+        groups = len(self.a)
+        about = (self.a - self._group_origin).permute(1, 0, 2, 3)  # m g t d
+        delta = self.delta.unflatten(-1, (groups, -1)).movedim(2, -1)  # r m g v t
+        G = (delta.to(about.dtype) @ about).double().flatten(2, 3).flatten(0, 1)
+        S = self.delta.sum(2, dtype=torch.float64).flatten(0, 1)
+        return G - S.unsqueeze(-1) * (origin - self._origin.double()), S
 
     def _about(self, origin: Float[Tensor, "*g d"]) -> Float[Tensor, "g m t d"]:
         """Activations about an origin that the units of a group share, in double precision."""

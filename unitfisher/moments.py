@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unitfisher.solvers import cholesky, cholesky_solve, dot, outer, require_regular
+from unitfisher.gram import solve_grams
+from unitfisher.solvers import dot, outer, require_regular
 
 
 class ConstantFit(NamedTuple):
@@ -246,7 +247,10 @@ class UnitMoments:
 
     def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
         """Return Var_q⁻¹ rhs; zero where a unit is dead."""
-        return cholesky_solve(self._factor, rhs) * self.alive[:, None]
+        one, zero = torch.ones_like(self.sum_Da), torch.zeros_like(self.sum_D)
+        solved = solve_grams(self._regular, one, zero, rhs.unsqueeze(-1).to(one.dtype))
+        require_regular(solved.regular)
+        return solved.Y.squeeze(-1).to(rhs.dtype) * self.alive[:, None]
 
     @cached_property
     def fit(self) -> ConstantFit:
@@ -256,13 +260,13 @@ class UnitMoments:
         return ConstantFit(gain, dot(self.mean_shift, x), epsilon * dot(x, x) / gain)
 
     @cached_property
-    def _factor(self) -> Float[Tensor, "u d d"]:
-        """Cholesky factor; of the identity where a unit is idle, whose answer is 0 at any rate."""
+    def _regular(self) -> Float[Tensor, "u d d"]:
+        """Var_q; the identity where a unit is idle, whose answer is 0 at any rate."""
         d = self.sum_Da.shape[-1]
         eye = torch.eye(d, dtype=self.c.dtype, device=self.c.device)
         idle_units = idle(self.alive, self.trace_Var_q, self.mu_q_squared)
         require_regular((self.support > d) | (self.ridge > 0) | idle_units)
-        return cholesky(torch.where(idle_units[:, None, None], eye, self.Var_q))
+        return torch.where(idle_units[:, None, None], eye, self.Var_q)
 
     @property
     def _mean(self) -> Float[Tensor, "u d"]:

@@ -30,7 +30,8 @@ class Observed:
         for call in self.calls:
             call.require_unchanged()
         seen = [incoming(self.layer, call.activations) for call in self.calls]
-        a = torch.cat([self._by_sample(x) for x in seen], 2)
+        parts = [self._by_sample(x) for x in seen]
+        a = torch.cat(parts, 2) if len(parts) > 1 else _own(parts[0], self.calls[0].activations)
         a = a if a.dtype == torch.float64 else a.float()
         if len(a) == 1 or self.units is None:
             return a
@@ -76,6 +77,12 @@ class Observed:
                 f"when the rows divide evenly, use sharing='expand'"
             )
         return x.reshape(len(x), self.samples, -1, x.shape[-1])
+
+
+def _own(x: Tensor, given: Tensor) -> Tensor:
+    """Return x, or a copy if it is but a view of what was given, which its owner may change."""
+    viewed = x.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
+    return x.clone() if viewed else x
 
 
 class Folding:
