@@ -83,7 +83,10 @@ exact_all = partial(ways.everything, fisher="exact")
 one_sign_all = partial(ways.everything, fisher="rademacher")
 exact_natural = partial(ways.natural_gradients, fisher="exact")
 one_sign_natural = partial(ways.natural_gradients, fisher="rademacher")
-natural_alone = partial(ways.natural_gradients_alone, fisher="rademacher")
+exact_128 = partial(ways.natural_gradients, fisher="exact", rows=128)
+exact_64 = partial(ways.natural_gradients, fisher="exact", rows=64)
+joint_alone = partial(ways.natural_gradients_alone, fisher="rademacher", sharing="joint")
+expand_512 = partial(ways.natural_gradients_alone, fisher="rademacher", rows=512)
 one_layer = partial(ways.one_layer, fisher="rademacher")
 asdl_exact = partial(peers.asdl_unit_fishers, fisher="fisher_exact")
 asdl_natural_mc = partial(peers.asdl_natural_gradients, fisher="fisher_mc")
@@ -93,6 +96,7 @@ full = partial(peers.cockpit, configuration="full")
 
 ACTIVATIONS = "step + mean and variance of every unit (second pass)"
 NATURAL = "step + everything + all natural gradients"
+CONVOLVED = "step + all natural gradients, one sign"
 MATERIALISED = "exact unit Fishers, materialised"
 OVERHEAD = "Monitor(overhead=0.05): 1.05 ± 0.01"
 LARGE = "step + s, k of all units, one sign"
@@ -103,7 +107,10 @@ SOLVING = (
     Row(MNIST_64, "natural-exact", f"{NATURAL}, exact", exact_natural, 14, 5),
     Row(MNIST_64, "natural-sign", f"{NATURAL}, one sign", one_sign_natural, 11, 3.5),
     Row(MNIST_512, "natural-all", f"{NATURAL}, exact, all rows", exact_natural, 25, 10),
-    Row(CONV_64, "natural-sign", "step + all natural gradients, one sign", natural_alone, 2.5, 2.0),
+    Row(MNIST_512, "natural-128", f"{NATURAL}, exact, 128 rows", exact_128, 14, 4),
+    Row(MNIST_512, "natural-64", f"{NATURAL}, exact, 64 rows", exact_64, 10, 2.5),
+    Row(CONV_64, "natural-joint", f"{CONVOLVED}, true block (joint)", joint_alone, 2.5, 2.0),
+    Row(CONV_64, "natural-expand", f"{CONVOLVED}, 512 positions", expand_512),
 )
 ROWS = (
     Row(MNIST_64, "hooks", "hooks when not measuring", ways.idle_hooks, 1.01, 1.00),
@@ -115,8 +122,6 @@ ROWS = (
     Row(MNIST_64, "d-exact", "step + exact D", exact_D, 2.6, 2.0),
     Row(MNIST_512, "d-exact", "step + exact D", exact_D, 3.3, 2.8),
     *(each for row in SOLVING for each in (row, beside(row))),
-    Row(MNIST_512, "natural-128", f"{NATURAL}, exact, 128 rows", None, 14, 4),
-    Row(MNIST_512, "natural-64", f"{NATURAL}, exact, 64 rows", None, 10, 2.5),
     Row(FIFTY, "every-50th", "everything each 50th step", ways.training_observed, 1.15, 1.08),
     Row(MANY, "overhead", OVERHEAD, ways.training_with_overhead, 1.06, None, "total"),
     Row(

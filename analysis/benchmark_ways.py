@@ -80,9 +80,9 @@ def everything(at: Setting, fisher: str) -> Run:
     return partial(training_step, at)
 
 
-def natural_gradients(at: Setting, fisher: str) -> Run:
+def natural_gradients(at: Setting, fisher: str, rows: int | None = None) -> Run:
     """The same, and the unit natural gradients of all units of all layers."""
-    monitor = recording(at, fisher=fisher, every=1)
+    monitor = recording(at, fisher=fisher, rows=rows, every=1)
 
     def run() -> object:
         training_step(at)
@@ -127,9 +127,9 @@ def one_layer(at: Setting, fisher: str, sharing: str = "expand") -> Run:
     return partial(training_step, at)
 
 
-def natural_gradients_alone(at: Setting, fisher: str) -> Run:
+def natural_gradients_alone(at: Setting, **options: Any) -> Run:
     """As `natural_gradients`, without a record."""
-    monitor = at.after.enter_context(unitfisher.Monitor(at.model, fisher=fisher, every=1))
+    monitor = at.after.enter_context(unitfisher.Monitor(at.model, every=1, **options))
 
     def run() -> object:
         training_step(at)

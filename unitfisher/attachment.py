@@ -70,9 +70,7 @@ def sample_units(
     return sampled
 
 
-def require_numbers(
-    *, damping: object, every: object, overhead: object, window: object, units: object
-) -> None:
+def require_numbers(*, damping: object, every: object, overhead: object) -> None:
     """Refuse impossible values of these options, saying what is possible."""
     number = isinstance(damping, int | float) and 0 <= damping < float("inf")
     if not number:
@@ -84,10 +82,16 @@ def require_numbers(
         )
     if overhead is not None and not (isinstance(overhead, int | float) and overhead > 0):
         raise ValueError(f"overhead must be above 0, as 0.05 for 5 % of the time, got {overhead!r}")
-    if not _counts(window):
-        raise ValueError(f"window must be a whole number of batches from 1, got {window!r}")
-    if units is not None and not _counts(units):
-        raise ValueError(f"units must be a whole number from 1 or None for all, got {units!r}")
+
+
+MEANING = {"rows": " or None for all", "units": " or None for all", "window": " of batches"}
+
+
+def require_counts(**options: object) -> None:
+    """Refuse what is not a whole number from 1; None where an option may be left out."""
+    for name, value in options.items():
+        if not _counts(value) and (value is not None or name == "window"):
+            raise ValueError(f"{name} must be a whole number from 1{MEANING[name]}, got {value!r}")
 
 
 def _counts(value: object) -> bool:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from unitfisher.cases import MOMENTS_BYTES, UnitCases
+from unitfisher.cases import MOMENTS_BYTES, Incoming, UnitCases
 from unitfisher.fisher import Gradient, Observation
 from unitfisher.solvers import SingularFisherError
 from unitfisher.streaming import Cases, Streamed
@@ -92,7 +92,8 @@ def _form(of: Observation | Streamed) -> object:
         return None
     a, delta = cases.a, cases.delta
     given = None if gradient is None else (gradient.g.dtype, gradient.g0 is None)
-    return a.shape, a.dtype, a.device, delta.shape, delta.dtype, cases.samples, given
+    drawn = cases.incoming is not None
+    return a.shape, a.dtype, a.device, delta.shape, delta.dtype, cases.samples, drawn, given
 
 
 def _together(cases: Cases) -> int:
@@ -106,4 +107,9 @@ def _joined(cases: Sequence[Cases]) -> Cases:
         return cases[0]
     several = [each for each in cases if isinstance(each, UnitCases)]
     a, delta = (torch.cat([each.a for each in several]), [each.delta for each in several])
-    return UnitCases(a, torch.cat(delta, -1), several[0].samples)
+    given = [each.incoming for each in several if each.incoming is not None]
+    means = [
+        (mean.expand(u, -1), trace.expand(u)) for mean, trace in given for u in [cases[0].units]
+    ]
+    incoming = Incoming(*map(torch.cat, zip(*means, strict=True))) if given else None
+    return UnitCases(a, torch.cat(delta, -1), several[0].samples, incoming)

@@ -7,6 +7,7 @@ From them come the moments, for as many units at a time as memory allows.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,6 +18,13 @@ from unitfisher.rows import Moments, UnitRows
 
 MOMENTS_BYTES = 128 * 2**20  # what the second moments held at one time may take
 ROOT_BYTES = 32 * 2**20  # what the rows may take from which Fishers are multiplied
+
+
+class Incoming(NamedTuple):
+    """E_p(a) and E_p‖a - E_p(a)‖², one for all units or, where groups see others, one a unit."""
+
+    mean: Float[Tensor, "*g d"]
+    trace_variance: Float[Tensor, "*g"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class UnitCases:
     a: Float[Tensor, "g m t d"]
     delta: Float[Tensor, "r m t u"]
     samples: int
+    incoming: Incoming | None = None  # of all cases, where these are drawn from more
 
     @property
     def units(self) -> int:
@@ -63,6 +72,8 @@ class UnitCases:
     @cached_property
     def mean(self) -> Float[Tensor, "*g d"]:
         """E_p(a): one for all units, or one a unit where groups see different inputs."""
+        if self.incoming is not None:
+            return self.incoming.mean
         first = self.a[:, :1, :1]  # about some case, or a large mean loses its digits
         mean = first.double()[:, 0, 0] + (self.a - first).mean(2).mean(1, dtype=torch.float64)
         return mean[0] if len(mean) == 1 else mean.repeat_interleave(self.units // len(mean), 0)
@@ -70,6 +81,8 @@ class UnitCases:
     @cached_property
     def trace_variance(self) -> Float[Tensor, "*g"]:
         """E_p‖a - E_p(a)‖²."""
+        if self.incoming is not None:
+            return self.incoming.trace_variance
         groups = len(self.a)
         squares = (self.a - self._group_origin).square_().sum(-1)
         spread = squares.mean((1, 2), dtype=torch.float64)
@@ -174,14 +187,37 @@ class UnitCases:
 
     def by_group(self) -> list["UnitCases"]:
         """The cases of each group's units."""
-        parts = zip(self.a.split(1), self.delta.chunk(len(self.a), -1), strict=True)
-        return [UnitCases(a, delta, self.samples) for a, delta in parts]
+        groups = len(self.a)
+        incoming: list[Incoming | None] = [None] * groups
+        if self.incoming is not None:  # one for all units of a group
+            first = slice(None, None, self.units // groups)
+            incoming = [
+                Incoming(*own) for own in zip(*(x[first] for x in self.incoming), strict=True)
+            ]
+        parts = zip(self.a.split(1), self.delta.chunk(groups, -1), incoming, strict=True)
+        return [UnitCases(a, delta, self.samples, of_all) for a, delta, of_all in parts]
+
+    def drawn(self, rows: int, generator: torch.Generator) -> "UnitCases":
+        """Return so many cases, each as likely, that stand for all: their Fisher is unbiased.
+
+        E_p(a) and its variance stay those of all cases.
+        """
+        count = self.a.shape[1]
+        if rows >= count:
+            return self
+        chosen = torch.randperm(count, generator=generator, device=generator.device)[:rows]
+        chosen = chosen.to(self.a.device)
+        delta = self.delta[:, chosen] * (count / rows) ** 0.5
+        return UnitCases(
+            self.a[:, chosen], delta, self.samples, Incoming(self.mean, self.trace_variance)
+        )
 
     def of_units(self, part: slice) -> "UnitCases":
-        a = self.a
+        a, incoming = self.a, self.incoming
         if len(a) > 1:  # keep only the groups of these units, one each
             a = a.repeat_interleave(self.units // len(a), 0)[part]
-        return replace(self, a=a, delta=self.delta[..., part])
+            incoming = incoming and Incoming(*(x[part] for x in incoming))
+        return UnitCases(a, self.delta[..., part], self.samples, incoming)
 
     def _weighted_rows(self) -> UnitRows:
         if self.delta.shape[2] == 1:

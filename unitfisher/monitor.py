@@ -22,6 +22,7 @@ from unitfisher.attachment import (
     UncoveredLayersWarning,
     elsewhere,
     name_uncovered,
+    require_counts,
     require_numbers,
     require_unobserved,
     sample_units,
@@ -82,6 +83,8 @@ class Monitor:
         overhead: Instead of ``every``: measure as often as this share of the training time
             allows, 0.05 for 5 %.
         window: Pool the cases of the newest so many measured training batches.
+        rows: Solve from this many cases, drawn at random (samples, or positions where they share
+            weights): F stays unbiased and gets noisier, n_eff says how much. None: all.
         units: Observe a fixed random sample of this many units per layer; None: all.
         output: Picks the logits from what forward returns: index, key, attribute or callable.
         on_nonfinite: "raise", or "record": a pass with NaN or infinity is kept as such.
@@ -116,6 +119,7 @@ class Monitor:
         every: Schedule = 50,
         overhead: float | None = None,
         window: int = 1,
+        rows: int | None = None,
         units: int | None = None,
         output: Pick = None,
         on_nonfinite: str = "raise",
@@ -123,7 +127,8 @@ class Monitor:
         seed: int = 0,
     ) -> None:
         require_choice("on_nonfinite", on_nonfinite, ("raise", "record"))
-        require_numbers(damping=damping, every=every, overhead=overhead, window=window, units=units)
+        require_numbers(damping=damping, every=every, overhead=overhead)
+        require_counts(window=window, rows=rows, units=units)
         every = every if overhead is None else Overhead(overhead)
         self.model = unwrapped(model)
         self.damping, self.every, self.on_nonfinite = damping, every, on_nonfinite
@@ -137,9 +142,15 @@ class Monitor:
         )
         self.latest, self.targets, self.step = {}, None, 0
         config: dict[str, Any] = {"layers": list(chosen), "units": units, "every": every}
-        config |= {"window": window, "estimator": estimator, "damping": damping, "seed": seed}
+        config |= {
+            "window": window,
+            "rows": rows,
+            "estimator": estimator,
+            "damping": damping,
+            "seed": seed,
+        }
         self._history = History.opened(record, config)
-        self._window = Window(window)
+        self._window, self._rows = Window(window), rows
         self._paused = False
         self._pass: tuple[ExitStack, Seen, int] | None = None
         self._uncalled: set[str] = set()
@@ -166,7 +177,7 @@ class Monitor:
         with exactly(device_of(self.model)):
             if not is_loader(inputs):
                 observations = observe_now(self.model, inputs, self._observer, targets)
-                return self._keep(observations, self.step, "measure")
+                return self._keep(self._drawn(observations), self.step, "measure")
             if targets is not None:
                 raise ValueError("with a loader targets come in its batches: (inputs, targets)")
             streamed = observe_all(self.model, inputs, self._observer)
@@ -314,7 +325,16 @@ class Monitor:
             finally:
                 seen.forget_gradients()
             observations = self._window.pooled(observations)
-            self._keep(observations, step, "train")
+            self._keep(self._drawn(observations), step, "train")
+
+    def _drawn(self, observations: dict[str, Observation]) -> dict[str, Observation]:
+        if self._rows is None:
+            return observations
+        drawn = {}
+        for name, of in observations.items():
+            generator = self._observer.chance.on(of.cases.a.device)
+            drawn[name] = replace(of, cases=of.cases.drawn(self._rows, generator))
+        return drawn
 
     def _concerned(self) -> bool:
         return self.model.training and torch.is_grad_enabled() and not elsewhere()

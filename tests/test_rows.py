@@ -1,0 +1,113 @@
+"""Fewer cases, drawn at random, stand for all of a measurement."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from unitfisher import Monitor, UnitStatistics
+
+TOL = {"rtol": 1e-9, "atol": 1e-12}
+SHARINGS = ["expand", "joint"]
+
+
+def dense() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    layers = nn.Linear(5, 4), nn.ELU(), nn.Linear(4, 4), nn.ELU(), nn.Linear(4, 4), nn.Linear(4, 3)
+    return nn.Sequential(*layers).double(), normal(9, 5)
+
+
+def convolutional() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    head = nn.Flatten(), nn.Linear(4 * 9, 3)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.ELU(), *head)
+    return model.double(), normal(6, 2, 3, 3)
+
+
+NETWORKS = {"dense": dense, "convolution-in-groups": convolutional}
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def fishers(m: UnitStatistics) -> Tensor:
+    return m.cases.fisher(biased=True)
+
+
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_the_fisher_of_one_case_drawn_is_right_on_average(make, sharing):
+    model, x = make()
+    whole = Monitor(model, sharing=sharing).measure(x)["0"]
+    found: dict[bytes, Tensor] = {}
+    for seed in range(500):
+        drawn = whole.cases.drawn(1, torch.Generator().manual_seed(seed))
+        F = drawn.fisher(biased=True)
+        found[F.numpy().tobytes()] = F
+    count = whole.cases.a.shape[1]
+    assert len(found) == count  # every case was drawn
+    assert_close(torch.stack(list(found.values())).mean(0), fishers(whole), **TOL)
+
+
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("rows", [4, 5])
+def test_all_is_solved_from_the_rows_drawn(make, sharing, rows):
+    model, x = make()
+    monitor = Monitor(model, rows=rows, sharing=sharing, damping=1e-2)
+    y = torch.zeros(len(x), dtype=torch.long)
+    for m in monitor.measure(x, y).values():
+        F = fishers(m)
+        d = F.shape[-1] - 1
+        ridge = 1e-2 * F[:, :d, :d].diagonal(dim1=1, dim2=2).sum(1) / d
+        F[:, range(d), range(d)] += ridge[:, None]
+        g = torch.cat([m.gradient.g.flatten(1), m.gradient.g0[:, None]], 1)
+        step = m.natural_gradient(*m.gradient)
+        expected = torch.stack([torch.linalg.solve(*one) for one in zip(F, g, strict=True)])
+        assert_close(torch.cat([step.dw.flatten(1), step.dw0[:, None]], 1), expected, **TOL)
+        assert_close(m.c, F[:, d, d], **TOL)
+        s = [torch.linalg.inv(one)[d, d] for one in F]  # Theorem 1: s is that entry of the inverse
+        assert_close(m.s, torch.stack(s), **TOL)
+        assert int((m.cases.D.sum(1) > 0).sum()) == min(rows, m.cases.a.shape[1])
+
+
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_means_stay_those_of_all_cases(make):
+    model, x = make()
+    whole = Monitor(model).measure(x)
+    for name, m in Monitor(make()[0], rows=4).measure(x).items():
+        assert_close(m.mean, whole[name].mean, **TOL)
+        assert_close(m.mean_share, whole[name].mean_share, **TOL)
+        assert_close(m.output_mean, whole[name].output_mean, **TOL)
+        assert (m.n_eff <= 4 + 1e-9).all()
+
+
+def test_as_many_rows_as_cases_are_all_of_them():
+    model, x = dense()
+    whole = Monitor(model).measure(x)
+    for name, m in Monitor(dense()[0], rows=9).measure(x).items():
+        assert_close(m.s, whole[name].s, **TOL)
+
+
+def test_the_seed_decides_which():
+    _, x = dense()
+    first, again, other = (Monitor(dense()[0], rows=3, seed=s).measure(x)["2"].s for s in (0, 0, 1))
+    assert first.equal(again)
+    assert not first.equal(other)
+
+
+def test_training_passes_and_windows_draw_too():
+    model, x = dense()
+    monitor = Monitor(model, rows=4, every=1, window=3)
+    for _ in range(3):
+        model(x)
+    assert all(m.cases.a.shape[1] == 4 for m in monitor.latest.values())
+    assert len({id(m.block) for m in monitor.latest.values()}) < len(monitor.latest)
+
+
+def test_a_loader_sums_over_all_cases():
+    model, x = dense()
+    whole = Monitor(model).measure([x[:5], x[5:]])
+    for name, m in Monitor(dense()[0], rows=2).measure([x[:5], x[5:]]).items():
+        assert_close(m.s, whole[name].s, **TOL)
