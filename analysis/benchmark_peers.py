@@ -1,7 +1,6 @@
 """The same from other libraries, each by its own public interface; none of them is needed.
 
-    uv pip install -c constraints.txt asdfghjkl backpack-for-pytorch opacus \\
-        curvlinops-for-pytorch cockpit-for-pytorch delve "setuptools<80"
+    uv pip install -c constraints.txt -e ".[analysis,peers]"
 
 asdfghjkl imports as ``asdl``; the package of that name is a parser. ``kfac`` on the index is for
 TensorFlow; kfac-pytorch is installed from its repository. A peer that is absent or fails stands

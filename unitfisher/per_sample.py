@@ -70,8 +70,9 @@ def per_sample_gradients(
     def pull_back(args: Any, kwargs: Any, S: Float[Tensor, "r t y"]) -> dict[str, Tensor]:
         one, named = _batch_of_one(args), _batch_of_one(kwargs)
         back = vjp(lambda chosen: outputs(chosen, one, named)[0], chosen)[1]
-        gradients: dict[str, Tensor] = vmap(back)(S)[0]
-        return gradients
+        if len(S) > 1:
+            return dict(vmap(back)(S)[0])
+        return {name: g.unsqueeze(0) for name, g in back(S[0])[0].items()}
 
     with undisturbed(model), torch.inference_mode(False):
         with torch.no_grad():
