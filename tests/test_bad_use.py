@@ -94,6 +94,10 @@ OPTIONS = {
     "samples-fraction": ({"fisher": "mc", "samples": 1.5}, "samples must be .*1.*got 1.5"),
     "overhead-zero": ({"overhead": 0}, "overhead must be above 0.*5 %.*got 0"),
     "overhead-text": ({"overhead": "5%"}, "overhead must be above 0.*got '5%'"),
+    "solver-unknown": (
+        {"solver": "lu"},
+        "solver must be one of 'auto', 'direct', 'iterative'.*'lu'",
+    ),
     "rows-zero": ({"rows": 0}, "rows must be a whole number from 1 or None for all, got 0"),
     "window-zero": ({"window": 0}, "window must be a whole number from 1 of batches, got 0"),
     "units-zero": ({"units": 0}, "units must be .*1.*None for all.*got 0"),

@@ -25,6 +25,8 @@ from unitfisher import Monitor, Run, UncoveredLayersWarning
 EXACTLY = {"rtol": 0, "atol": 0}
 SINGLE = {"rtol": 1e-4, "atol": 1e-5}  # two routes through a network in single precision
 COLUMNS = {
+    "residual",
+    "converged",
     "step", "layer", "unit", "phase", "c", "s", "k", "sc", "mean_norm", "mean_q_norm",
     "corrected_mean_norm", "n_eff", "damping", "damping_share", "mean_share", "mean_share_q",
     "cosine", "bias_shift_share_gradient", "bias_shift_share_natural", "output_mean",

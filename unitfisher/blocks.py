@@ -112,4 +112,4 @@ def _joined(cases: Sequence[Cases]) -> Cases:
         (mean.expand(u, -1), trace.expand(u)) for mean, trace in given for u in [cases[0].units]
     ]
     incoming = Incoming(*map(torch.cat, zip(*means, strict=True))) if given else None
-    return UnitCases(a, torch.cat(delta, -1), several[0].samples, incoming)
+    return UnitCases(a, torch.cat(delta, -1), several[0].samples, incoming, several[0].solver)

@@ -14,8 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unitfisher.moments import UnitMoments
-from unitfisher.rows import Moments, UnitRows
+from unitfisher.products import Moments, UnitProducts
+from unitfisher.rows import UnitRows
 
+MANY_CASES, MANY_INPUTS = 8, 16  # times the inputs; so many inputs: then iterations cost less
 MOMENTS_BYTES = 128 * 2**20  # what the second moments held at one time may take
 ROOT_BYTES = 32 * 2**20  # what the rows may take from which Fishers are multiplied
 
@@ -39,6 +41,7 @@ class UnitCases:
     delta: Float[Tensor, "r m t u"]
     samples: int
     incoming: Incoming | None = None  # of all cases, where these are drawn from more
+    solver: str = "auto"
 
     @property
     def units(self) -> int:
@@ -171,17 +174,33 @@ class UnitCases:
         mean = q.reshape(len(about), -1, q.shape[1]) @ about
         return mean.flatten(0, 1)
 
+    @property
+    def route(self) -> str:
+        """How systems are solved: "rows" or "sums", by Cholesky, or "products", by iteration."""
+        d, joint = self.inputs, self.delta.shape[2] > 1
+        if self.rows <= d:
+            return "rows"
+        if joint or self.solver == "direct":
+            return "sums"
+        many = self.rows >= MANY_CASES * d and d >= MANY_INPUTS
+        return "products" if many or self.solver == "iterative" else "sums"
+
     @cached_property
     def _moments(self) -> Moments:
-        return self.sums() if self.rows > self.a.shape[-1] else self._weighted_rows()
+        route = self.route
+        if route == "products":
+            return self._products()
+        return self.sums() if route == "sums" else self._weighted_rows()
 
     @property
     def per_part(self) -> int:
         """Units at a time: their weighted copies of the cases and their second moments."""
         d, joint = self.inputs, self.delta.shape[2] > 1
         copies = 24 * self.rows * d if joint else 2 * self.a.element_size() * self.rows * d
-        if self.rows > d:
+        if self.route == "sums":
             return max(1, MOMENTS_BYTES // (copies + 24 * d**2))
+        if self.route == "products":
+            return max(1, MOMENTS_BYTES // (16 * self.rows + 100 * d))
         own = copies + 24 * self.rows**2 if joint else 0  # else the units share the cases
         return max(1, MOMENTS_BYTES // (own + 64 * (d + self.rows)))
 
@@ -195,7 +214,9 @@ class UnitCases:
                 Incoming(*own) for own in zip(*(x[first] for x in self.incoming), strict=True)
             ]
         parts = zip(self.a.split(1), self.delta.chunk(groups, -1), incoming, strict=True)
-        return [UnitCases(a, delta, self.samples, of_all) for a, delta, of_all in parts]
+        return [
+            UnitCases(a, delta, self.samples, of_all, self.solver) for a, delta, of_all in parts
+        ]
 
     def drawn(self, rows: int, generator: torch.Generator) -> "UnitCases":
         """Return so many cases, each as likely, that stand for all: their Fisher is unbiased.
@@ -217,7 +238,7 @@ class UnitCases:
         if len(a) > 1:  # keep only the groups of these units, one each
             a = a.repeat_interleave(self.units // len(a), 0)[part]
             incoming = incoming and Incoming(*(x[part] for x in incoming))
-        return UnitCases(a, self.delta[..., part], self.samples, incoming)
+        return UnitCases(a, self.delta[..., part], self.samples, incoming, self.solver)
 
     def _weighted_rows(self) -> UnitRows:
         if self.delta.shape[2] == 1:
@@ -233,6 +254,13 @@ class UnitCases:
             center = self.mean.expand(self.units, -1)  # every unit is its own group
             v = scale.expand_as(w)
         return UnitRows.of(total / self.samples, center, about, v, w)
+
+    def _products(self) -> UnitProducts:
+        groups, total = len(self.a), self.D.sum(0)
+        center = self.mean[None] if groups == 1 else self.mean[:: self.units // groups]
+        q = (self.D / torch.where(total > 0, total, 1.0)).to(self.a.dtype).T
+        q = q.unflatten(0, (groups, -1)).contiguous()
+        return UnitProducts.of(total / self.samples, center, self.a.squeeze(2), q)
 
     def _gradients(
         self, origin: Float[Tensor, "*g d"]

@@ -48,6 +48,8 @@ def _columns_of_layer(measured: UnitStatistics, phase: str) -> Columns:
         "n_eff": measured.n_eff,
         "damping": measured.damping,
         "damping_share": measured.damping_share,
+        "residual": measured.residual,
+        "converged": measured.converged,
         "mean_share": measured.mean_share.expand_as(measured.c),
         "mean_share_q": measured.mean_share_q,
         "cosine": measured.cosine,

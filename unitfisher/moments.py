@@ -9,7 +9,7 @@ and variances are averages over all cases, under p and under q ∝ D = E_y δ².
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -202,6 +202,13 @@ class UnitMoments:
     def from_mu_p(self, x: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
         """Return μ_p - x."""
         return self.mu_p - x
+
+    tolerance: ClassVar[float] = 0.0
+
+    @property
+    def residual(self) -> Float[Tensor, " u"]:
+        """Nothing is left to iterate."""
+        return torch.zeros_like(self.c)
 
     @property
     def mu_q_double(self) -> Float[Tensor, "u d"]:

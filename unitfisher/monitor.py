@@ -85,6 +85,8 @@ class Monitor:
         window: Pool the cases of the newest so many measured training batches.
         rows: Solve from this many cases, drawn at random (samples, or positions where they share
             weights): F stays unbiased and gets noisier, n_eff says how much. None: all.
+        solver: "direct" (Cholesky) or "iterative" (conjugate gradients, where cases are more than
+            inputs); "auto": iterative for many cases of many inputs, wide convolutions above all.
         units: Observe a fixed random sample of this many units per layer; None: all.
         output: Picks the logits from what forward returns: index, key, attribute or callable.
         on_nonfinite: "raise", or "record": a pass with NaN or infinity is kept as such.
@@ -120,6 +122,7 @@ class Monitor:
         overhead: float | None = None,
         window: int = 1,
         rows: int | None = None,
+        solver: str = "auto",
         units: int | None = None,
         output: Pick = None,
         on_nonfinite: str = "raise",
@@ -128,6 +131,7 @@ class Monitor:
     ) -> None:
         require_choice("on_nonfinite", on_nonfinite, ("raise", "record"))
         require_numbers(damping=damping, every=every, overhead=overhead)
+        require_choice("solver", solver, ("auto", "direct", "iterative"))
         require_counts(window=window, rows=rows, units=units)
         every = every if overhead is None else Overhead(overhead)
         self.model = unwrapped(model)
@@ -150,7 +154,7 @@ class Monitor:
             "seed": seed,
         }
         self._history = History.opened(record, config)
-        self._window, self._rows = Window(window), rows
+        self._window, self._rows, self._solver = Window(window), rows, solver
         self._paused = False
         self._pass: tuple[ExitStack, Seen, int] | None = None
         self._uncalled: set[str] = set()
@@ -177,7 +181,7 @@ class Monitor:
         with exactly(device_of(self.model)):
             if not is_loader(inputs):
                 observations = observe_now(self.model, inputs, self._observer, targets)
-                return self._keep(self._drawn(observations), self.step, "measure")
+                return self._keep(self._prepared(observations), self.step, "measure")
             if targets is not None:
                 raise ValueError("with a loader targets come in its batches: (inputs, targets)")
             streamed = observe_all(self.model, inputs, self._observer)
@@ -325,16 +329,19 @@ class Monitor:
             finally:
                 seen.forget_gradients()
             observations = self._window.pooled(observations)
-            self._keep(self._drawn(observations), step, "train")
+            self._keep(self._prepared(observations), step, "train")
 
-    def _drawn(self, observations: dict[str, Observation]) -> dict[str, Observation]:
-        if self._rows is None:
-            return observations
-        drawn = {}
+    def _prepared(self, observations: dict[str, Observation]) -> dict[str, Observation]:
+        """Draw the rows asked for, and say how their systems are to be solved."""
+        prepared = {}
         for name, of in observations.items():
-            generator = self._observer.chance.on(of.cases.a.device)
-            drawn[name] = replace(of, cases=of.cases.drawn(self._rows, generator))
-        return drawn
+            cases = of.cases
+            if self._rows is not None:
+                cases = cases.drawn(self._rows, self._observer.chance.on(cases.a.device))
+            if self._solver != "auto":
+                cases = replace(cases, solver=self._solver)
+            prepared[name] = replace(of, cases=cases)
+        return prepared
 
     def _concerned(self) -> bool:
         return self.model.training and torch.is_grad_enabled() and not elsewhere()

@@ -7,13 +7,14 @@ one ridge regression of the constant 1 on the rows, without any vector as long a
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unitfisher.gram import solve_grams
-from unitfisher.moments import ConstantFit, UnitMoments, idle
+from unitfisher.moments import ConstantFit, idle
 from unitfisher.solvers import dot, require_regular
 
 
@@ -74,6 +75,13 @@ class UnitRows:
     @property
     def alive(self) -> Bool[Tensor, " u"]:
         return self.c > 0
+
+    tolerance: ClassVar[float] = 0.0
+
+    @property
+    def residual(self) -> Float[Tensor, " u"]:
+        """Nothing is left to iterate."""
+        return torch.zeros_like(self.c)
 
     @property
     def mu_q_double(self) -> Float[Tensor, "u d"]:
@@ -142,6 +150,3 @@ class UnitRows:
         solved = solve_grams(self.gram, self.v, self.epsilon, torch.stack(rhs, -1))
         require_regular(solved.regular)
         return solved.Y.unbind(-1)
-
-
-Moments = UnitMoments | UnitRows

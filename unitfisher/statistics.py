@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unitfisher.blocks import Block, blocks, joined_gradients
 from unitfisher.diagnostics import cosine, mean_share
 from unitfisher.fisher import Gradient, Observation
-from unitfisher.rows import Moments
+from unitfisher.products import Moments
 from unitfisher.solvers import SingularFisherError, dot
 from unitfisher.streaming import Cases, Streamed
 from unitfisher.theorems import (
@@ -50,6 +50,10 @@ class UnitStatistics:
     dead: Bool[Tensor, " u"]
     n_eff: Float[Tensor, " u"]  # 1 / Σ w², the effective number of cases under q
     damping_share: Float[Tensor, " u"]  # how much of s is made by the damping
+    residual: Float[
+        Tensor, " u"
+    ]  # relative, that conjugate gradients left; 0 where solved directly
+    converged: Bool[Tensor, " u"]  # whether that is within the tolerance
     mean_share: Float[Tensor, "*g"]  # ‖E_p(a)‖² / E_p‖a‖²
     mean_share_q: Float[Tensor, " u"]  # ‖E_q(a)‖² / E_q‖a‖²
     output_mean: Float[Tensor, " u"]  # after the nonlinearity
@@ -232,6 +236,8 @@ class Theory(NamedTuple):
     k: Float[Tensor, " u"]
     corrected_mean: Float[Tensor, "u d"]
     damping_share: Float[Tensor, " u"]
+    residual: Float[Tensor, " u"]
+    converged: Bool[Tensor, " u"]
     mean_share_q: Float[Tensor, " u"]
 
     @classmethod
@@ -245,6 +251,8 @@ class Theory(NamedTuple):
             k=k,
             corrected_mean=m.from_mu_p((1 + k)[:, None] * m.mu_q),
             damping_share=damping_share(damped),
+            residual=damped.residual,
+            converged=damped.residual <= damped.tolerance,
             mean_share_q=m.mu_q_squared / (m.mu_q_squared + m.trace_Var_q) * living,
         )
 
@@ -252,9 +260,9 @@ class Theory(NamedTuple):
     def unknown(cls, cases: Cases) -> "Theory":
         """NaN for every quantity: the pass was not finite."""
         wide = cases.mean.new_full((cases.units, cases.inputs), torch.nan)
-        return cls(
-            *(wide if name in ("mean_q", "corrected_mean") else wide[:, 0] for name in cls._fields)
-        )
+        of_inputs = ("mean_q", "corrected_mean")
+        nothing = cls(*(wide if name in of_inputs else wide[:, 0] for name in cls._fields))
+        return nothing._replace(converged=torch.zeros_like(cases.dead))
 
 
 def theory(block: Block, damping: float, gradient: Gradient | None) -> tuple[Theory, Angles]:

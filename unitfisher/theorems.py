@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unitfisher.moments import UnitMoments
-from unitfisher.rows import Moments
+from unitfisher.products import Moments
 from unitfisher.solvers import dot, solve
 
 
