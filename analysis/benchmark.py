@@ -35,7 +35,7 @@ Times what it costs to observe a training step in many ways, and says which meet
   quartiles   of the same ratio, round by round
   of ms       the plain step, or the rival
   verdict     stretch, met, missed; disturbed: other work on the machine leaves nothing to conclude;
-              not there yet; failed, with the error. Empty where there is no bar
+              failed, with the error. Empty where there is no bar
 
 Other libraries are measured where they are installed (benchmark_peers.py says how). Leave the
 machine alone meanwhile: two threads that share a core with something else wait for each other.

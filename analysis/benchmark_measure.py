@@ -13,7 +13,7 @@ from statistics import fmean
 import torch
 from benchmark_cases import Case
 from benchmark_peers import hush
-from benchmark_results import Result, failed, grown, missing, timed
+from benchmark_results import Result, failed, grown, timed
 from benchmark_rows import Row
 from benchmark_scaling import growth
 from benchmark_timing import PLAIN, Candidate, Effort, compare, faster, interleave
@@ -33,16 +33,15 @@ def measure_all(rows: Sequence[Row], device: str, effort: Effort) -> Iterator[li
     for group in by_case.values():
         yield take_turns(group, device, effort)
     for row in others:
-        yield [missing(row)] if row.prepare is None else OTHERWISE[row.kind](row, device, effort)
+        yield OTHERWISE[row.kind](row, device, effort)
 
 
 def take_turns(rows: Sequence[Row], device: str, effort: Effort) -> list[Result]:
     """Measure rows of one case, those of like duration together."""
     named = {row.key: row for row in rows}
-    results = [missing(row) for row in rows if row.prepare is None]
-    present = [row for row in rows if row.prepare is not None]
+    results: list[Result] = []
     with ExitStack() as after:
-        ready, errors = prepare(rows[0].case, present, device, after)
+        ready, errors = prepare(rows[0].case, rows, device, after)
         results += [failed(named[key], error) for key, error in errors.items()]
         plain = ready.pop(PLAIN)
         for low, high in pairwise(limit * plain.seconds for limit in BANDS):

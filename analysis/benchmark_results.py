@@ -7,7 +7,7 @@ from benchmark_rows import Kind, Row
 from benchmark_scaling import Growth
 from benchmark_timing import Ratio
 
-Verdict = Literal["stretch", "met", "missed", "disturbed", "not there yet", "failed", ""]
+Verdict = Literal["stretch", "met", "missed", "disturbed", "failed", ""]
 UNITS: dict[Kind, str] = {
     "turns": "× plain",
     "total": "× plain",
@@ -71,10 +71,6 @@ def grown(row: Row, growth: Growth) -> Result:
 
 def failed(row: Row, error: str) -> Result:
     return Result(*_names(row), verdict="failed", note=error)
-
-
-def missing(row: Row) -> Result:
-    return Result(*_names(row), verdict="not there yet")
 
 
 def judge(row: Row, value: float) -> Verdict:

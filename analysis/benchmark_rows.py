@@ -41,7 +41,7 @@ class Row:
     case: Case
     name: str
     title: str
-    prepare: Callable[[Setting], Run] | None  # None: the package has no such thing yet
+    prepare: Callable[[Setting], Run]
     bar: float | None = None
     stretch: float | None = None
     kind: Kind = "turns"
@@ -86,6 +86,7 @@ one_sign_natural = partial(ways.natural_gradients, fisher="rademacher")
 exact_128 = partial(ways.natural_gradients, fisher="exact", rows=128)
 exact_64 = partial(ways.natural_gradients, fisher="exact", rows=64)
 joint_alone = partial(ways.natural_gradients_alone, fisher="rademacher", sharing="joint")
+expand_all = partial(ways.natural_gradients_alone, fisher="rademacher")
 expand_512 = partial(ways.natural_gradients_alone, fisher="rademacher", rows=512)
 one_layer = partial(ways.one_layer, fisher="rademacher")
 asdl_exact = partial(peers.asdl_unit_fishers, fisher="fisher_exact")
@@ -94,7 +95,7 @@ asdl_natural_exact = partial(peers.asdl_natural_gradients, fisher="fisher_exact"
 economy = partial(peers.cockpit, configuration="economy")
 full = partial(peers.cockpit, configuration="full")
 
-ACTIVATIONS = "step + mean and variance of every unit (second pass)"
+ACTIVATIONS = "step + mean and variance of every unit's output"
 NATURAL = "step + everything + all natural gradients"
 CONVOLVED = "step + all natural gradients, one sign"
 MATERIALISED = "exact unit Fishers, materialised"
@@ -110,7 +111,7 @@ SOLVING = (
     Row(MNIST_512, "natural-128", f"{NATURAL}, exact, 128 rows", exact_128, 14, 4),
     Row(MNIST_512, "natural-64", f"{NATURAL}, exact, 64 rows", exact_64, 10, 2.5),
     Row(CONV_64, "natural-joint", f"{CONVOLVED}, true block (joint)", joint_alone, 2.5, 2.0),
-    Row(CONV_64, "natural-expand", f"{CONVOLVED}, 512 positions", expand_512),
+    Row(CONV_64, "natural-512", f"{CONVOLVED}, 512 positions", expand_512),
 )
 ROWS = (
     Row(MNIST_64, "hooks", "hooks when not measuring", ways.idle_hooks, 1.01, 1.00),
@@ -122,6 +123,7 @@ ROWS = (
     Row(MNIST_64, "d-exact", "step + exact D", exact_D, 2.6, 2.0),
     Row(MNIST_512, "d-exact", "step + exact D", exact_D, 3.3, 2.8),
     *(each for row in SOLVING for each in (row, beside(row))),
+    Row(CONV_64, "natural-expand", f"{CONVOLVED}, every position", expand_all),
     Row(FIFTY, "every-50th", "everything each 50th step", ways.training_observed, 1.15, 1.08),
     Row(MANY, "overhead", OVERHEAD, ways.training_with_overhead, 1.06, None, "total"),
     Row(

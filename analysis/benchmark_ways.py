@@ -30,13 +30,9 @@ def idle_hooks(at: Setting) -> Run:
 
 
 def activation_statistics(at: Setting) -> Run:
-    """The mean and variance of every unit, by a second pass in eval mode."""
-
-    def run() -> object:
-        training_step(at)
-        return unitfisher.activation_statistics(at.model, at.x)
-
-    return run
+    """The mean and variance of every unit's output, of the training pass itself, recorded."""
+    recording(at, every=lambda step: False, activations=1)
+    return partial(training_step, at)
 
 
 def keep(at: Setting) -> Run:

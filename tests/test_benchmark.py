@@ -45,12 +45,6 @@ def test_json_has_ratio_spread_and_times_of_a_measured_row(made: Path) -> None:
     assert (hooks["bar"], hooks["stretch"], hooks["rounds"]) == (1.01, 1.0, 2)
 
 
-def test_what_the_package_does_not_have_yet_is_listed(made: Path) -> None:
-    table = (made / "benchmark.md").read_text()
-    (line,) = [line for line in table.splitlines() if "128 rows" in line]
-    assert "not there yet" in line
-
-
 def test_an_unknown_row_is_named_with_its_neighbours() -> None:
     with pytest.raises(benchmark.BadUseError, match=r"'mnist-64/hoks'.*mnist-64/hooks"):
         benchmark.choose(ROWS, ["mnist-64/hoks"])

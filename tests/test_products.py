@@ -123,14 +123,14 @@ def test_a_monitor_iterates_where_there_are_many_cases_of_many_inputs(monkeypatc
     with Monitor(model, layers="0", solver="direct") as monitor:
         direct = monitor.measure(x)["0"]
     assert direct.cases.route == "sums"
-    monkeypatch.setattr(unitfisher.cases, "MANY_INPUTS", 18)
+    monkeypatch.setattr(unitfisher.cases, "MUCH_WORK", 360 * 18**2)
     with Monitor(model, layers="0") as monitor:
         found = monitor.measure(x)["0"]
         assert found.cases.route == "products"
         assert_close(found.k, direct.k, **TOL)
         assert_close(found.s, direct.s, **TOL)
         assert found.converged.all()
-        assert 0 < found.residual.max() <= 1e-10
+        assert 0 < found.residual.max() <= 1e-9
         assert direct.residual.eq(0).all()
         assert_close(found.damped(0.1).s, direct.damped(0.1).s, **TOL)
     monkeypatch.setattr(unitfisher.cases, "MOMENTS_BYTES", 2 * (16 * 360 + 1800))  # parts
@@ -147,7 +147,7 @@ def test_what_did_not_converge_says_so(monkeypatch, tmp_path):
     assert not found.converged.all()
     table = monitor.to_pandas()
     assert table["converged"].tolist() == found.converged.tolist()
-    assert (table["residual"] > 1e-10).any()
+    assert (table["residual"] > 1e-9).any()
     with pytest.warns(UnconvergedWarning):
         found.natural_gradient(torch.ones(4, 18), torch.ones(4))
 

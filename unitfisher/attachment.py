@@ -84,7 +84,12 @@ def require_numbers(*, damping: object, every: object, overhead: object) -> None
         raise ValueError(f"overhead must be above 0, as 0.05 for 5 % of the time, got {overhead!r}")
 
 
-MEANING = {"rows": " or None for all", "units": " or None for all", "window": " of batches"}
+MEANING = {
+    "activations": " or None",
+    "rows": " or None for all",
+    "units": " or None for all",
+    "window": " of batches",
+}
 
 
 def require_counts(**options: object) -> None:

@@ -84,7 +84,7 @@ class UnitMeans(NamedTuple):
     def of(cls, y: Float[Tensor, "n t u"], nonlinearity: str | None) -> "UnitMeans":
         y = y if y.dtype == torch.float64 else y.float()
         mean = y.mean((0, 1))
-        var = ((y - mean) ** 2).mean((0, 1))  # faster than torch.var_mean over the first axes
+        var = (y - mean).square_().mean((0, 1))  # faster than torch.var_mean over the first axes
         return cls(mean, var, y.shape[0] * y.shape[1], nonlinearity)
 
     def joined(self, other: "UnitMeans") -> "UnitMeans":

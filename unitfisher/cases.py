@@ -17,7 +17,8 @@ from unitfisher.moments import UnitMoments
 from unitfisher.products import Moments, UnitProducts
 from unitfisher.rows import UnitRows
 
-MANY_CASES, MANY_INPUTS = 8, 16  # times the inputs; so many inputs: then iterations cost less
+MANY_CASES = 8  # times the inputs: then iterations converge soon
+MUCH_WORK = 2**25  # products for the second moments of one unit: then iterations cost less
 MOMENTS_BYTES = 128 * 2**20  # what the second moments held at one time may take
 ROOT_BYTES = 32 * 2**20  # what the rows may take from which Fishers are multiplied
 
@@ -182,8 +183,8 @@ class UnitCases:
             return "rows"
         if joint or self.solver == "direct":
             return "sums"
-        many = self.rows >= MANY_CASES * d and d >= MANY_INPUTS
-        return "products" if many or self.solver == "iterative" else "sums"
+        pays = self.rows >= MANY_CASES * d and self.rows * d**2 >= MUCH_WORK
+        return "products" if pays or self.solver == "iterative" else "sums"
 
     @cached_property
     def _moments(self) -> Moments:

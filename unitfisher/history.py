@@ -1,6 +1,7 @@
-"""The table of what a Monitor has measured: one row per step, layer and unit."""
+"""The tables of what a Monitor has measured: one row per step, layer and unit."""
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from unitfisher.capture import UnitMeans
 from unitfisher.record import Run
 from unitfisher.statistics import UnitStatistics
 
-TABLE = "units"
+UNITS, ACTIVATIONS = "units", "activations"
 Columns = dict[str, Any]  # each a value for every unit of every layer, or one for all
 
 
@@ -62,6 +64,26 @@ def _columns_of_layer(measured: UnitStatistics, phase: str) -> Columns:
     }
 
 
+def columns_of_activations(means: Mapping[str, UnitMeans], step: int) -> Columns:
+    """Lay mean and variance of the units' outputs out as columns."""
+    sizes = tuple((layer, len(of.mean), of.mean.device) for layer, of in means.items())
+    layer, unit = _numbered(sizes)
+    return {
+        "step": step,
+        "layer": layer,
+        "unit": unit,
+        "mean": _joined([of.mean for of in means.values()], []).double(),
+        "var": _joined([of.var for of in means.values()], []).double(),
+    }
+
+
+@lru_cache(maxsize=16)
+def _numbered(sizes: tuple[tuple[str, int, torch.device], ...]) -> tuple[list[str], Tensor]:
+    """Name the layer and number of every unit; the same at every step."""
+    names = [layer for layer, units, _ in sizes for _ in range(units)]
+    return names, _joined([torch.arange(n, device=device) for _, n, device in sizes], [])
+
+
 class History:
     """Keeps rows in a run's record, or in memory where there is none.
 
@@ -71,7 +93,7 @@ class History:
 
     def __init__(self, run: Run | None, owned: bool) -> None:
         self.run, self.owned = run, owned
-        self.rows: list[Columns] = []
+        self.rows: dict[str, list[Columns]] = {UNITS: [], ACTIVATIONS: []}
         self.newest: dict[str, UnitStatistics] = {}
         self.phase = "train"
         if run is not None:
@@ -97,46 +119,51 @@ class History:
 
     def commit(self) -> None:
         newest, self.newest = self.newest, {}
-        if not newest:
-            return
-        columns = columns_of(newest.values(), self.phase)
+        if newest:
+            self.append(UNITS, columns_of(newest.values(), self.phase))
+
+    def append(self, table: str, columns: Columns) -> None:
         if self.run is None:
-            self.rows.append(columns)
+            self.rows[table].append(columns)
         else:
-            self.run.append(TABLE, columns)
+            self.run.append(table, columns)
 
     def flush(self) -> None:
         self.commit()
         if self.run is not None:
             self.run.flush()
 
-    def written(self) -> int:
-        """Flush, and count the rows that the record holds."""
+    def written(self) -> dict[str, int]:
+        """Flush, and count the rows that the record's tables hold."""
         self.flush()
-        return 0 if self.run is None else self.run.count(TABLE)
+        return {table: 0 if self.run is None else self.run.count(table) for table in self.rows}
 
-    def go_back(self, rows: list[Columns], written: int) -> None:
+    def go_back(self, rows: Mapping[str, list[Columns]], written: Mapping[str, int]) -> None:
         """Hold these rows, and drop those that the record got after so many."""
-        self.rows, self.newest = rows, {}
+        self.rows, self.newest = {table: list(held) for table, held in rows.items()}, {}
         if self.run is not None:
-            self.run.truncate(TABLE, written)
+            for table, count in written.items():
+                self.run.truncate(table, count)
 
     def close(self) -> None:
         self.flush()
         if self.run is not None and self.owned:
             self.run.close()
 
-    def frame(self) -> pd.DataFrame:
-        """Return all rows, one per step, layer and unit, in order of measuring."""
-        held = [columns_of(self.newest.values(), self.phase)] if self.newest else []
-        frames = [pd.DataFrame(_on_host(columns)) for columns in [*self.rows, *held]]
-        if self.run is not None and TABLE in self.run.tables:
-            frames.insert(0, self.run.read(TABLE))
+    def frame(self, table: str = UNITS) -> pd.DataFrame:
+        """Return all rows of a table, one per step, layer and unit, in order of measuring."""
+        rows = list(self.rows[table])
+        if table == UNITS and self.newest:
+            rows.append(columns_of(self.newest.values(), self.phase))
+        frames = [pd.DataFrame(_on_host(columns)) for columns in rows]
+        if self.run is not None and table in self.run.tables:
+            frames.insert(0, self.run.read(table))
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [v for row in self.rows for v in row.values() if isinstance(v, Tensor)]
+        rows = [row for held in self.rows.values() for row in held]
+        return [v for row in rows for v in row.values() if isinstance(v, Tensor)]
 
 
 def _on_host(columns: Columns) -> Columns:

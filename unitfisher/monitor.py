@@ -31,7 +31,7 @@ from unitfisher.attachment import (
 from unitfisher.capture import Seen, capture
 from unitfisher.errors import Estimator, require_choice
 from unitfisher.fisher import Gradient, Observation, Observer, observe_now, require_finite
-from unitfisher.history import History
+from unitfisher.history import ACTIVATIONS, UNITS, History, columns_of_activations
 from unitfisher.layers import Layers, select
 from unitfisher.likelihoods import Likelihood, likelihood_of
 from unitfisher.passes import Chance, Pick, device_of, exactly, kept
@@ -56,8 +56,8 @@ class MonitorState(TypedDict):
     layers: list[str]
     generators: dict[str, Tensor]
     units: dict[str, Tensor]
-    history: list[dict[str, Any]]
-    written: int
+    history: dict[str, list[dict[str, Any]]]
+    written: dict[str, int]
     window: State
 
 
@@ -80,6 +80,8 @@ class Monitor:
         sharing: "expand" (every position a case), "joint" (the true Fisher block) or "reduce".
         damping: Relative, on the weight block: λ = damping · trace(A) / d for each unit.
         every: Measure every n-th training pass, the first included, or a predicate of the step.
+        activations: Record mean and variance of every unit's output each n-th training pass, in
+            the table "activations": no error is sent back for that. None: in measurements only.
         overhead: Instead of ``every``: measure as often as this share of the training time
             allows, 0.05 for 5 %.
         window: Pool the cases of the newest so many measured training batches.
@@ -120,6 +122,7 @@ class Monitor:
         damping: float = 1e-3,
         every: Schedule = 50,
         overhead: float | None = None,
+        activations: int | None = None,
         window: int = 1,
         rows: int | None = None,
         solver: str = "auto",
@@ -132,10 +135,11 @@ class Monitor:
         require_choice("on_nonfinite", on_nonfinite, ("raise", "record"))
         require_numbers(damping=damping, every=every, overhead=overhead)
         require_choice("solver", solver, ("auto", "direct", "iterative"))
-        require_counts(window=window, rows=rows, units=units)
+        require_counts(window=window, rows=rows, units=units, activations=activations)
         every = every if overhead is None else Overhead(overhead)
         self.model = unwrapped(model)
         self.damping, self.every, self.on_nonfinite = damping, every, on_nonfinite
+        self.activations = activations
         estimator = Estimator(likelihood_of(likelihood), fisher, samples, sharing)
         chosen = select(self.model, layers)
         require_unobserved(chosen)
@@ -156,7 +160,7 @@ class Monitor:
         self._history = History.opened(record, config)
         self._window, self._rows, self._solver = Window(window), rows, solver
         self._paused = False
-        self._pass: tuple[ExitStack, Seen, int] | None = None
+        self._pass: tuple[ExitStack, Seen, int, bool] | None = None  # is it measured whole?
         self._uncalled: set[str] = set()
         self._attach()
 
@@ -217,9 +221,14 @@ class Monitor:
         self.latest = completed
         return steps
 
-    def to_pandas(self) -> pd.DataFrame:
-        """Return everything measured, one row per step, layer and unit."""
-        return self._history.frame()
+    def to_pandas(self, table: str = "units") -> pd.DataFrame:
+        """Return everything measured, one row per step, layer and unit.
+
+        Args:
+            table: "units", or "activations" for the outputs' mean and variance of more steps.
+        """
+        require_choice("table", table, (UNITS, ACTIVATIONS))
+        return self._history.frame(table)
 
     def flush(self) -> None:
         """Write everything measured so far to the record."""
@@ -257,7 +266,7 @@ class Monitor:
             "layers": list(self.layers),
             "generators": self._observer.chance.state(),
             "units": dict(self._observer.units),
-            "history": list(self._history.rows),
+            "history": {table: list(rows) for table, rows in self._history.rows.items()},
             "written": written,
             "window": self._window.state(),
         }
@@ -282,7 +291,7 @@ class Monitor:
         self._observer.chance.load(state["generators"])
         self._observer = replace(self._observer, units=dict(state["units"]))
         self._window.load(state["window"])
-        self._history.go_back(list(state["history"]), state["written"])
+        self._history.go_back(state["history"], state["written"])
 
     def memory_usage(self) -> dict[str, int]:
         """Count the bytes held between passes: newest measurement, window and rows in memory."""
@@ -307,22 +316,27 @@ class Monitor:
             return
         self._history.commit()
         step, self.step = self.step, self.step + 1
-        if self._paused or not due(self.every, step):
+        whole = due(self.every, step)
+        if self._paused or not (whole or (self.activations and step % self.activations == 0)):
             return
         stack = ExitStack()
-        self._pass = stack, stack.enter_context(capture(self.layers)), step
+        self._pass = stack, stack.enter_context(capture(self.layers)), step, whole
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         if self._pass is None:
             if self._concerned():
                 self.targets = None
             return
-        (stack, seen, step), self._pass = self._pass, None
+        (stack, seen, step, whole), self._pass = self._pass, None
         targets, self.targets = self.targets, None
         stack.close()
         if result is None:  # forward raised, and this hook runs on the way out
             return
         with exactly(device_of(model)):
+            if self.activations and step % self.activations == 0:
+                self._history.append(ACTIVATIONS, columns_of_activations(seen.means(), step))
+            if not whole:
+                return
             try:
                 with kept(model):
                     observations = self._observer.observe(result, seen, targets)
@@ -348,7 +362,7 @@ class Monitor:
 
     def _drop_pass(self) -> None:
         if self._pass is not None:
-            (stack, _, _), self._pass = self._pass, None
+            (stack, *_), self._pass = self._pass, None
             stack.close()
 
     def _keep(

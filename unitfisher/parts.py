@@ -176,7 +176,7 @@ def write_atomically(path: Path, data: bytes | pa.Buffer, unfinished: Path) -> N
 
 
 def _only_strings(values: Values) -> bool:
-    return values.dtype != object or all(isinstance(value, str) for value in values.flat)
+    return values.dtype != object or set(map(type, values.flat)) <= {str}
 
 
 def _repeat(value: Values, n: int) -> Values:

@@ -21,7 +21,7 @@ from unitfisher.solvers import dot, require_regular
 
 ITERATIONS = 300  # at most
 ENOUGH = {torch.float32: 1e-6, torch.float64: 1e-11}  # of the relative residual, to stop at
-ROUNDING = 10  # what is left in truth may be so much more
+ROUNDING = 100  # times more may be left in truth
 
 
 class UnconvergedWarning(UserWarning):
