@@ -88,6 +88,7 @@ exact_64 = partial(ways.natural_gradients, fisher="exact", rows=64)
 joint_alone = partial(ways.natural_gradients_alone, fisher="rademacher", sharing="joint")
 expand_all = partial(ways.natural_gradients_alone, fisher="rademacher")
 expand_512 = partial(ways.natural_gradients_alone, fisher="rademacher", rows=512)
+one_layer_256 = partial(ways.one_layer, fisher="rademacher", rows=256)
 one_layer = partial(ways.one_layer, fisher="rademacher")
 asdl_exact = partial(peers.asdl_unit_fishers, fisher="fisher_exact")
 asdl_natural_mc = partial(peers.asdl_natural_gradients, fisher="fisher_mc")
@@ -146,6 +147,7 @@ ROWS = (
     Row(FC_4096, "measure", LARGE, one_layer, 30, 5, "alone"),
     Row(FC_4096, "memory", LARGE, one_layer, 4, None, "GiB"),
     Row(CONV_768, "measure", LARGE, one_layer, 30, 5, "alone"),
+    Row(CONV_768, "measure-256", f"{LARGE}, 256 positions", one_layer_256, kind="alone"),
     Row(CONV_768, "memory", LARGE, one_layer, 4, None, "GiB"),
     peer(MNIST_64, "c-backpack", "BackPACK DiagGGNExact (c only)", peers.backpack_c),
     peer(MNIST_64, "kfac-asdl", "ASDL K-FAC, another quantity", peers.asdl_kfac),

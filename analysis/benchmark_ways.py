@@ -116,9 +116,9 @@ def recording(at: Setting, **options: Any) -> unitfisher.Monitor:
     return at.after.enter_context(monitor)
 
 
-def one_layer(at: Setting, fisher: str, sharing: str = "expand") -> Run:
+def one_layer(at: Setting, fisher: str, rows: int | None = None) -> Run:
     """s, k and the rest of all units of the first layer."""
-    monitor = unitfisher.Monitor(at.model, ["0"], fisher=fisher, sharing=sharing, every=1)
+    monitor = unitfisher.Monitor(at.model, ["0"], fisher=fisher, rows=rows, every=1)
     at.after.enter_context(monitor)
     return partial(training_step, at)
 

@@ -94,7 +94,7 @@ class Table:
 
     def _own(self, name: str, column: Column) -> Values:
         """Copy, so that what is done in place later is not recorded."""
-        values = column.detach().clone() if isinstance(column, Tensor) else np.array(column)
+        values = column.detach().clone() if isinstance(column, Tensor) else _array(column)
         if isinstance(values, np.ndarray) and values.dtype.kind in "UT":
             values = values.astype(object)  # a pointer per row, where U takes the longest's room
         if values.ndim > 1:
@@ -173,6 +173,11 @@ def write_atomically(path: Path, data: bytes | pa.Buffer, unfinished: Path) -> N
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _array(column: Column) -> NDArray[Any]:
+    strings = isinstance(column, list) and bool(column) and isinstance(column[0], str)
+    return np.array(column, dtype=object if strings else None)
 
 
 def _only_strings(values: Values) -> bool:
