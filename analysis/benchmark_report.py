@@ -98,10 +98,16 @@ def draw(grown: Sequence[Result], path: Path) -> None:
     """Time of one measurement over each size, with the exponent."""
     if not grown:
         return
-    figure, axes = plt.subplots(1, len(grown), figsize=(2.2 * len(grown), 2.4), squeeze=False)
+    size = 2.2 * len(grown), 2.4
+    figure, axes = plt.subplots(1, len(grown), figsize=size, squeeze=False, sharey=True)
     for ax, result in zip(axes[0], grown, strict=True):
-        ax.loglog([int(size) for size in result.points], list(result.points.values()), "o-")
+        sizes = [int(each) for each in result.points]
+        ax.loglog(sizes, list(result.points.values()), "o-")
         ax.set(xlabel=result.title.split()[-1], title=f"exponent {result.value:.2f}")
+        ax.set_xticks(sizes, map(str, sizes))
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    axes[0][0].set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
     axes[0][0].set_ylabel("one measurement (ms)")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
