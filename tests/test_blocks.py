@@ -11,6 +11,10 @@ from torch.testing import assert_close
 import unitfisher.blocks
 import unitfisher.cases
 from unitfisher import Monitor
+from unitfisher.blocks import Block
+from unitfisher.cases import UnitCases
+from unitfisher.solvers import SingularFisherError
+from unitfisher.statistics import theory
 
 ALIKE = [4, 5, 5, 5, 5, 3]  # inputs and units: three layers of one form
 TOL = {"rtol": 1e-9, "atol": 1e-12}
@@ -106,12 +110,20 @@ def test_gradients_of_some_layers_of_a_block_are_taken_alone():
 def test_a_singular_unit_is_named_in_its_own_layer():
     model, (x, _) = network(), batch(20)
     with torch.no_grad():
-        model[2].weight[0], model[2].bias[0] = (
-            0.0,
-            -1.0,
-        )  # constant: the next layer's Var_q is singular
+        model[2].weight[0] = 0.0  # a constant: the next layer's Var_q is singular
     with pytest.raises(ValueError, match="unit 0 in layer '4'"):
         Monitor(model, damping=0.0).measure(x)
+
+
+def test_a_singular_unit_is_named_also_in_a_later_part(monkeypatch):
+    chance = torch.Generator().manual_seed(0)
+    a = torch.randn(1, 20, 1, 3, generator=chance, dtype=torch.float64)
+    delta = torch.randn(1, 20, 1, 4, generator=chance, dtype=torch.float64)
+    delta[:, 3:, :, 2] = 0.0  # as many weighted cases as inputs
+    monkeypatch.setattr(unitfisher.cases, "MOMENTS_BYTES", 1)  # unit by unit
+    alone = Block(("fc",), (torch.tensor([5, 6, 7, 8]),), UnitCases(a, delta, 20), finite=True)
+    with pytest.raises(SingularFisherError, match="unit 7 in layer 'fc'"):
+        theory(alone, 0.0, None)
 
 
 def test_memory_bounds_how_many_go_together(monkeypatch):

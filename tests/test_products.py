@@ -79,6 +79,15 @@ def test_single_precision_keeps_four_digits():
         assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_large_mean_that_single_precision_rounds_shifts_nothing():
+    cases = layer(3, mean=1000.3, dtype=torch.float32)
+    iterated, _ = both(cases, 1e-4)
+    exact = UnitCases(cases.a.double(), cases.delta, N)
+    expected, _ = both(exact, 1e-4)
+    assert_close(iterated.mean_shift, expected.mean_shift, rtol=0, atol=2e-6)
+    assert_close(iterated.mu_q, expected.mu_q, rtol=0, atol=2e-6)
+
+
 def test_the_dead_and_what_sees_nothing_get_what_cholesky_gives_them():
     cases = layer(0, groups=2)
     delta, a = cases.delta.clone(), cases.a.clone()
