@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import tyro
 from jobs import Job, Progress, RunConfig, RunMismatchError, state
@@ -29,7 +29,7 @@ from unitfisher.experiments import (
 
 EPOCHS = {"digits": 60, "mnist": 10, "fashion-mnist": 10}
 PROBE = {"digits": 1024, "mnist": 4096, "fashion-mnist": 4096}  # cases, several per input
-ALL: tuple[ActivationName, ...] = get_args(ActivationName)
+PAPERS: tuple[ActivationName, ...] = ("relu", "lrelu", "srelu", "elu")
 INTERRUPTED = 130  # exit code, as shells have it
 
 GUIDE = """\
@@ -64,10 +64,8 @@ class Config:
     """Digits ship with scikit-learn; the others are read from, or downloaded to, data-root."""
     data_root: Path | None = None
     """Folder of MNIST or Fashion-MNIST as torchvision lays it out (or set UNITFISHER_DATA)."""
-    activations: Annotated[tuple[ActivationName, ...], tyro.conf.arg(metavar="NAME ...")] = (
-        get_args(ActivationName)
-    )
-    """Which to compare: relu, lrelu (slope 0.1), srelu (max(-1, x)), elu."""
+    activations: Annotated[tuple[ActivationName, ...], tyro.conf.arg(metavar="NAME ...")] = PAPERS
+    """Which to compare: relu, lrelu (slope 0.1), srelu (max(-1, x)), elu, prelu, gelu, ..."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run per activation and seed; a seed decides initial weights and batches."""
     epochs: int | None = None

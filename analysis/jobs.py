@@ -3,18 +3,17 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import unitfisher
-from unitfisher import Run, UnitStatistics
+from unitfisher import Run
 from unitfisher.experiments import (
     ActivationName,
     Dataset,
@@ -26,6 +25,7 @@ from unitfisher.experiments import (
     probe,
     train,
 )
+from unitfisher.experiments.watching import measured_epochs, record_activations, record_path
 
 WIDTH = 128
 PROBE_SEED = 1  # the same probe set in every run
@@ -112,12 +112,6 @@ def state(job: Job) -> Literal["new", "unfinished", "finished"]:
     return "finished"
 
 
-def measured_epochs(epochs: int, measurements: int) -> list[int]:
-    """Space epochs evenly on a logarithmic scale, from before training to its end."""
-    spaced = np.geomspace(epochs, 1, measurements - 1).round().astype(int)
-    return sorted({0, *spaced.tolist()})
-
-
 def run(job: Job, tell: Tell, stopped: Stopped = lambda: False) -> bool:
     """Train one network and record it; say whether it came to its end."""
     if state(job) == "unfinished":
@@ -171,19 +165,12 @@ def _recorded_training(
         model, units=c.units, every=every, damping=default, record=record
     ) as monitor:
         for epoch in train(model, data, schedule, generator):
-            _record_activations(record, epoch, model, x)
+            record_activations(record, epoch, model, x)
             loss = _record_scores(record, epoch, model, data)
             if epoch in to_measure:
                 measured = monitor.measure(x, targets=y)
-                _record_path(record, epoch, measured, c.dampings)
+                record_path(record, epoch, measured, c.dampings)
             yield Progress(c.activation, c.seed, epoch, loss)
-
-
-def _record_activations(record: Run, epoch: int, model: nn.Module, x: Tensor) -> None:
-    hidden = unitfisher.activation_statistics(model, x, layers="hidden*")
-    for layer, of in hidden.items():
-        columns = {"unit": torch.arange(len(of.mean)), "mean": of.mean, "var": of.var}
-        record.append("activations", {"epoch": epoch, "layer": layer, **columns})
 
 
 def _record_scores(record: Run, epoch: int, model: nn.Module, data: Dataset) -> float:
@@ -193,29 +180,3 @@ def _record_scores(record: Run, epoch: int, model: nn.Module, data: Dataset) -> 
     columns |= {"test_loss": on_test.loss, "test_error": 100 * on_test.error}
     record.append("training", {"epoch": [epoch], **columns})
     return on_train.loss
-
-
-def _record_path(
-    record: Run,
-    epoch: int,
-    measured: dict[str, UnitStatistics],
-    dampings: Sequence[float],
-) -> None:
-    """Record what depends on the damping at each damping, beside what does not."""
-    for layer, at_default in measured.items():
-        for damping in dampings:
-            of = at_default if damping == at_default.damping else at_default.damped(damping)
-            columns = {
-                "unit": of.units,
-                "k": of.k,
-                "sc": of.s * of.c,
-                "corrected_mean_norm": of.corrected_mean.norm(dim=1),
-                "cosine": of.cosine,
-                "damping_share": of.damping_share,
-                "bias_shift_share_natural": of.bias_shift_share_natural,
-                "bias_shift_share_gradient": of.bias_shift_share_gradient,
-                "mean_share": of.mean_share,
-                "n_eff": of.n_eff,
-                "dead": of.dead,
-            }
-            record.append("path", {"epoch": epoch, "layer": layer, "damping": damping, **columns})

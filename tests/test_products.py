@@ -132,7 +132,7 @@ def test_a_monitor_iterates_where_there_are_many_cases_of_many_inputs(monkeypatc
     with Monitor(model, layers="0", solver="direct") as monitor:
         direct = monitor.measure(x)["0"]
     assert direct.cases.route == "sums"
-    monkeypatch.setattr(unitfisher.cases, "MUCH_WORK", 360 * 18**2)
+    monkeypatch.setattr(unitfisher.cases, "MANY_INPUTS", 18)
     with Monitor(model, layers="0") as monitor:
         found = monitor.measure(x)["0"]
         assert found.cases.route == "products"
@@ -145,6 +145,18 @@ def test_a_monitor_iterates_where_there_are_many_cases_of_many_inputs(monkeypatc
     monkeypatch.setattr(unitfisher.cases, "MOMENTS_BYTES", 2 * (16 * 360 + 1800))  # parts
     with Monitor(model, layers="0") as monitor:
         assert_close(monitor.measure(x)["0"].k, direct.k, **TOL)
+
+
+@given(seed=st.integers(0, 2**31), damping=st.sampled_from([1e-6, 1e-3]))
+def test_cholesky_solves_what_would_take_too_many_iterations(seed, damping):
+    cases = layer(seed, groups=2, spread=2.0, mean=3.0)
+    _, solved = both(cases, damping)
+    ((_, iterated),) = replace(cases, solver="iterative").damped_parts(damping)
+    impatient = replace(iterated, patience=1)
+    assert (replace(iterated, patience=None).residual > 0).all()
+    assert impatient.residual.eq(0).any()
+    assert (impatient.residual <= impatient.tolerance).all()
+    assert_same_theory(impatient, solved, rtol=1e-6, atol=1e-6)
 
 
 def test_what_did_not_converge_says_so(monkeypatch, tmp_path):

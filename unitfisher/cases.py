@@ -18,7 +18,7 @@ from unitfisher.products import Moments, UnitProducts
 from unitfisher.rows import UnitRows
 
 MANY_CASES = 8  # times the inputs: then iterations converge soon
-MUCH_WORK = 2**25  # products for the second moments of one unit: then iterations cost less
+MANY_INPUTS = 256  # then some tens of iterations cost less than second moments
 MOMENTS_BYTES = 128 * 2**20  # what the second moments held at one time may take
 ROOT_BYTES = 32 * 2**20  # what the rows may take from which Fishers are multiplied
 
@@ -183,7 +183,7 @@ class UnitCases:
             return "rows"
         if joint or self.solver == "direct":
             return "sums"
-        pays = self.rows >= MANY_CASES * d and self.rows * d**2 >= MUCH_WORK
+        pays = self.rows >= MANY_CASES * d and d >= MANY_INPUTS
         return "products" if pays or self.solver == "iterative" else "sums"
 
     @cached_property
@@ -261,7 +261,10 @@ class UnitCases:
         center = self.mean[None] if groups == 1 else self.mean[:: self.units // groups]
         q = (self.D / torch.where(total > 0, total, 1.0)).to(self.a.dtype).T
         q = q.unflatten(0, (groups, -1)).contiguous()
-        return UnitProducts.of(total / self.samples, center, self.a.squeeze(2), q)
+        moments = UnitProducts.of(total / self.samples, center, self.a.squeeze(2), q)
+        # as many iterations as cost what second moments cost; then these, for who needs them
+        patience = None if self.solver == "iterative" else max(20, self.inputs // 4)
+        return replace(moments, patience=patience)
 
     def _gradients(
         self, origin: Float[Tensor, "*g d"]

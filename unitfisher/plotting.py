@@ -18,9 +18,29 @@ from unitfisher.experiments.models import ACTIVATIONS
 
 # ELU purple and ReLU blue as on the poster; a marker each, so that no one needs the colours
 COLOURS: Final = MappingProxyType(
-    {"relu": "#1f83d6", "lrelu": "#e08a00", "srelu": "#12926b", "elu": "#6a1b9a"}
+    {
+        "relu": "#1f83d6",
+        "lrelu": "#e08a00",
+        "srelu": "#12926b",
+        "elu": "#6a1b9a",
+        "prelu": "#8c564b",
+        "gelu": "#7f7f7f",
+        "silu": "#bcbd22",
+        "selu": "#d62780",
+    }
 )
-MARKERS: Final = MappingProxyType({"relu": "s", "lrelu": "^", "srelu": "D", "elu": "o"})
+MARKERS: Final = MappingProxyType(
+    {
+        "relu": "s",
+        "lrelu": "^",
+        "srelu": "D",
+        "elu": "o",
+        "prelu": "v",
+        "gelu": "P",
+        "silu": "X",
+        "selu": "h",
+    }
+)
 
 Lines = dict[str, Line2D]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unitfisher.moments import ConstantFit, UnitMoments, idle
 from unitfisher.rows import UnitRows
-from unitfisher.solvers import dot, require_regular
+from unitfisher.solvers import dot, require_regular, solve
 
 ITERATIONS = 300  # at most
 ENOUGH = {torch.float32: 1e-6, torch.float64: 1e-11}  # of the relative residual, to stop at
@@ -56,6 +56,7 @@ class UnitProducts:
     mean_shift: Float[Tensor, "u d"]  # μ_q - μ_p
     trace_Var_q: Float[Tensor, " u"]
     ridge: Float[Tensor, " u"]
+    patience: int | None = None  # iterations before Cholesky solves the rest; None: it never does
 
     @classmethod
     def of(
@@ -166,7 +167,7 @@ class UnitProducts:
         scale = torch.where(busy, size, 1.0)
         y, r = torch.zeros_like(b), b / scale * busy
         p, rr = r.clone(), r.square().sum(-1, keepdim=True)
-        for i in range(ITERATIONS):
+        for i in range(ITERATIONS if self.patience is None else self.patience):
             if i % 4 == 0 and bool((rr <= enough).all()):
                 break
             Ap = self._times(p)
@@ -177,13 +178,25 @@ class UnitProducts:
             new = r.square().sum(-1, keepdim=True)
             p = torch.where(still, r + new / torch.where(rr > 0, rr, 1.0) * p, p)
             rr = torch.where(still, new, rr)
-        residual = torch.linalg.vector_norm(b / scale * busy - self._times(y), dim=-1)
-        x = torch.linalg.solve_triangular(w.L.mT, (y * scale).mT, upper=True).mT
-        x = torch.where(self._idle[:, None], rhs, x.flatten(0, 1)) * self.alive[:, None]
+        residual = torch.linalg.vector_norm(b / scale * busy - self._times(y), dim=-1).flatten()
+        x = torch.linalg.solve_triangular(w.L.mT, (y * scale).mT, upper=True).mT.flatten(0, 1)
+        if self.patience is not None:
+            for unit in (residual > self.tolerance).nonzero().flatten().tolist():
+                x[unit], residual[unit] = self._directly(unit, rhs[unit]), 0.0
+        x = torch.where(self._idle[:, None], rhs, x) * self.alive[:, None]
         self._name_unconverged(residual)
-        return Solution(x, residual.flatten())
+        return Solution(x, residual)
 
-    def _name_unconverged(self, residual: Float[Tensor, "g v"]) -> None:
+    def _directly(self, unit: int, rhs: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+        """Solve one unit's system from its second moments."""
+        group, own = divmod(unit, self.q.shape[1])
+        about, mean = self.about[group], self.mean_about[unit]
+        second = ((self.q[group, own].unsqueeze(1) * about).mT @ about).double()
+        V = second - torch.outer(mean, mean)
+        V.diagonal().add_(self.epsilon[unit])
+        return solve(V.unsqueeze(0), rhs.double().unsqueeze(0))[0]
+
+    def _name_unconverged(self, residual: Float[Tensor, " u"]) -> None:
         bad = int((~(residual <= self.tolerance)).sum())
         if bad:
             warnings.warn(

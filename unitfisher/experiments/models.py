@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-ActivationName = Literal["relu", "lrelu", "srelu", "elu"]
+ActivationName = Literal["relu", "lrelu", "srelu", "elu", "prelu", "gelu", "silu", "selu"]
 
 
 class SReLU(nn.Module):
@@ -34,6 +34,10 @@ ACTIVATIONS: Final = MappingProxyType(
         "lrelu": Activation("LReLU", lambda: nn.LeakyReLU(0.1)),
         "srelu": Activation("SReLU", SReLU),
         "elu": Activation("ELU", nn.ELU),
+        "prelu": Activation("PReLU", nn.PReLU),
+        "gelu": Activation("GELU", nn.GELU),
+        "silu": Activation("SiLU", nn.SiLU),
+        "selu": Activation("SELU", nn.SELU),
     }
 )
 

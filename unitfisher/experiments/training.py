@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from unitfisher.experiments.data import Dataset
+from unitfisher.experiments.tasks import TASKS, Task
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,14 @@ def batches(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, x: Float[Tensor, "n d"], y: Int64[Tensor, " n"]) -> Score:
-    """Mean cross-entropy and share of wrong answers, in eval mode."""
+def evaluate(
+    model: nn.Module,
+    x: Float[Tensor, "n d"],
+    target: Tensor,
+    task: Task = TASKS["classification"],
+) -> Score:
+    """Mean loss and share of wrong answers (NaN where there are none), in eval mode."""
     was_training = model.training
-    logits = model.eval()(x)
+    outputs = model.eval()(x)
     model.train(was_training)
-    wrong = (logits.argmax(1) != y).float().mean()
-    return Score(F.cross_entropy(logits, y).item(), wrong.item())
+    return Score(task.loss(outputs, target).mean().item(), task.error(outputs, target))

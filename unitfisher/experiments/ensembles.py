@@ -1,0 +1,158 @@
+"""Networks of one form trained as one: small networks leave a machine idle, many of them do not."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call, stack_module_state, vmap
+
+
+class Ensemble(nn.Module):
+    """Members of one form as one module, each parameter stacked along a first dimension.
+
+    Members differ in their weights and in modules without parameters, such as the activation
+    function. Linear layers are batched products; what has no parameters runs once for members in a
+    row that are alike; any other module is vmapped (``torch.func``). Training the ensemble on the
+    sum of the members' losses trains each as if it were alone.
+
+    Args:
+        members: Sequential networks, of which this takes copies.
+
+    Raises:
+        ValueError: The members are not of one form; says where they differ.
+    """
+
+    def __init__(self, members: Sequence[nn.Sequential]) -> None:
+        super().__init__()
+        self.stacked = _stacked(members, "")
+        self._forms = tuple(members)
+
+    def forward(self, x: Float[Tensor, "m n ..."]) -> Float[Tensor, "m n ..."]:
+        """Let each member see its own cases."""
+        outputs: Tensor = self.stacked(x)
+        return outputs
+
+    @property
+    def members(self) -> tuple[nn.Module, ...]:
+        """The members as plain modules on the ensemble's memory: they follow it as it trains."""
+        stacked = {**dict(self.stacked.named_parameters()), **dict(self.stacked.named_buffers())}
+        for i, member in enumerate(self._forms):
+            for name, parameter in member.named_parameters():
+                parameter.data = stacked[name].data[i]
+            for name, buffer in member.named_buffers():
+                buffer.data = stacked[name].data[i]
+        return self._forms
+
+
+def _stacked(modules: Sequence[nn.Module], name: str) -> nn.Module:
+    first = modules[0]
+    _require_one_form(modules, name)
+    if isinstance(first, nn.Sequential):
+        parts = OrderedDict(
+            (child, _stacked([m.get_submodule(child) for m in modules], f"{name}.{child}"))
+            for child, _ in first.named_children()
+        )
+        return nn.Sequential(parts)
+    if type(first) is nn.Linear:
+        return StackedLinear(modules)
+    if not first.state_dict():
+        return Memberwise(modules)
+    return Vmapped(modules)
+
+
+def _require_one_form(modules: Sequence[nn.Module], name: str) -> None:
+    forms = {
+        (
+            isinstance(m, nn.Sequential) and tuple(child for child, _ in m.named_children()),
+            tuple((key, tuple(t.shape)) for key, t in m.state_dict().items()),
+            type(m) if m.state_dict() else None,
+        )
+        for m in modules
+    }
+    if len(forms) > 1:
+        raise ValueError(
+            f"an ensemble's members must have one form, but their {name.lstrip('.') or 'networks'} "
+            f"differ: {' and '.join(sorted({str(m) for m in modules}))}"
+        )
+
+
+class StackedLinear(nn.Module):
+    """One linear layer of every member."""
+
+    weight: Float[nn.Parameter, "m u d"]
+    bias: Float[nn.Parameter, "m u"] | None
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        _take_parameters(self, layers)
+        if "bias" not in self._parameters:
+            self.bias = None
+
+    def forward(self, x: Float[Tensor, "m n d"]) -> Float[Tensor, "m n u"]:
+        y: Tensor = _BatchedProduct.apply(x, self.weight)
+        return y if self.bias is None else y.add_(self.bias[:, None])
+
+
+class _BatchedProduct(torch.autograd.Function):
+    """x Wᵀ per member. Autograd's own would hand out the weights' gradient transposed in memory,
+    which makes the update twice as slow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.bmm(x, weight.mT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors
+        return torch.bmm(g, weight) if ctx.needs_input_grad[0] else None, torch.bmm(g.mT, x)
+
+
+class Memberwise(nn.Module):
+    """A module without parameters per member; those in a row that are alike run once."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        runs = [list(alike) for _, alike in groupby(modules, key=str)]
+        self.distinct = nn.ModuleList(run[0] for run in runs)
+        self.sizes = [len(run) for run in runs]
+
+    def forward(self, x: Float[Tensor, "m n ..."]) -> Float[Tensor, "m n ..."]:
+        parts = [
+            module(part.flatten(0, 1)).unflatten(0, part.shape[:2])
+            for module, part in zip(self.distinct, x.split(self.sizes), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Vmapped(nn.Module):
+    """Any module of every member, through ``torch.func.vmap``."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        _take_parameters(self, modules)
+        self._form = [modules[0]]  # in a list: its parameters are not the ensemble's
+
+    def forward(self, x: Float[Tensor, "m n ..."]) -> Float[Tensor, "m n ..."]:
+        form = self._form[0].train(self.training)
+
+        def one(state: dict[str, Tensor], x: Tensor) -> Any:
+            return functional_call(form, state, (x,))
+
+        state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        outputs: Tensor = vmap(one, randomness="different")(state, x)
+        return outputs
+
+
+def _take_parameters(stack: nn.Module, modules: Sequence[nn.Module]) -> None:
+    parameters, buffers = stack_module_state(list(modules))
+    for name, parameter in parameters.items():
+        stack.register_parameter(name, nn.Parameter(parameter.detach()))
+    for name, buffer in buffers.items():
+        stack.register_buffer(name, buffer)

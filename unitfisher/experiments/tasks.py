@@ -1,0 +1,60 @@
+"""What a network's output is for: its target, its loss, and its likelihood."""
+
+import math
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Final, Literal, NamedTuple
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from unitfisher.experiments.data import Dataset
+
+TaskName = Literal["classification", "reconstruction", "bernoulli-reconstruction"]
+
+
+class Task(NamedTuple):
+    """A task: ``loss`` is minus the log-likelihood of each case, up to a constant."""
+
+    likelihood: Literal["categorical", "gaussian", "bernoulli"]
+    loss: Callable[[Tensor, Tensor], Float[Tensor, " n"]]
+
+    @property
+    def classifies(self) -> bool:
+        return self.likelihood == "categorical"
+
+    def outputs(self, data: Dataset) -> int:
+        """How many outputs a network for this task has."""
+        return data.classes if self.classifies else data.inputs
+
+    def target(self, x: Tensor, y: Tensor) -> Tensor:
+        """What the outputs are compared with: the classes, or the inputs themselves."""
+        return y if self.classifies else x
+
+    def error(self, outputs: Float[Tensor, "n c"], target: Tensor) -> float:
+        """Share of wrong answers; NaN where nothing is right or wrong."""
+        if not self.classifies:
+            return math.nan
+        return (outputs.argmax(1) != target).float().mean().item()
+
+
+def _cross_entropy(logits: Float[Tensor, "n c"], y: Tensor) -> Float[Tensor, " n"]:
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def _half_squared_error(outputs: Float[Tensor, "n d"], x: Tensor) -> Float[Tensor, " n"]:
+    return (outputs - x).square().sum(1) / 2
+
+
+def _binary_cross_entropy(logits: Float[Tensor, "n d"], x: Tensor) -> Float[Tensor, " n"]:
+    return F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(1)
+
+
+TASKS: Final = MappingProxyType[TaskName, Task](
+    {
+        "classification": Task("categorical", _cross_entropy),
+        "reconstruction": Task("gaussian", _half_squared_error),
+        "bernoulli-reconstruction": Task("bernoulli", _binary_cross_entropy),
+    }
+)
