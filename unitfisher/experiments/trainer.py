@@ -82,7 +82,7 @@ class Trainer:
             networks.append(mlp(sizes, member.activation, generators[member.seed]))
         device = data.train_x.device
         self.ensemble = Ensemble(networks).to(device)
-        self.parameters = list(self.ensemble.parameters())
+        self.parameters: list[Tensor] = list(self.ensemble.parameters())
         self.descent = Descent(
             self.parameters,
             torch.tensor([member.rate for member in members], device=device),
@@ -227,17 +227,17 @@ class Trainer:
         diverged = ~self.loss.isfinite().cpu()
         news = diverged & ~self._diverged
         self._diverged |= diverged
-        if news.any():
-            warnings.warn(
-                f"{_named(m for m, new in zip(self.members, news, strict=True) if new)} diverged "
-                f"by step {self.iteration}: the loss is NaN or infinite, and is recorded so",
-                stacklevel=3,
-            )
         if self._diverged.all():
             raise DivergedError(
                 f"by step {self.iteration} the loss of {_named(self.members)} is NaN or infinite; "
                 f"{self.checkpoint} holds the last finite state that was kept. "
                 "Train with a smaller rate, in another folder"
+            )
+        if news.any():
+            warnings.warn(
+                f"{_named(m for m, new in zip(self.members, news, strict=True) if new)} diverged "
+                f"by step {self.iteration}: the loss is NaN or infinite, and is recorded so",
+                stacklevel=3,
             )
 
 

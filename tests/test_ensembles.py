@@ -1,0 +1,299 @@
+"""An ensemble's members train as each would alone."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+from unitfisher.experiments import Dataset, load, mlp, train
+from unitfisher.experiments.descent import Descent
+from unitfisher.experiments.ensembles import Ensemble
+from unitfisher.experiments.orders import Orders
+from unitfisher.experiments.presets import PRESETS, Member, Preset
+from unitfisher.experiments.trainer import DivergedError, Trainer
+from unitfisher.experiments.training import Schedule
+from unitfisher.record import RecordExistsError
+
+SMALL = replace(
+    PRESETS["mnist"],
+    dataset="digits",
+    hidden=(16, 12),
+    activations=("relu", "elu"),
+    seeds=(0, 1),
+    epochs=2,
+    probe=100,
+    measurements=2,
+)
+CLOCKS = ["seconds", "monitoring"]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def few() -> Dataset:
+    data = load("digits")
+    return Dataset(data.train_x[:300], data.train_y[:300], data.test_x[:50], data.test_y[:50])
+
+
+def convolutional(seed: int, activation: type[nn.Module]) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3),
+        nn.BatchNorm2d(3),
+        activation(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Sequential(nn.Linear(27, 5), nn.PReLU()),
+        nn.Linear(5, 2, bias=False),
+    )
+
+
+def outputs_and_gradients(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    outputs = model(x)
+    return outputs, *torch.autograd.grad(outputs.square().sum(), list(model.parameters()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_members_of_any_modules_compute_what_each_would_alone(training: bool) -> None:
+    kinds = [nn.ReLU, nn.ELU, nn.ELU]
+    x = torch.randn(3, 10, 1, 8, 8, generator=seeded(0))
+    alone = [convolutional(i, kind).train(training) for i, kind in enumerate(kinds)]
+    ensemble = Ensemble([convolutional(i, kind) for i, kind in enumerate(kinds)]).train(training)
+    found = outputs_and_gradients(ensemble, x)
+    expected = [outputs_and_gradients(model, x[i]) for i, model in enumerate(alone)]
+    for together, apart in zip(found, zip(*expected, strict=True), strict=True):
+        assert_close(together, torch.stack(apart), rtol=1e-4, atol=1e-5)
+    for i, model in enumerate(alone):
+        for name, buffer in model.named_buffers():
+            assert_close(ensemble.stacked.get_buffer(name)[i], buffer)
+
+
+def test_members_are_views_that_follow_the_ensemble() -> None:
+    ensemble = Ensemble([mlp([4, 3, 2], "elu", seeded(i)) for i in range(2)])
+    members = ensemble.members
+    with torch.no_grad():
+        for parameter in ensemble.parameters():
+            parameter.add_(1)
+    x = torch.randn(2, 5, 4)
+    assert_close(ensemble(x), torch.stack([m(x[i]) for i, m in enumerate(members)]))
+
+
+def test_ensemble_takes_copies_of_weights() -> None:
+    network = mlp([4, 3, 2], "elu", seeded(0))
+    before = network.hidden1.weight.clone()
+    with torch.no_grad():
+        for parameter in Ensemble([network, network]).parameters():
+            parameter.zero_()
+    assert torch.equal(network.hidden1.weight, before)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: mlp([4, 5, 2], "elu", seeded(0)),
+        lambda: mlp([4, 3, 2], "prelu", seeded(0)),
+        lambda: mlp([4, 3, 3, 2], "elu", seeded(0)),
+    ],
+    ids=["width", "parameters", "depth"],
+)
+def test_members_of_different_forms_are_refused(other: Callable[[], nn.Sequential]) -> None:
+    with pytest.raises(ValueError, match="must have one form, but their .* differ"):
+        Ensemble([mlp([4, 3, 2], "elu", seeded(0)), other()])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_descent_is_that_of_torch_with_a_rate_per_member(momentum: float, decay: float) -> None:
+    rates = torch.tensor([0.1, 0.1, 0.03])
+    start = torch.randn(3, 4, 5, generator=seeded(0)), torch.randn(3, 4, generator=seeded(1))
+    stacked = [x.clone() for x in start]
+    descent = Descent(stacked, rates, momentum=momentum, weight_decay=decay)
+    apart = [[nn.Parameter(x[i].clone()) for x in start] for i in range(3)]
+    optimizers = [
+        torch.optim.SGD(own, lr=float(rate), momentum=momentum, weight_decay=decay)
+        for own, rate in zip(apart, rates, strict=True)
+    ]
+    for seed in range(4):
+        gradients = [torch.randn(x.shape, generator=seeded(seed)) for x in start]
+        descent.step(gradients)
+        for i, (own, optimizer) in enumerate(zip(apart, optimizers, strict=True)):
+            for parameter, gradient in zip(own, gradients, strict=True):
+                parameter.grad = gradient[i].clone()
+            optimizer.step()
+    for k, together in enumerate(stacked):
+        assert_close(together, torch.stack([own[k].detach() for own in apart]))
+
+
+def test_an_order_visits_every_case_once_an_epoch() -> None:
+    first, second = seeded(0), seeded(1)
+    orders = Orders(10, 4, [first, second, first])
+    batches = [orders.next() for _ in range(2 * len(orders))]
+    assert [batch.shape[1] for batch in batches] == [4, 4, 2] * 2
+    epochs = torch.cat(batches[:3], 1), torch.cat(batches[3:], 1)
+    for epoch in epochs:
+        assert torch.equal(epoch.sort(1).values, torch.arange(10).expand(3, 10))
+        assert torch.equal(epoch[0], epoch[2])
+        assert not torch.equal(epoch[0], epoch[1])
+    assert not torch.equal(*epochs)
+
+
+@pytest.mark.parametrize("member", SMALL.members, ids=lambda member: member.name)
+def test_members_end_where_a_single_run_of_their_seed_ends(member: Member, tmp_path: Path) -> None:
+    data = few()
+    with Trainer(SMALL, SMALL.members, data, tmp_path) as trainer:
+        for _ in trainer:
+            pass
+        found = trainer.ensemble.members[SMALL.members.index(member)]
+    generator = seeded(member.seed)
+    alone = mlp([64, 16, 12, 10], member.activation, generator)
+    for _ in train(alone, data, Schedule(2, member.rate), generator):
+        pass
+    for name, parameter in alone.named_parameters():
+        assert_close(found.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
+
+
+def assert_same_records(one: Path, other: Path, preset: Preset) -> None:
+    for member in preset.members:
+        for table in ("training", "activations", "path", "units", "finished"):
+            frames = [pd.read_parquet(run / member.name / table) for run in (one, other)]
+            frames = [frame.drop(columns=CLOCKS, errors="ignore") for frame in frames]
+            pd.testing.assert_frame_equal(*frames)
+
+
+@pytest.mark.parametrize("task", ["classification", "reconstruction", "bernoulli-reconstruction"])
+def test_a_training_that_was_cut_ends_bit_identical(task: str, tmp_path: Path) -> None:
+    fisher = "exact" if task == "classification" else "rademacher"
+    preset = replace(
+        SMALL, task=task, fisher=fisher, rates=(1e-3, 1e-2), momentum=0.5, weight_decay=1e-4
+    )
+    data = few()
+    with Trainer(preset, preset.members, data, tmp_path / "whole") as whole:
+        for _ in whole:
+            pass
+    cut = Trainer(preset, preset.members, data, tmp_path / "cut")
+    for progress in cut:
+        if progress.iteration == 3:
+            cut.save()
+        if progress.iteration == 7:  # in the second epoch: its first evaluation is undone
+            break
+    cut.close()
+    with Trainer(preset, preset.members, data, tmp_path / "cut", resume=True) as resumed:
+        assert resumed.iteration == 3
+        for _ in resumed:
+            pass
+    for name, tensor in whole.ensemble.state_dict().items():
+        assert torch.equal(resumed.ensemble.state_dict()[name], tensor)
+    assert_same_records(tmp_path / "whole", tmp_path / "cut", preset)
+
+
+def test_a_training_is_not_overwritten(tmp_path: Path) -> None:
+    with Trainer(SMALL, SMALL.members, few(), tmp_path):
+        pass
+    with pytest.raises(RecordExistsError, match="already holds a run"):
+        Trainer(SMALL, SMALL.members, few(), tmp_path)
+
+
+def test_other_members_do_not_resume_a_checkpoint(tmp_path: Path) -> None:
+    with Trainer(SMALL, SMALL.members, few(), tmp_path) as trainer:
+        trainer.save()
+    with pytest.raises(ValueError, match=r"checkpoint.pt is of relu-lr0.01-s0, .* not of elu"):
+        Trainer(SMALL, SMALL.members[2:], few(), tmp_path, resume=True)
+
+
+def test_a_member_that_diverges_is_named_and_leaves_the_others_alone(tmp_path: Path) -> None:
+    preset = replace(SMALL, task="reconstruction", fisher="rademacher", rates=(1e-3, 1e3))
+    with (
+        Trainer(preset, preset.members, few(), tmp_path) as trainer,
+        pytest.warns(UserWarning, match="relu-lr1000-s0, .*elu-lr1000-s1 diverged by step 5"),
+    ):
+        for _ in trainer:
+            pass
+    losses = {
+        member.name: pd.read_parquet(tmp_path / member.name / "training")["train_loss"].iloc[-1]
+        for member in preset.members
+    }
+    assert all((loss != loss) == ("1000" in name) for name, loss in losses.items())
+
+
+def test_a_training_whose_loss_is_not_finite_stops_and_keeps_the_last_checkpoint(
+    tmp_path: Path,
+) -> None:
+    preset = replace(SMALL, task="reconstruction", fisher="rademacher", rates=(1e3,))
+    with Trainer(preset, preset.members, few(), tmp_path) as trainer:
+        trainer.save()
+        kept = trainer.checkpoint.read_bytes()
+        with pytest.raises(DivergedError, match=r"checkpoint.pt holds the last finite state"):
+            for _ in trainer:
+                pass
+        assert trainer.checkpoint.read_bytes() == kept
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Trainer(SMALL, SMALL.members, few(), tmp_path) as trainer:
+        trainer.save()
+        kept = trainer.checkpoint.read_bytes()
+        trainer.step()
+        monkeypatch.setattr("unitfisher.experiments.trainer.write_atomically", full)
+        with pytest.warns(UserWarning, match="no checkpoint was written .*No space left"):
+            trainer.save()
+        assert trainer.checkpoint.read_bytes() == kept
+
+
+def test_the_fishers_of_a_member_are_those_of_its_network(tmp_path: Path) -> None:
+    import unitfisher
+
+    with Trainer(SMALL, SMALL.members, few(), tmp_path) as trainer:
+        for _ in trainer:
+            pass
+        watch, member = trainer.watches[3], trainer.ensemble.members[3]
+        x, y = watch._probe
+        alone = mlp([64, 16, 12, 10], "elu", seeded(0))
+        alone.load_state_dict(member.state_dict())
+        expected = unitfisher.Monitor(alone, "hidden*", units=8).measure(x, targets=y)
+    path = pd.read_parquet(tmp_path / "elu-lr0.01-s1" / "path")
+    path = path[(path["epoch"] == 2) & (path["damping"] == 1e-3)]
+    for layer, of in expected.items():
+        found = path[path["layer"] == layer]
+        assert_close(torch.tensor(found["k"].to_numpy()), of.k, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epochs": 0}, {"seeds": ()}, {"measurements": 1}],
+    ids=["epochs", "seeds", "measurements"],
+)
+def test_impossible_presets_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(change))):
+        replace(SMALL, **change)
+
+
+def test_losses_are_minus_log_likelihoods() -> None:
+    from unitfisher.experiments.tasks import TASKS
+
+    z, x = torch.randn(4, 3, generator=seeded(0)), torch.rand(4, 3, generator=seeded(1))
+    gaussian = -torch.distributions.Normal(z, 1.0).log_prob(x).sum(1)
+    gaussian = gaussian - 1.5 * torch.log(torch.tensor(2 * torch.pi))
+    assert_close(TASKS["reconstruction"].loss(z, x), gaussian)
+    bernoulli = -(x * F.logsigmoid(z) + (1 - x) * F.logsigmoid(-z)).sum(1)
+    assert_close(TASKS["bernoulli-reconstruction"].loss(z, x), bernoulli)
+
+
+def test_nothing_warns_in_an_ordinary_training(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Trainer(SMALL, SMALL.members, few(), tmp_path) as trainer:
+            for _ in trainer:
+                pass
