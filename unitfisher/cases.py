@@ -197,7 +197,7 @@ class UnitCases:
     def per_part(self) -> int:
         """Units at a time: their weighted copies of the cases and their second moments."""
         d, joint = self.inputs, self.delta.shape[2] > 1
-        copies = 24 * self.rows * d if joint else 2 * self.a.element_size() * self.rows * d
+        copies = 24 * self.rows * d if joint else 0
         if self.route == "sums":
             return max(1, MOMENTS_BYTES // (copies + 24 * d**2))
         if self.route == "products":

@@ -12,11 +12,15 @@ from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unitfisher.gram import solve_grams
 from unitfisher.solvers import dot, outer, require_regular
+
+COPIES_BYTES = 32 * 2**20  # of the cases, weighted for a unit, at one time
+BLOCK = 128  # rows of a symmetric product, of which only one triangle is formed
 
 
 class ConstantFit(NamedTuple):
@@ -79,25 +83,24 @@ class UnitMoments:
         if origin is None:
             center = grouped.detach().mean(1)
             origin = center[0] if len(center) == 1 else _repeated(center, units)
-        elif origin.dim() == 2:
-            grouped = _repeated(grouped, units)  # a point a unit: every unit is its own group
-        groups = len(grouped)
-        about = grouped - origin.reshape(-1, 1, d)[:: max(1, units // groups)]
         scale = D.detach().amax(0).clamp_min(torch.finfo(D.dtype).tiny)
-        weight = (D / scale).to(a.dtype).T.unflatten(0, (groups, -1))  # g v n, tiny D keeps digits
-        Da = weight.unsqueeze(2) * about.mT.unsqueeze(1)  # g v d n
-        Daa = Da.flatten(1, 2) @ about
-        sum_a = about.sum(1)
+        weight = (D / scale).to(a.dtype).T  # tiny D keeps digits
+        together = max(1, COPIES_BYTES // (2 * grouped[0].nbytes))
+        parts = [
+            _sums(grouped, origin, weight, slice(start, start + together))
+            for start in range(0, units, together)
+        ]
+        sum_a, sum_Da, sum_Daa = (torch.cat(sums).to(D.dtype) for sums in zip(*parts, strict=True))
         return cls(
             origin=origin.to(D.dtype),
             cases=D.new_tensor(len(D)),
             samples=D.new_tensor(len(D) if samples is None else samples),
-            sum_a=(sum_a[0] if origin.dim() == 1 else _repeated(sum_a, units)).to(D.dtype),
+            sum_a=sum_a[0] if origin.dim() == 1 else sum_a,
             sum_D=D.sum(0),
             sum_DD=(D**2).sum(0),
             support=(D > 0).sum(0).to(D.dtype),
-            sum_Da=(weight @ about).reshape(units, d).to(D.dtype) * scale[:, None],
-            sum_Daa=Daa.reshape(units, d, d).to(D.dtype) * scale[:, None, None],
+            sum_Da=sum_Da * scale[:, None],
+            sum_Daa=sum_Daa * scale[:, None, None],
             ridge=D.new_zeros(units),
         )
 
@@ -288,6 +291,36 @@ def idle(
 ) -> Bool[Tensor, " u"]:
     """Dead, or fed with nothing but zeros: then Var_q is 0 and every answer too."""
     return ~alive | (trace_Var_q == 0) & (mu_q_squared == 0)
+
+
+def _sums(
+    a: Float[Tensor, "g n d"],
+    origin: Float[Tensor, "*u d"],
+    weight: Float[Tensor, "u n"],
+    part: slice,
+) -> tuple[Float[Tensor, "v d"], Float[Tensor, "w d"], Float[Tensor, "w d d"]]:
+    """Σ (a - origin), Σ D (a - origin) and Σ D (a - origin)(a - origin)ᵀ of some units."""
+    if origin.dim() == 1:
+        about = a - origin
+    else:
+        group = torch.arange(len(weight), device=a.device)[part] * len(a) // len(weight)
+        about = (a if len(a) == 1 else a[group]) - origin[part].unsqueeze(1)
+    own = weight[part].unsqueeze(1)
+    return about.sum(1), (own @ about).squeeze(1), _symmetric(own * about.mT, about)
+
+
+def _symmetric(x: Float[Tensor, "u d n"], y: Float[Tensor, "v n d"]) -> Float[Tensor, "u d d"]:
+    """The product x y, one point's y for all units or each its own, where it is symmetric."""
+    d = x.shape[1]
+    if d <= 2 * BLOCK:
+        return x @ y if len(y) > 1 else (x.flatten(0, 1) @ y[0]).unflatten(0, x.shape[:2])
+    stops = [min(start + BLOCK, d) for start in range(0, d, BLOCK)]
+    lower = [
+        F.pad(x[:, start:stop] @ y[..., :stop], (0, d - stop))
+        for start, stop in zip([0, *stops], stops, strict=False)
+    ]
+    L = torch.cat(lower, 1).tril()
+    return L + L.tril(-1).mT
 
 
 def _repeated(x: Float[Tensor, "g ..."], units: int) -> Float[Tensor, "u ..."]:
