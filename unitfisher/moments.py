@@ -78,7 +78,7 @@ class UnitMoments:
                 if not given.
             samples: How many samples the cases belong to, when positions share the weights.
         """
-        units, d = D.shape[1], a.shape[-1]
+        units = D.shape[1]
         grouped = a.unsqueeze(0) if a.dim() == 2 else a
         if origin is None:
             center = grouped.detach().mean(1)

@@ -40,7 +40,8 @@ def device() -> str:
     model = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     cpu = model[1] if model else platform.processor() or platform.machine()
     gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
-    return ", ".join([cpu, f"{torch.get_num_threads()} threads", *gpu])
+    threads = torch.get_num_threads()
+    return ", ".join([cpu, f"{threads} thread{'s' if threads > 1 else ''}", *gpu])
 
 
 def plain(value: Any) -> Any:

@@ -1,0 +1,51 @@
+"""How much units' activations change between epochs, by layer (after the paper's appendix C).
+
+    python paper_figs/activation_changes.py
+
+The paper takes each unit's median activation over the training set in a 5×256 network; here it is
+the mean over a fixed subset, in the 8×128 network of the mean activations' figure.
+"""
+
+import numpy as np
+import pandas as pd
+import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from summaries import Summary
+
+from unitfisher import plotting
+
+
+def draw() -> Figure:
+    """Per layer: share of units whose variance of changes is at most x."""
+    summary = Summary.read("mnist")
+    changes = summary.changes
+    layers = sorted(changes["layer"].unique())
+    figure, axes = style.panels(2, -(-len(layers) // 2), (2.2, 2.0), sharex="all", sharey="all")
+    for ax, layer in zip(axes.flat, layers, strict=False):
+        of_layer = changes[changes["layer"] == layer]
+        lines = {}
+        for name in plotting.COLOURS:
+            rows = of_layer[of_layer["activation"] == name]
+            if len(rows):
+                lines[name] = _deciles(ax, name, rows.groupby("share")["variance"].median())
+        ax.set(xscale="log", xlim=(1e-8, None), ylim=(0, 1))
+        ax.set_title(layer, fontsize=9)
+    for ax in axes[-1]:
+        ax.set_xlabel("variance")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("share of units")
+    note = "variance over epochs of the change of a unit's mean activation, median over seeds"
+    return style.finish(figure, lines, f"{summary.conditions}; {note}")
+
+
+def _deciles(ax: Axes, name: str, variance: pd.Series) -> Line2D:
+    values = np.maximum(variance.to_numpy(), 1e-12)
+    look = {"color": plotting.COLOURS[name], "marker": plotting.MARKERS[name], "markersize": 3}
+    (line,) = ax.plot(values, variance.index, label=plotting.ACTIVATIONS[name].label, **look)
+    return line
+
+
+if __name__ == "__main__":
+    print(style.save(draw, "activation_changes"))
