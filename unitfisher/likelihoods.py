@@ -44,6 +44,15 @@ class Likelihood(Protocol):
         ...
 
 
+@runtime_checkable
+class Residual(Protocol):
+    """A likelihood whose score can be taken sample by sample under ``torch.func.vmap``."""
+
+    def residual(self, z: Output, y: Tensor) -> Output:
+        """Return `Likelihood.score` of targets that were checked."""
+        ...
+
+
 @dataclass(frozen=True)
 class Categorical:
     """Softmax over the last axis; outputs (n, C) or (n, T, C), logits or log-probabilities."""
@@ -95,8 +104,12 @@ class Categorical:
                 f"targets must be class indices from 0 to {classes - 1}, got {low} to {high}; "
                 f"leave samples without a label out of what is measured"
             )
-        one_hot = torch.zeros_like(z).scatter_(-1, labels.long().unsqueeze(-1), 1.0)
-        return one_hot - z.softmax(-1)
+        return self.residual(z, y)
+
+    def residual(self, z: Output, y: Tensor) -> Output:
+        labels = y.long().reshape(*z.shape[:2], 1)
+        observed = labels == torch.arange(z.shape[-1], device=z.device)
+        return observed.to(z.dtype) - z.softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,10 @@ class Bernoulli:
         return torch.bernoulli(z.detach().sigmoid(), generator=generator)
 
     def score(self, z: Output, y: Tensor) -> Output:
-        return _matching(y, z) - z.sigmoid()
+        return self.residual(z, _matching(y, z))
+
+    def residual(self, z: Output, y: Tensor) -> Output:
+        return y.to(z.dtype).reshape(z.shape) - z.sigmoid()
 
 
 @dataclass(frozen=True)
@@ -144,7 +160,10 @@ class Gaussian:
         return torch.normal(z.detach(), spread, generator=generator)
 
     def score(self, z: Output, y: Tensor) -> Output:
-        return (_matching(y, z) - z).div(self.variance)
+        return self.residual(z, _matching(y, z))
+
+    def residual(self, z: Output, y: Tensor) -> Output:
+        return (y.to(z.dtype).reshape(z.shape) - z).div(self.variance)
 
 
 BY_NAME: dict[str, Callable[[], Likelihood]] = {

@@ -4,7 +4,7 @@ Independent of hooks and canonical forms, it serves layer kinds that have none. 
 Fisher only (``sharing="joint"``): a parameter's gradient is already summed over its positions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch.func import functional_call, vjp, vmap
 
 from unitfisher.errors import Estimator, columns
 from unitfisher.layers import LayerSelectionError
-from unitfisher.likelihoods import Likelihood, likelihood_of
+from unitfisher.likelihoods import Likelihood, Residual, likelihood_of
 from unitfisher.moments import UnitMoments
 from unitfisher.passes import Chance, Pick, arguments, pick_output, undisturbed
 
 TOGETHER = 16  # columns drawn at a time
+Given = tuple[tuple[Tensor, ...], dict[str, Tensor]]  # a forward's arguments
 
 
 def per_sample_gradients(
@@ -59,30 +60,37 @@ def per_sample_gradients(
     """
     kind = "empirical" if targets is not None else fisher
     estimator = Estimator(likelihood_of(likelihood), kind, samples, sharing="joint")
-    args, kwargs = arguments(inputs)
     trainable = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     chosen = trainable if parameters is None else {n: p.detach() for n, p in parameters.items()}
+    args, kwargs = arguments(inputs)
 
-    def outputs(chosen: dict[str, Tensor], args: Any, kwargs: Any) -> Tensor:
-        result = functional_call(model, chosen, args, kwargs)
+    def outputs(chosen: dict[str, Tensor], given: Given) -> Tensor:
+        result = functional_call(model, chosen, *given)
         return estimator.likelihood.arrange(pick_output(result, output))
 
-    def pull_back(args: Any, kwargs: Any, S: Float[Tensor, "r t y"]) -> dict[str, Tensor]:
-        one, named = _batch_of_one(args), _batch_of_one(kwargs)
-        back = vjp(lambda chosen: outputs(chosen, one, named)[0], chosen)[1]
+    def pulled_back(given: Given, S: Float[Tensor, "r t y"]) -> dict[str, Tensor]:
+        back = vjp(lambda chosen: outputs(chosen, _each(given, _alone))[0], chosen)[1]
         if len(S) > 1:
             return dict(vmap(back)(S)[0])
         return {name: g.unsqueeze(0) for name, g in back(S[0])[0].items()}
 
-    with undisturbed(model), torch.inference_mode(False):
-        with torch.no_grad():
-            z = outputs(chosen, args, kwargs)
+    def of_target(given: Given, y: Tensor) -> dict[str, Tensor]:
+        z, back = vjp(lambda chosen: outputs(chosen, _each(given, _alone)), chosen)[:2]
+        assert isinstance(estimator.likelihood, Residual)
+        return dict(back(estimator.likelihood.residual(z, y.unsqueeze(0)))[0])
+
+    with undisturbed(model), torch.inference_mode(False), torch.no_grad():
+        given = args, kwargs
+        if targets is not None and isinstance(estimator.likelihood, Residual):
+            first = outputs(chosen, _each(given, lambda x: x[:1]))
+            samples = len(next(iter([*args, *kwargs.values()])))
+            estimator.likelihood.score(first.expand(samples, *first.shape[1:]), targets)  # checks
+            return dict(vmap(of_target, chunk_size=chunk_size)(given, targets))
+        z = outputs(chosen, given)
         chance = Chance(seed).on(z.device)
         S = torch.cat(list(columns(z, estimator, chance, targets, TOGETHER)))
-        pulled = vmap(pull_back, in_dims=(0, 0, 1), out_dims=1, chunk_size=chunk_size)(
-            args, kwargs, S
-        )
-    return {name: g[0] if targets is not None else g for name, g in pulled.items()}
+        each = vmap(pulled_back, in_dims=(0, 1), out_dims=1, chunk_size=chunk_size)(given, S)
+    return {name: g[0] if targets is not None else g for name, g in each.items()}
 
 
 def unit_fisher_per_sample(
@@ -140,7 +148,10 @@ def _units_first(module: nn.Module, G: Tensor) -> Float[Tensor, "r n u d"]:
     return G.flatten(3) if G.dim() > 3 else G.unsqueeze(3)
 
 
-def _batch_of_one(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {name: v.unsqueeze(0) for name, v in values.items()}
-    return tuple(v.unsqueeze(0) for v in values)
+def _each(given: Given, act: Callable[[Tensor], Tensor]) -> Given:
+    args, kwargs = given
+    return tuple(act(x) for x in args), {name: act(x) for name, x in kwargs.items()}
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x.unsqueeze(0)
