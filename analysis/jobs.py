@@ -165,17 +165,17 @@ def _recorded_training(
         model, units=c.units, every=every, damping=default, record=record
     ) as monitor:
         for epoch in train(model, data, schedule, generator):
-            record_activations(record, epoch, model, x)
+            record_activations(record, {"epoch": epoch}, model, x)
             loss = _record_scores(record, epoch, model, data)
             if epoch in to_measure:
                 measured = monitor.measure(x, targets=y)
-                record_path(record, epoch, measured, c.dampings)
+                record_path(record, {"epoch": epoch}, measured, c.dampings)
             yield Progress(c.activation, c.seed, epoch, loss)
 
 
 def _record_scores(record: Run, epoch: int, model: nn.Module, data: Dataset) -> float:
-    on_train = evaluate(model, data.train_x, data.train_y)
-    on_test = evaluate(model, data.test_x, data.test_y)
+    on_train = evaluate(model, [(data.train_x, data.train_y)])
+    on_test = evaluate(model, [(data.test_x, data.test_y)])
     columns = {"train_loss": on_train.loss, "train_error": 100 * on_train.error}
     columns |= {"test_loss": on_test.loss, "test_error": 100 * on_test.error}
     record.append("training", {"epoch": [epoch], **columns})

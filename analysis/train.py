@@ -11,14 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import tyro
 from tqdm import tqdm
 
-from unitfisher.experiments import DataNotFoundError, load
+from unitfisher.experiments import DataNotFoundError, Dataset, load
+from unitfisher.experiments.data import data_root
+from unitfisher.experiments.images import DamagedDataError, load_cifar
+from unitfisher.experiments.photographs import PhotographSets, load_photographs
 from unitfisher.experiments.presets import PRESETS, Member, Preset
 from unitfisher.experiments.trainer import DivergedError, Trainer
+from unitfisher.experiments.whitening import whitened
 from unitfisher.record import RecordExistsError
 
 INTERRUPTED = 130  # exit code, as shells have it
@@ -26,16 +31,24 @@ INTERRUPTED = 130  # exit code, as shells have it
 
 @dataclass(frozen=True)
 class Where:
-    """Where to read, compute and write."""
+    """Where to read, compute and write, and how."""
 
     data_root: Path | None = None
     """Folder of the data as torchvision lays them out (or set UNITFISHER_DATA)."""
     out: Path | None = None
     """Folder of records and checkpoint; default runs/<preset>."""
+    cache: Path | None = None
+    """Folder of whitening and mean images, computed once; default <out>/cache."""
     device: str = "cpu"
     """As torch names it: cpu, cuda, ..."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of products in training; parameters and measurements stay in float32."""
+    compile: bool = False
+    """Train through torch.compile."""
     threads: int | None = None
     """Of torch on the CPU; default all cores."""
+    workers: int = 0
+    """Processes that read photographs."""
     resume: bool = False
     """Go on from the checkpoint in the folder."""
     checkpoint_every: float = 120
@@ -46,17 +59,19 @@ def main(name: str, preset: Preset, where: Where) -> int:
     """Train all members; return the exit code."""
     if where.threads:
         torch.set_num_threads(where.threads)
-    data = load(preset.dataset, where.data_root).to(where.device)
     folder = where.out or Path("runs") / name
+    data = opened(preset, where, where.cache or folder / "cache")
     for form, members in by_form(preset.members):
-        part = folder / form
         with Trainer(
             preset,
             members,
             data,
-            part,
+            folder / form,
             resume=where.resume,
             checkpoint_every=where.checkpoint_every,
+            precision=where.precision,
+            compiled=where.compile,
+            workers=where.workers,
         ) as trainer:
             try:
                 follow(trainer, f"{name}, {len(members)} networks")
@@ -65,6 +80,18 @@ def main(name: str, preset: Preset, where: Where) -> int:
                 print(f"\nInterrupted after step {trainer.iteration}; go on with --resume.")
                 return INTERRUPTED
     return 0
+
+
+def opened(preset: Preset, where: Where, cache: Path) -> Dataset | PhotographSets:
+    """Load a preset's data, preprocessed."""
+    name = preset.dataset
+    if name in ("digits", "mnist", "fashion-mnist"):
+        return load(name, where.data_root).to(where.device)
+    root = data_root(name, where.data_root)
+    if name == "photographs":
+        return load_photographs(root, cache, workers=where.workers).to(where.device)
+    images = load_cifar(name, root).to(where.device)
+    return whitened(images, name, cache) if preset.preprocessing == "zca" else images
 
 
 def by_form(members: Sequence[Member]) -> list[tuple[str, list[Member]]]:
@@ -109,8 +136,10 @@ def parse(arguments: Sequence[str]) -> tuple[str, Preset, Where]:
         sys.exit(f"train.py: no preset {name!r}; there are {', '.join(PRESETS)}")
     rest = [*arguments[:at], *arguments[at + 2 :]]
 
-    @tyro.conf.configure(tyro.conf.OmitArgPrefixes)
-    def both(preset: Preset = PRESETS[name], where: Where = Where()) -> tuple[Preset, Where]:
+    def both(
+        preset: Annotated[Preset, tyro.conf.arg(name="")] = PRESETS[name],
+        where: Annotated[Where, tyro.conf.arg(name="")] = Where(),
+    ) -> tuple[Preset, Where]:
         return preset, where
 
     return name, *tyro.cli(both, args=rest, prog=f"train.py --preset {name}")
@@ -119,5 +148,11 @@ def parse(arguments: Sequence[str]) -> tuple[str, Preset, Where]:
 if __name__ == "__main__":
     try:
         sys.exit(main(*parse(sys.argv[1:])))
-    except (DataNotFoundError, RecordExistsError, DivergedError, ValueError) as error:
+    except (
+        DataNotFoundError,
+        DamagedDataError,
+        RecordExistsError,
+        DivergedError,
+        ValueError,
+    ) as error:
         sys.exit(f"train.py: {error}")

@@ -163,13 +163,14 @@ def test_an_epoch_shows_every_case_once() -> None:
 def test_evaluation_keeps_the_mode(mode: Callable[[nn.Module], nn.Module]) -> None:
     model = mode(nn.Sequential(nn.Linear(2, 2)))
     before = model.training
-    evaluate(model, torch.zeros(3, 2), torch.tensor([0, 1, 1]))
+    evaluate(model, [(torch.zeros(3, 2), torch.tensor([0, 1, 1]))])
     assert model.training == before
 
 
 def test_evaluation_counts_wrong_answers_and_ignores_dropout() -> None:
     model = nn.Sequential(nn.Identity(), nn.Dropout(0.9))
     logits = torch.tensor([[9.0, 0.0], [9.0, 0.0], [0.0, 9.0], [0.0, 9.0]])
-    score = evaluate(model, logits, torch.tensor([0, 0, 1, 0]))
+    labels = torch.tensor([0, 0, 1, 0])
+    score = evaluate(model, zip(logits.split(3), labels.split(3), strict=True))
     assert score.error == 0.25
     assert score.loss == pytest.approx(F.cross_entropy(logits, torch.tensor([0, 0, 1, 0])).item())

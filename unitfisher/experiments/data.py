@@ -26,16 +26,16 @@ class DataNotFoundError(RuntimeError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Flattened images with values in [0, 1] and their classes."""
+    """Images, flattened or with channels, rows and columns, and their classes."""
 
-    train_x: Float[Tensor, "n d"]
+    train_x: Float[Tensor, "n *shape"]
     train_y: Int64[Tensor, " n"]
-    test_x: Float[Tensor, "m d"]
+    test_x: Float[Tensor, "m *shape"]
     test_y: Int64[Tensor, " m"]
 
     @property
     def inputs(self) -> int:
-        return self.train_x.shape[1]
+        return self.train_x[0].numel()
 
     @property
     def classes(self) -> int:
@@ -60,7 +60,7 @@ def load(name: str, root: Path | str | None = None) -> Dataset:
     if name == "digits":
         return _digits()
     if name in ("mnist", "fashion-mnist"):
-        return _from_torchvision(name, _root(name, root))
+        return _from_torchvision(name, data_root(name, root))
     raise ValueError(f"no data set {name!r}; there are 'digits', 'mnist' and 'fashion-mnist'")
 
 
@@ -94,7 +94,12 @@ def _stratified(y: Int64[Tensor, " n"], generator: torch.Generator) -> Tensor:
     return is_test
 
 
-def _root(name: str, root: Path | str | None) -> Path:
+def data_root(name: str, root: Path | str | None) -> Path:
+    """Return the folder named, here or in the environment.
+
+    Raises:
+        DataNotFoundError: None was named.
+    """
     named = root or os.environ.get(DATA_ROOT)
     if not named:
         raise DataNotFoundError(

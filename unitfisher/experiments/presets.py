@@ -3,13 +3,14 @@
 [R] marks what was read in the paper, [I] what it leaves open and is chosen here.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
-from unitfisher.experiments.data import DatasetName
 from unitfisher.experiments.models import ActivationName
 from unitfisher.experiments.tasks import TaskName
+
+DatasetName = Literal["digits", "mnist", "fashion-mnist", "cifar-10", "cifar-100", "photographs"]
 
 
 class Member(NamedTuple):
@@ -24,17 +25,37 @@ class Member(NamedTuple):
         return f"{self.activation}-lr{self.rate:g}-s{self.seed}"
 
 
+class Phase(NamedTuple):
+    """What holds from a step on, until the next phase."""
+
+    start: int
+    factor: float = 1.0  # of the learning rate
+    dropout: tuple[float, ...] = ()  # a rate for each stack; empty: as it was
+    dropped: Literal["last", "all"] = "last"  # layers of a stack
+
+
 @dataclass(frozen=True)
 class Preset:
-    """A training of fully connected networks by stochastic gradient descent."""
+    """A training by stochastic gradient descent, of one network per activation, rate and seed."""
 
     dataset: DatasetName
-    """Data set, by its torchvision name."""
-    hidden: tuple[int, ...]
-    """Hidden units, layer by layer."""
+    """Data set; "photographs" are folders train and val with a folder for each class."""
+    network: str = "mlp"
+    """Fully connected ("mlp"), a name of unitfisher.experiments.comparisons.NETWORKS, or
+    torchvision:NAME or timm:NAME."""
+    hidden: tuple[int, ...] = ()
+    """Hidden units of the fully connected network, layer by layer."""
+    norm: Literal["none", "batch"] = "none"
+    """Batch normalisation before every activation of a convolutional network, or none."""
+    padding: Literal["caffe", "same"] | None = None
+    """Of convolutions: floor(size / 2) and pooling that rounds up, or the map's size kept."""
     task: TaskName = "classification"
     """What the output is for: a softmax over classes, or the input again (½ Σ_pixels error²
     behind a linear output; cross-entropy behind a sigmoid, if Bernoulli)."""
+    preprocessing: Literal["none", "zca"] = "none"
+    """Images as they are, or global contrast normalisation and ZCA whitening."""
+    augmented: bool = False
+    """Pad by 4 zeros, crop at random, flip half of the images: a draw for each image."""
     activations: tuple[ActivationName, ...] = ("relu", "lrelu", "srelu", "elu")
     """Activation functions to compare."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -43,28 +64,42 @@ class Preset:
     """Learning rates, each a training of its own."""
     epochs: int = 300
     """Passes over the training set."""
+    iterations: int | None = None
+    """Steps, instead of epochs."""
+    every: int | None = None
+    """Steps between evaluations; None: an epoch."""
     batch_size: int = 64
     momentum: float = 0.0
     weight_decay: float = 0.0
-    """L2 penalty's factor: added to the gradient as weight_decay · weight, biases too."""
+    """L2 penalty's factor: weight_decay · weight is added to the gradient, of biases too."""
+    phases: tuple[Phase, ...] = ()
+    """Factor of the learning rate, and dropout, from which step on."""
     probe: int = 4096
     """Training cases in the fixed subset that is measured on."""
+    tested: int | None = None
+    """Test cases that are evaluated on, the first ones; None: all."""
     units: int = 8
     """Units per layer whose Fisher is measured, drawn once; mean activations are of all."""
+    rows: int | None = None
+    """Cases drawn at random that the Fisher's systems are solved from; None: all."""
     fisher: Literal["exact", "rademacher"] = "exact"
     """How the Fisher's expectation over the outputs is taken: all columns, or random signs."""
     measurements: int = 7
-    """How often the Fisher is measured on the probe set, at epochs evenly spaced on a log scale."""
-    dampings: tuple[float, ...] = field(default=(1e-1, 1e-2, 1e-3))
+    """How often the Fisher is measured on the probe set, evenly spaced on a log scale."""
+    dampings: tuple[float, ...] = (1e-1, 1e-2, 1e-3)
     """Dampings at which k, s·c and the angles are recorded."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "probe", "units"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}, but must be 1 or more")
-        for name in ("activations", "seeds", "rates", "dampings", "hidden"):
+        whole = ("epochs", "iterations", "every", "batch_size", "probe", "tested", "units", "rows")
+        for name in whole:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value}, but must be 1 or more")
+        for name in ("activations", "seeds", "rates", "dampings"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: name at least one")
+        if self.network == "mlp" and not self.hidden:
+            raise ValueError("hidden is empty: name the width of at least one layer")
         if self.measurements < 2:
             raise ValueError("measurements must be 2 or more: before and after training")
 
@@ -78,21 +113,92 @@ class Preset:
             for seed in self.seeds
         ]
 
+    def phase(self, iteration: int) -> Phase:
+        """What holds at a step."""
+        begun = [phase for phase in self.phases if phase.start <= iteration]
+        return begun[-1] if begun else Phase(0)
+
+
+# [R] everything but what follows; [I] batch (100 is stated for the larger network only), biases
+# penalised too, padding as Caffe has it, dropout between activation and pooling
+_CIFAR11 = Preset(
+    "cifar-100",
+    "cifar11",
+    preprocessing="zca",
+    augmented=True,
+    seeds=(0,),
+    iterations=165_000,
+    every=1_000,
+    batch_size=100,
+    momentum=0.9,
+    weight_decay=5e-4,
+    phases=(Phase(0), Phase(35_000, 0.5), Phase(85_000, 0.05), Phase(135_000, 0.005)),
+    probe=256,
+    rows=512,
+    fisher="rademacher",
+)
+_LAST = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.0)
+# [R] rate ÷ 10 after 35,000 steps, 50,000 with dropout in all layers, 40,000 more at 1.5 times
+# those rates; [I] 35,000 in between, and another ÷ 10 for the last phase
+_CIFAR18 = Preset(
+    "cifar-100",
+    "cifar18",
+    preprocessing="zca",
+    augmented=True,
+    activations=("elu",),
+    seeds=(0,),
+    iterations=160_000,
+    every=1_000,
+    batch_size=100,
+    momentum=0.9,
+    weight_decay=5e-4,
+    phases=(
+        Phase(0, 1.0, _LAST),
+        Phase(35_000, 0.1, _LAST),
+        Phase(70_000, 0.1, _LAST, "all"),
+        Phase(120_000, 0.01, tuple(1.5 * rate for rate in _LAST), "all"),
+    ),
+    probe=256,
+    units=4,
+    rows=256,
+    fisher="rademacher",
+)
 
 PRESETS: Final = MappingProxyType(
     {
         # [R] network, rate, batch, epochs, He initialisation, 5 runs; [I] uniform, biases 0, no
         # momentum (binet, the authors' framework), the probe set's size, the test set to validate
-        "mnist": Preset("mnist", (128,) * 8),
+        "mnist": Preset("mnist", hidden=(128,) * 8),
         # [R] layers, batch, epochs, rates; [I] linear output with ½ Σ error² (binet), ELU's code
         # layer like all hidden ones, three seeds
         "mnist-autoencoder": Preset(
             "mnist",
-            (1000, 500, 250, 30, 250, 500, 1000),
-            "reconstruction",
+            hidden=(1000, 500, 250, 30, 250, 500, 1000),
+            task="reconstruction",
             seeds=(0, 1, 2),
             rates=(1e-2, 1e-3, 1e-4, 1e-5),
             epochs=500,
+            fisher="rademacher",
+        ),
+        "cifar100-11": _CIFAR11,
+        "cifar10-11": replace(_CIFAR11, dataset="cifar-10"),
+        "cifar100-18": _CIFAR18,
+        "cifar10-18": replace(_CIFAR18, dataset="cifar-10"),
+        # [R] network, L2, dropout, resizing, crops; [I] rate, batch, momentum, steps, decay of
+        # the rate, bins of the pyramid
+        "imagenet-15": Preset(
+            "photographs",
+            "imagenet15",
+            activations=("relu", "elu"),
+            seeds=(0,),
+            iterations=300_000,
+            every=5_000,
+            momentum=0.9,
+            weight_decay=5e-4,
+            phases=(Phase(0), Phase(150_000, 0.1), Phase(250_000, 0.01)),
+            probe=64,
+            units=4,
+            rows=256,
             fisher="rademacher",
         ),
     }

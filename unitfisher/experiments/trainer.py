@@ -13,24 +13,30 @@ import io
 import math
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from unitfisher.experiments.comparisons import build
+from unitfisher.experiments.convnets import set_dropout
 from unitfisher.experiments.data import Dataset
 from unitfisher.experiments.descent import Descent
 from unitfisher.experiments.ensembles import Ensemble
 from unitfisher.experiments.models import mlp
-from unitfisher.experiments.orders import Orders
-from unitfisher.experiments.presets import Member, Preset
+from unitfisher.experiments.photographs import PhotographSets
+from unitfisher.experiments.presets import Member, Phase, Preset
+from unitfisher.experiments.sources import Held, Read, Source
 from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.watching import Moment, Watch
 from unitfisher.parts import write_atomically
+
+CROPS = 2**32  # added to a seed, for the generator of crops and flips
 
 
 class DivergedError(ArithmeticError):
@@ -55,6 +61,9 @@ class Trainer:
         folder: Of the checkpoint, and of one record for each member.
         resume: Go on from the checkpoint in the folder, if there is one.
         checkpoint_every: Seconds between checkpoints.
+        precision: Of products in training; parameters and measurements stay in float32.
+        compiled: Train through ``torch.compile``.
+        workers: Processes that read photographs.
 
     Raises:
         RecordExistsError: The folder holds these runs, and ``resume`` is not given.
@@ -65,54 +74,68 @@ class Trainer:
         self,
         preset: Preset,
         members: Sequence[Member],
-        data: Dataset,
+        data: Dataset | PhotographSets,
         folder: Path,
         *,
         resume: bool = False,
         checkpoint_every: float = 120,
+        precision: Literal["float32", "bfloat16"] = "float32",
+        compiled: bool = False,
+        workers: int = 0,
     ) -> None:
-        self.preset, self.members, self.data = preset, list(members), data
+        self.preset, self.members = preset, list(members)
         self.task = TASKS[preset.task]
         self.checkpoint, self.checkpoint_every = folder / "checkpoint.pt", checkpoint_every
-        generators = {member.seed: torch.Generator().manual_seed(member.seed) for member in members}
-        sizes = [data.inputs, *preset.hidden, self.task.outputs(data)]
+        by_seed = {member.seed: torch.Generator() for member in members}
+        generators = [by_seed[member.seed] for member in members]
+        self.source = source_of(preset, data, members, generators, workers)
         networks = []
-        for member in members:  # a seed's members start alike, and leave their generator alike
-            generators[member.seed].manual_seed(member.seed)
-            networks.append(mlp(sizes, member.activation, generators[member.seed]))
-        device = data.train_x.device
-        self.ensemble = Ensemble(networks).to(device)
+        for member, generator in zip(members, generators, strict=True):
+            generator.manual_seed(member.seed)  # a seed's members start alike, and leave it alike
+            networks.append(network(preset, member, self.source, generator))
+        self.device = self.source.device
+        self.ensemble = Ensemble(networks).to(self.device)
         self.parameters: list[Tensor] = list(self.ensemble.parameters())
         self.descent = Descent(
             self.parameters,
-            torch.tensor([member.rate for member in members], device=device),
+            torch.tensor([member.rate for member in members], device=self.device),
             momentum=preset.momentum,
             weight_decay=preset.weight_decay,
         )
-        self.orders = Orders(
-            len(data.train_x), preset.batch_size, [generators[member.seed] for member in members]
+        self._precision = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=precision == "bfloat16"
         )
+        self._forward = torch.compile(self.ensemble) if compiled else self.ensemble
+        self._phase: Phase | None = None
         self.iteration, self.seconds, self.monitoring = 0, 0.0, 0.0
-        self.loss = torch.zeros(len(members), device=device)  # summed over the epoch so far
+        self.loss = torch.zeros(len(members), device=self.device)  # since the last evaluation
         self._diverged = torch.zeros(len(members), dtype=torch.bool)
+        torch.manual_seed(members[0].seed)  # of dropout, which draws from torch's own generator
         with ExitStack() as opened:
             self.watches = [
-                opened.enter_context(Watch(preset, member, model, data, folder, resume=resume))
+                opened.enter_context(
+                    Watch(preset, member, model, self.source, folder, resume=resume)
+                )
                 for member, model in zip(members, self.ensemble.members, strict=True)
             ]
             if resume and self.checkpoint.exists():
-                self.load(torch.load(self.checkpoint, map_location=device, weights_only=True))
+                self.load(torch.load(self.checkpoint, map_location=self.device, weights_only=True))
             self._opened = opened.pop_all()
 
     @property
     def epoch(self) -> int:
         """Count the epochs done."""
-        return self.iteration // len(self.orders)
+        return self.iteration // len(self.source)
 
     @property
     def iterations(self) -> int:
         """Count the steps of the whole training."""
-        return self.preset.epochs * len(self.orders)
+        return self.preset.iterations or self.preset.epochs * len(self.source)
+
+    @property
+    def every(self) -> int:
+        """Count the steps from one evaluation to the next."""
+        return self.preset.every or len(self.source)
 
     def __iter__(self) -> Iterator[Progress]:
         """Train to the end from where it stands, keeping checkpoints; yield after each step.
@@ -122,24 +145,26 @@ class Trainer:
         """
         clock = saved = time.perf_counter()
         if not self.iteration:
-            self._end_epoch()
+            self._evaluate()
         while self.iteration < self.iterations:
             self.step()
             now = time.perf_counter()
             self.seconds, clock = self.seconds + now - clock, now
-            loss = None if self.iteration % len(self.orders) else self._end_epoch()
-            if now - saved > self.checkpoint_every or self.iteration == self.iterations:
+            ended = self.iteration == self.iterations
+            loss = self._evaluate() if ended or self.iteration % self.every == 0 else None
+            if ended or now - saved > self.checkpoint_every:
                 self.save()
                 saved = time.perf_counter()
             yield Progress(self.epoch, self.iteration, loss)
 
     def step(self) -> None:
         """Take one step of every member on its next batch."""
-        cases = self.orders.next().to(self.data.train_x.device)
-        x, y = self.data.train_x[cases], self.data.train_y[cases]
-        losses = self._losses(self.ensemble(x), self.task.target(x, y))
+        phase = self._enter_phase()
+        x, y = self.source.next()
+        with self._precision:
+            losses = self._losses(self._forward(x), self.task.target(x, y))
         gradients = torch.autograd.grad(losses.sum(), self.parameters)
-        self.descent.step(gradients)
+        self.descent.step(gradients, phase.factor)
         self.loss += losses.detach()
         self.iteration += 1
 
@@ -167,11 +192,11 @@ class Trainer:
             "monitoring": self.monitoring,
             "ensemble": self.ensemble.state_dict(),
             "descent": self.descent.state(),
-            "orders": self.orders.state(),
+            "source": self.source.state(),
             "loss": self.loss,
             "diverged": self._diverged,
             "watches": [watch.state() for watch in self.watches],
-            "random": torch.get_rng_state(),
+            "random": [torch.get_rng_state(), *_cuda_states(self.device)],
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -190,11 +215,13 @@ class Trainer:
         self.monitoring = state["monitoring"]
         self.ensemble.load_state_dict(state["ensemble"])
         self.descent.load(state["descent"])
-        self.orders.load(state["orders"])
+        self.source.load(state["source"])
         self.loss, self._diverged = state["loss"], state["diverged"].cpu()
         for watch, of in zip(self.watches, state["watches"], strict=True):
             watch.load(of)
-        torch.set_rng_state(state["random"].cpu())
+        torch.set_rng_state(state["random"][0].cpu())
+        for drawn in state["random"][1:]:
+            torch.cuda.set_rng_state(drawn.cpu(), self.device)
 
     def close(self) -> None:
         """Write what was recorded; safe to call twice."""
@@ -210,15 +237,28 @@ class Trainer:
         shape = outputs.shape[:2]
         return self.task.loss(outputs.flatten(0, 1), target.flatten(0, 1)).view(shape).mean(1)
 
-    def _end_epoch(self) -> float:
-        """Record every member as it stands; return the epoch's loss, averaged over the living."""
+    def _enter_phase(self) -> Phase:
+        phase = self.preset.phase(self.iteration)
+        if phase != self._phase and phase.dropout:
+            for member in self.ensemble.members:
+                set_dropout(member, phase.dropout, layers=phase.dropped)
+        self._phase = phase
+        return phase
+
+    def _evaluate(self) -> float:
+        """Record every member as it stands; return the loss of the steps since the last time.
+
+        It is averaged over the members that have one.
+        """
         self._name_diverged()
-        steps = len(self.orders) if self.iteration else torch.nan
+        steps = (self.iteration - 1) % self.every + 1 if self.iteration else math.nan
         losses = (self.loss / steps).tolist()
         self.loss.zero_()
+        self.ensemble.eval()
         for watch, loss, diverged in zip(self.watches, losses, self._diverged, strict=True):
             when = Moment(self.epoch, self.iteration, self.seconds, self.monitoring)
             self.monitoring += watch.record(when, loss, measure=not diverged)
+        self.ensemble.train()
         finite = [loss for loss in losses if math.isfinite(loss)]
         return sum(finite) / len(finite) if finite else math.nan
 
@@ -239,6 +279,52 @@ class Trainer:
                 f"by step {self.iteration}: the loss is NaN or infinite, and is recorded so",
                 stacklevel=3,
             )
+
+
+def network(
+    preset: Preset, member: Member, source: Source, generator: torch.Generator
+) -> nn.Sequential:
+    """Build a member's network, with the weights that its seed draws.
+
+    Raises:
+        ValueError: The preset's network, or an option of it, is unknown.
+    """
+    if preset.network == "mlp":
+        inputs = source.shape.numel()
+        outputs = source.classes if TASKS[preset.task].classifies else inputs
+        return mlp([inputs, *preset.hidden, outputs], member.activation, generator)
+    norm = preset.norm if preset.norm != "none" else None
+    built = build(
+        preset.network,
+        source.classes,
+        member.activation,
+        generator,
+        norm=norm,
+        padding=preset.padding,
+    )
+    return built if isinstance(built, nn.Sequential) else nn.Sequential(OrderedDict(network=built))
+
+
+def source_of(
+    preset: Preset,
+    data: Dataset | PhotographSets,
+    members: Sequence[Member],
+    generators: Sequence[torch.Generator],
+    workers: int,
+) -> Source:
+    """Open the members' batches; orders are drawn by their generators."""
+    if isinstance(data, PhotographSets):
+        seeds = {member.seed for member in members}
+        if len(seeds) > 1:
+            raise ValueError(f"photographs are read for one seed at a time, not for {seeds}")
+        return Read(data, preset.batch_size, members[0].seed, len(members), workers=workers)
+    crops = {m.seed: torch.Generator().manual_seed(CROPS + m.seed) for m in members}
+    augment = [crops[member.seed] for member in members] if preset.augmented else []
+    return Held(data, preset.batch_size, generators, augment)
+
+
+def _cuda_states(device: torch.device) -> list[Tensor]:
+    return [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
 
 
 def _named(members: Iterable[Member]) -> str:

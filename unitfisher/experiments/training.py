@@ -1,6 +1,6 @@
 """Plain stochastic gradient descent on tensors that already lie on the device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,12 +61,17 @@ def batches(
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    x: Float[Tensor, "n d"],
-    target: Tensor,
+    batches: Iterable[tuple[Float[Tensor, "n ..."], Tensor]],
     task: Task = TASKS["classification"],
 ) -> Score:
-    """Mean loss and share of wrong answers (NaN where there are none), in eval mode."""
+    """Mean loss over all cases and share of wrong answers (NaN where there are none), in eval."""
     was_training = model.training
-    outputs = model.eval()(x)
+    model.eval()
+    loss, wrong, cases = 0.0, 0.0, 0
+    for x, y in batches:
+        outputs, target = model(x), task.target(x, y)
+        loss += task.loss(outputs, target).double().sum().item()
+        wrong += len(x) * task.error(outputs, target)
+        cases += len(x)
     model.train(was_training)
-    return Score(task.loss(outputs, target).mean().item(), task.error(outputs, target))
+    return Score(loss / cases, wrong / cases)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from unitfisher import Monitor, Run, UnitStatistics, activation_statistics
-from unitfisher.experiments.data import Dataset, probe
 from unitfisher.experiments.presets import Member, Preset
+from unitfisher.experiments.sources import Source
 from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.training import evaluate
+from unitfisher.layers import Layers
 
-PROBE_SEED = 1  # the same probe set in every run
 TABLES = ("training", "activations", "path", "finished")  # beside the Monitor's own
 
 
@@ -36,7 +36,7 @@ class Watch:
         preset: What is trained.
         member: Which of its networks this is.
         model: The network.
-        data: What it is trained and tested on.
+        source: Of the fixed sets that it is evaluated on.
         folder: Of all records; this one is named after the member.
         resume: Continue the record, if there is one.
     """
@@ -46,30 +46,34 @@ class Watch:
         preset: Preset,
         member: Member,
         model: nn.Module,
-        data: Dataset,
+        source: Source,
         folder: Path,
         *,
         resume: bool = False,
     ) -> None:
-        self.preset, self.model, self.data = preset, model, data
+        self.preset, self.model, self.source = preset, model, source
         self.task = TASKS[preset.task]
-        config = asdict(preset) | {"device": str(data.train_x.device)} | member._asdict()
+        config = asdict(preset) | {"device": str(source.device)} | member._asdict()
         for several in ("activations", "rates", "seeds"):
             del config[several]
         self.run = Run(folder / member.name, config, resume=resume)
         self.monitor = Monitor(
             model,
-            "hidden*",
+            _hidden,
             self.task.likelihood,
             fisher=preset.fisher,
             damping=preset.dampings[-1],
             units=preset.units,
+            rows=preset.rows,
             record=self.run,
         )
-        x, y = probe(data, preset.probe, torch.Generator().manual_seed(PROBE_SEED))
-        self._probe = x, self.task.target(x, y)
-        self._test = data.test_x, self.task.target(data.test_x, data.test_y)
-        self._measured = measured_epochs(preset.epochs, preset.measurements)
+        self._probe = source.probe(preset.probe)
+        every = preset.every or len(source)
+        self._steps = preset.iterations or preset.epochs * len(source)
+        self._measured = {
+            min(every * n, self._steps)
+            for n in measured_epochs(-(-self._steps // every), preset.measurements)
+        }
 
     def record(self, when: Moment, loss: float, *, measure: bool = True) -> float:
         """Record an epoch; return how many seconds the Monitor's part took.
@@ -79,18 +83,21 @@ class Watch:
             loss: Mean over the epoch's steps, as they were taken.
             measure: Measure Fishers too, if it is time: of finite networks.
         """
-        at_probe = evaluate(self.model, *self._probe, task=self.task)
-        at_test = evaluate(self.model, *self._test, task=self.task)
+        x, y = self._probe
+        at_probe = evaluate(self.model, [(x, y)], self.task)
+        at_test = evaluate(self.model, self.source.test(self.preset.tested), self.task)
         scores = {"probe_loss": at_probe.loss, "probe_error": 100 * at_probe.error}
         scores |= {"test_loss": at_test.loss, "test_error": 100 * at_test.error}
         self.run.append("training", {**_columns(when), "train_loss": loss, **scores})
         start = time.perf_counter()
-        record_activations(self.run, when.epoch, self.model, self._probe[0])
-        if measure and when.epoch in self._measured:
-            measured = self.monitor.measure(self._probe[0], targets=self._probe[1])
-            record_path(self.run, when.epoch, measured, self.preset.dampings)
+        then = {"epoch": when.epoch, "iteration": when.iteration}
+        record_activations(self.run, then, self.model, x, _hidden)
+        if measure and when.iteration in self._measured:
+            self.monitor.step = when.iteration
+            measured = self.monitor.measure(x, targets=self.task.target(x, y))
+            record_path(self.run, then, measured, self.preset.dampings)
         spent = time.perf_counter() - start
-        if when.epoch == self.preset.epochs:
+        if when.iteration == self._steps:
             self.run.append("finished", _columns(when))
         return spent
 
@@ -113,6 +120,11 @@ class Watch:
         self.run.close()
 
 
+def _hidden(name: str, module: nn.Module) -> bool:
+    """Say whether this is a layer of units that are observed: all but the output."""
+    return isinstance(module, nn.Linear | nn.Conv2d) and name.split(".")[-1] != "output"
+
+
 def _columns(when: Moment) -> dict[str, Any]:
     columns: dict[str, Any] = when._asdict()
     return columns | {"epoch": [when.epoch]}  # a list: one row
@@ -124,15 +136,20 @@ def measured_epochs(epochs: int, measurements: int) -> list[int]:
     return sorted({0, *spaced.tolist()})
 
 
-def record_activations(record: Run, epoch: int, model: nn.Module, x: Tensor) -> None:
+def record_activations(
+    record: Run, when: Mapping[str, int], model: nn.Module, x: Tensor, layers: Layers = "hidden*"
+) -> None:
     """Record mean and variance of every hidden unit's output."""
-    for layer, of in activation_statistics(model, x, layers="hidden*").items():
+    for layer, of in activation_statistics(model, x, layers=layers).items():
         columns = {"unit": torch.arange(len(of.mean)), "mean": of.mean, "var": of.var}
-        record.append("activations", {"epoch": epoch, "layer": layer, **columns})
+        record.append("activations", {**when, "layer": layer, **columns})
 
 
 def record_path(
-    record: Run, epoch: int, measured: Mapping[str, UnitStatistics], dampings: Sequence[float]
+    record: Run,
+    when: Mapping[str, int],
+    measured: Mapping[str, UnitStatistics],
+    dampings: Sequence[float],
 ) -> None:
     """Record what depends on the damping at each damping, beside what does not."""
     for layer, at_default in measured.items():
@@ -151,4 +168,4 @@ def record_path(
                 "n_eff": of.n_eff,
                 "dead": of.dead,
             }
-            record.append("path", {"epoch": epoch, "layer": layer, "damping": damping, **columns})
+            record.append("path", {**when, "layer": layer, "damping": damping, **columns})

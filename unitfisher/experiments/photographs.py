@@ -1,0 +1,250 @@
+"""ImageNet-style folders: photographs decoded by workers, in an order that can be gone on with.
+
+Workers decode and resize, and hand over bytes; order and crops are drawn in the main process
+from the seed and the epoch, and cut on the device. So nothing depends on the number of workers.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import tee
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple, TypedDict
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from unitfisher.experiments.data import DataNotFoundError
+from unitfisher.experiments.images import SIDE, Batch, Crops, Files, cropped, draw_crops, kept
+
+if TYPE_CHECKING:
+    from torchvision.datasets import ImageFolder
+
+SEEN: Final = 224  # of crops
+VALIDATION_CASES: Final = 5_000
+SUBSET_SEED: Final = 0
+MEAN_BATCH: Final = 64
+COMPARED_SIZES: Final = 1_000  # of how many files the size tells whether a mean is still theirs
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Photographs with pixels in [0, 1], less the mean of the training set, pixel by pixel."""
+
+    files: Files
+    mean: Float[Tensor, "c h w"]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def to(self, device: torch.device | str) -> "Photographs":
+        """Deliver batches on this device from now on."""
+        return replace(self, mean=self.mean.to(device))
+
+    def centred(self, read: Batch) -> Batch:
+        """Bring what was read onto the device, and subtract the mean."""
+        device = self.mean.device
+        x = read.x.to(device, non_blocking=True).float().div_(255).sub_(self.mean)
+        return Batch(x, read.y.to(device, non_blocking=True))
+
+    def in_order(self, batch_size: int, *, workers: int = 0) -> Iterator[Batch]:
+        """Run once through all centre crops, in the order of the files.
+
+        Raises:
+            DamagedDataError: A file cannot be read as an image.
+        """
+        edge = (SIDE - SEEN) // 2
+        seen = slice(edge, edge + SEEN)
+        batches = torch.arange(len(self)).split(batch_size)
+        for read in _loader(self, (batch.tolist() for batch in batches), workers):
+            x, y = self.centred(read)
+            yield Batch(x[..., seen, seen], y)
+
+
+class PhotographSets(NamedTuple):
+    """What is trained on, and what is looked at in between."""
+
+    train: Photographs
+    validation: Photographs
+
+    def to(self, device: torch.device | str) -> "PhotographSets":
+        return PhotographSets(self.train.to(device), self.validation.to(device))
+
+
+def load_photographs(
+    root: Path | str, cache: Path, *, cases: int = VALIDATION_CASES, workers: int = 0
+) -> PhotographSets:
+    """Find the photographs in ``root/train`` and ``root/val``, a folder for each class.
+
+    Args:
+        root: As torchvision lays ImageNet out.
+        cache: Folder for the mean image, made when absent. The mean is computed once, which
+            reads all training images, and kept for these very files.
+        cases: Of the validation images, a subset drawn at random, always the same; all if fewer.
+        workers: Processes that compute the mean.
+
+    Raises:
+        DamagedDataError: A file cannot be read as an image.
+        DataNotFoundError: One of the folders is absent, or holds no images.
+        ValueError: There are validation images of a class that has no training images.
+    """
+    root = Path(root).expanduser()
+    train, validation = _found(root / "train"), _found(root / "val")
+    unknown = sorted(validation.class_to_idx.keys() - train.class_to_idx.keys())
+    if unknown:
+        raise ValueError(f"{validation.root} has classes that {train.root} has not: {unknown}")
+    files = _files(train, train)
+    path = cache / f"mean-{_checksum(files)}.pt"
+    mean = kept(path, lambda: {"mean": _mean(files, workers)})["mean"]
+    drawn = torch.randperm(len(validation), generator=torch.Generator().manual_seed(SUBSET_SEED))
+    subset = _files(validation, train).subset(drawn[:cases].sort().values)
+    return PhotographSets(Photographs(files, mean), Photographs(subset, mean))
+
+
+class StreamState(TypedDict):
+    """How far which stream has come."""
+
+    seed: int
+    cases: int
+    batch_size: int
+    epoch: int
+    position: int
+
+
+class Stream:
+    """Batches of random crops, half of them mirrored, epoch after epoch without end.
+
+    Args:
+        photographs: On the device to deliver to.
+        batch_size: The last batch of an epoch is what remains.
+        seed: Decides, with the epoch, the order and the crop of every photograph.
+        workers: Processes that read ahead, also into the next epoch.
+    """
+
+    def __init__(
+        self, photographs: Photographs, batch_size: int, seed: int, *, workers: int = 0
+    ) -> None:
+        self.photographs, self.batch_size = photographs, batch_size
+        self.seed, self.workers = seed, workers
+        self.epoch = self.position = 0  # of the next batch
+        self._reading: Iterator[tuple[Batch, Crops]] | None = None
+
+    def __len__(self) -> int:
+        """Count the batches of an epoch."""
+        return -(-len(self.photographs) // self.batch_size)
+
+    def next(self) -> Batch:
+        """Return the next batch; where reading it fails, it stays the next.
+
+        Raises:
+            DamagedDataError: A file cannot be read as an image.
+        """
+        reading = self._start() if self._reading is None else self._reading
+        self._reading = None  # unless it goes well
+        read, crops = next(reading)
+        x, y = self.photographs.centred(read)
+        batch = Batch(cropped(x, crops, (SEEN, SEEN)), y)
+        self._reading, self.position = reading, self.position + 1
+        if self.position == len(self):
+            self.epoch, self.position = self.epoch + 1, 0
+        return batch
+
+    def state(self) -> StreamState:
+        """Return what the batches to come depend on; what was read ahead is not among it."""
+        return {
+            "seed": self.seed,
+            "cases": len(self.photographs),
+            "batch_size": self.batch_size,
+            "epoch": self.epoch,
+            "position": self.position,
+        }
+
+    def load(self, state: StreamState) -> None:
+        """Go on from `state`.
+
+        Raises:
+            ValueError: It is of other photographs, batches or seeds.
+        """
+        own = {**self.state(), "epoch": state["epoch"], "position": state["position"]}
+        if own != state:
+            raise ValueError(f"the stream to go on with is {state}, and does not fit {own}")
+        self.close()
+        self.epoch, self.position = state["epoch"], state["position"]
+
+    def close(self) -> None:
+        """Let the workers go; `next` would start others."""
+        self._reading = None
+
+    def _start(self) -> Iterator[tuple[Batch, Crops]]:
+        # nothing in here holds the stream: in a cycle with it, workers would outlive it
+        ahead, behind = tee(_draws(self.state()))
+        batches = (cases.tolist() for cases, _ in ahead)
+        reading = _loader(self.photographs, batches, self.workers)
+        return zip(reading, (crops for _, crops in behind), strict=True)
+
+
+def _draws(state: StreamState) -> Iterator[tuple[Int64[Tensor, " b"], Crops]]:
+    """Numbers and crops of all batches from there on; crops are drawn by number, not by order."""
+    epoch, position = state["epoch"], state["position"]
+    while True:
+        generator = _generator(state["seed"], epoch)
+        order = torch.randperm(state["cases"], generator=generator)
+        crops = draw_crops(order.shape, SIDE - SEEN, generator)
+        for cases in order.split(state["batch_size"])[position:]:
+            yield cases, crops.of(cases)
+        epoch, position = epoch + 1, 0
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1)
+    return torch.Generator().manual_seed(int(mixed[0]))
+
+
+def _loader(
+    photographs: Photographs, batches: Iterable[list[int]], workers: int
+) -> DataLoader[Batch]:
+    return DataLoader(
+        photographs.files,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=photographs.mean.is_cuda,
+        generator=torch.Generator(),  # the global one is not to be drawn from
+    )
+
+
+def _found(folder: Path) -> "ImageFolder":
+    from torchvision.datasets import ImageFolder
+
+    try:
+        return ImageFolder(str(folder))
+    except OSError as error:
+        raise DataNotFoundError(
+            f"{folder} holds no images ({error}); put a folder of images for each class there"
+        ) from error
+
+
+def _files(found: "ImageFolder", training: "ImageFolder") -> Files:
+    numbers = [training.class_to_idx[name] for name in found.classes]
+    names = [path.removeprefix(found.root + os.sep) for path, _ in found.samples]
+    return Files(Path(found.root), names, [numbers[label] for label in found.targets])
+
+
+def _mean(files: Files, workers: int) -> Float[Tensor, "3 h w"]:
+    total = torch.zeros(3, SIDE, SIDE, dtype=torch.float64)
+    unmoved = Photographs(files, torch.zeros(3, SIDE, SIDE))
+    batches = torch.arange(len(files)).split(MEAN_BATCH)
+    for read in _loader(unmoved, (batch.tolist() for batch in batches), workers):
+        total += read.x.sum(0, dtype=torch.float64)
+    return (total / (255 * len(files))).float()
+
+
+def _checksum(files: Files) -> str:
+    """Tell files apart by all their names, and the sizes of some."""
+    checksum = hashlib.sha256(repr((SIDE, files.names.dtype)).encode() + files.names.tobytes())
+    for name in files.names[:: 1 + len(files) // COMPARED_SIZES]:
+        checksum.update(str((files.folder / os.fsdecode(name)).stat().st_size).encode() + b" ")
+    return checksum.hexdigest()[:16]

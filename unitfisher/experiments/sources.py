@@ -1,0 +1,138 @@
+"""Where an ensemble's batches come from: tensors on the device, or photographs read meanwhile."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from unitfisher.experiments.data import Dataset, probe
+from unitfisher.experiments.images import PAD, Batch, Crops, cropped, draw_crops
+from unitfisher.experiments.orders import Orders
+from unitfisher.experiments.photographs import Photographs, PhotographSets, Stream
+
+EVALUATED = 2_000_000  # numbers of the input, at a time
+PROBE_SEED = 1  # the same probe set in every run
+
+
+class Source(Protocol):
+    """Batches of each member's own, and fixed sets to evaluate on."""
+
+    classes: int
+    shape: torch.Size  # of one case's input
+    device: torch.device
+
+    def __len__(self) -> int:
+        """Count the batches of an epoch."""
+        ...
+
+    def next(self) -> Batch:
+        """Return the next batch of every member, (m, n, ...)."""
+        ...
+
+    def probe(self, cases: int) -> Batch:
+        """Return the same training cases every time, as they are when evaluated."""
+        ...
+
+    def test(self, cases: int | None = None) -> Iterator[Batch]:
+        """Run once through the first test cases; None: all."""
+        ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Held:
+    """A data set that lies on the device.
+
+    Args:
+        data: Inputs and classes.
+        size: Of a batch.
+        generators: One for each member, which draws its orders. Members of a seed share one.
+        augment: One for each member, which draws its crops and flips; none: images as they are.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        size: int,
+        generators: Sequence[torch.Generator],
+        augment: Sequence[torch.Generator] = (),
+    ) -> None:
+        self.data, self.augment = data, augment
+        self.classes, self.shape = data.classes, data.train_x.shape[1:]
+        self.device = data.train_x.device
+        self.orders = Orders(len(data.train_x), size, generators)
+
+    def __len__(self) -> int:
+        return len(self.orders)
+
+    def next(self) -> Batch:
+        cases = self.orders.next().to(self.device)
+        x, y = self.data.train_x[cases], self.data.train_y[cases]
+        return Batch(self._augmented(x), y)
+
+    def probe(self, cases: int) -> Batch:
+        return Batch(*probe(self.data, cases, torch.Generator().manual_seed(PROBE_SEED)))
+
+    def test(self, cases: int | None = None) -> Iterator[Batch]:
+        x, y = self.data.test_x[:cases], self.data.test_y[:cases]
+        together = max(1, EVALUATED // x[0].numel())
+        return map(Batch, x.split(together), y.split(together))
+
+    def state(self) -> dict[str, Any]:
+        drawn = [generator.get_state() for generator in self.augment]
+        return {"orders": dict(self.orders.state()), "augment": drawn}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.orders.load(state["orders"])
+        for generator, drawn in zip(self.augment, state["augment"], strict=True):
+            generator.set_state(drawn.cpu())
+
+    def _augmented(self, x: Float[Tensor, "m n ..."]) -> Float[Tensor, "m n ..."]:
+        if not self.augment:
+            return x
+        crops = {g: draw_crops(x.shape[1:2], 2 * PAD, g) for g in dict.fromkeys(self.augment)}
+        of_members = Crops(*map(torch.stack, zip(*(crops[g] for g in self.augment), strict=True)))
+        return cropped(F.pad(x, [PAD] * 4), of_members, x.shape[-2:])
+
+
+class Read:
+    """Photographs that workers read while the networks train; all members see the same ones."""
+
+    def __init__(
+        self, sets: PhotographSets, size: int, seed: int, members: int, *, workers: int = 0
+    ) -> None:
+        self.sets, self.members, self.workers = sets, members, workers
+        self.classes = int(sets.train.files.labels.max()) + 1
+        self.device = sets.train.mean.device
+        self.stream = Stream(sets.train, size, seed, workers=workers)
+        self.shape = self.probe(1).x.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def next(self) -> Batch:
+        x, y = self.stream.next()
+        return Batch(x.expand(self.members, *x.shape), y.expand(self.members, *y.shape))
+
+    def probe(self, cases: int) -> Batch:
+        files = self.sets.train.files
+        drawn = torch.randperm(len(files), generator=torch.Generator().manual_seed(PROBE_SEED))
+        chosen = Photographs(files.subset(drawn[:cases]), self.sets.train.mean)
+        return next(chosen.in_order(cases))
+
+    def test(self, cases: int | None = None) -> Iterator[Batch]:
+        files, mean = self.sets.validation.files, self.sets.validation.mean
+        some = torch.arange(min(len(files), cases or len(files)))
+        together = max(1, EVALUATED // self.shape.numel())
+        return Photographs(files.subset(some), mean).in_order(together, workers=self.workers)
+
+    def state(self) -> dict[str, Any]:
+        return dict(self.stream.state())
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.stream.load(state)  # type: ignore[arg-type]
