@@ -111,8 +111,8 @@ def test_one_seed_gives_every_activation_the_same_weights() -> None:
 
 
 def test_unknown_activation_is_refused() -> None:
-    with pytest.raises(ValueError, match="there are relu, lrelu, srelu, elu"):
-        mlp([5, 4, 3], "gelu", seeded())
+    with pytest.raises(ValueError, match="there are relu, lrelu, srelu, elu, prelu"):
+        mlp([5, 4, 3], "tanh", seeded())
 
 
 def test_layers_are_named_for_reading() -> None:

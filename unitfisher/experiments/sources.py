@@ -1,7 +1,7 @@
 """Where an ensemble's batches come from: tensors on the device, or photographs read meanwhile."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ EVALUATED = 2_000_000  # numbers of the input, at a time
 PROBE_SEED = 1  # the same probe set in every run
 
 
+@runtime_checkable
 class Source(Protocol):
     """Batches of each member's own, and fixed sets to evaluate on."""
 
