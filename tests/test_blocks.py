@@ -129,7 +129,8 @@ def test_a_singular_unit_is_named_also_in_a_later_part(monkeypatch):
 def test_memory_bounds_how_many_go_together(monkeypatch):
     model, (x, _) = network(), batch(20)
     whole = Monitor(model).measure(x)
-    monkeypatch.setattr(unitfisher.cases, "MOMENTS_BYTES", 2 * 5 * (2 * 8 * 20 * 5 + 24 * 25))
+    two = 2 * 4 * (8 * 20 * 5 + 8 * 20 * 5)  # copies of activations and errors
+    monkeypatch.setattr(unitfisher.blocks, "MOMENTS_BYTES", two)
     blocks = [len(m.block.layers) for m in Monitor(network()).measure(x).values()]
     assert blocks == [1, 2, 2, 1, 1]
     assert_same(Monitor(network()).measure(x), whole)

@@ -527,7 +527,7 @@ def test_versions_device_and_time_are_recorded(tmp_path):
     recorded = json.loads((run.folder / "config.json").read_text())
     assert recorded["versions"]["torch"] == torch.__version__
     assert recorded["versions"].keys() >= {"python", "numpy", "unitfisher", "pandas", "pyarrow"}
-    assert f"{torch.get_num_threads()} threads" in recorded["device"]
+    assert f", {torch.get_num_threads()} thread" in recorded["device"]
     assert pd.Timestamp(recorded["created"]).tz is not None
 
 
