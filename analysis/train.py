@@ -89,7 +89,8 @@ def opened(preset: Preset, where: Where, cache: Path) -> Dataset | PhotographSet
         return load(name, where.data_root).to(where.device)
     root = data_root(name, where.data_root)
     if name == "photographs":
-        return load_photographs(root, cache, workers=where.workers).to(where.device)
+        sizes = {"side": preset.side, "seen": preset.crop}
+        return load_photographs(root, cache, **sizes, workers=where.workers).to(where.device)
     images = load_cifar(name, root).to(where.device)
     return whitened(images, name, cache) if preset.preprocessing == "zca" else images
 

@@ -418,6 +418,23 @@ def test_training_images_are_the_drawn_crops_less_the_mean(
         assert_close(x, seen.flip(-1) if mirrored else seen)
 
 
+def test_photographs_of_another_size_are_resized_and_cropped_to_it(
+    album: Path, tmp_path: Path
+) -> None:
+    sets = load_photographs(album, tmp_path, side=40, seen=32)
+    first = next(sets.validation.in_order(1)).x[0]
+    path = min(album.glob("val/*/*"))
+    rgb = Image.open(path).convert("RGB").resize((40, 40), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.asarray(rgb) / np.float32(255)).permute(2, 0, 1)
+    assert_close(first, (pixels - sets.train.mean)[:, 4:36, 4:36])
+    assert Stream(sets.train, 4, seed=0).next().x.shape == (4, 3, 32, 32)
+
+
+def test_crops_larger_than_the_photographs_are_refused(album: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="crops of 41 pixels do not fit photographs of 40"):
+        load_photographs(album, tmp_path, side=40, seen=41)
+
+
 def test_grey_photographs_have_three_equal_channels(sets: PhotographSets) -> None:
     grey = sets.train.files[list(sets.train.files.names).index(b"b/1.JPEG")].x
     assert torch.equal(grey, grey[:1].expand(3, -1, -1))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
 
 PAD: Final = 4
-SIDE: Final = 256  # pixels, of image files as they are read
+SIDE: Final = 256  # pixels, of image files as they are read unless said
 
 
 class DamagedDataError(RuntimeError):
@@ -48,10 +48,12 @@ class Batch(NamedTuple):
 
 
 class Files(torch.utils.data.Dataset[Batch]):
-    """Image files, read as RGB bytes (3, 256, 256) whatever their form, and their classes."""
+    """Image files, read as RGB bytes (3, side, side) whatever their form, and their classes."""
 
-    def __init__(self, folder: Path, names: Sequence[str], labels: Sequence[int]) -> None:
-        self.folder, self.labels = folder, torch.tensor(labels)
+    def __init__(
+        self, folder: Path, names: Sequence[str], labels: Sequence[int], *, side: int = SIDE
+    ) -> None:
+        self.folder, self.labels, self.side = folder, torch.tensor(labels), side
         # one buffer: a million strings would be copied into every forked worker, count by count
         self.names = np.array([os.fsencode(name) for name in names])
 
@@ -69,7 +71,8 @@ class Files(torch.utils.data.Dataset[Batch]):
         path = self.folder / os.fsdecode(self.names[case])
         try:
             with Image.open(path) as image:
-                resized = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+                size = self.side, self.side
+                resized = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DamagedDataError(
                 f"{path} cannot be read as an image ({error}); replace it, or move it away"
@@ -79,7 +82,7 @@ class Files(torch.utils.data.Dataset[Batch]):
 
     def subset(self, cases: Int64[Tensor, " n"]) -> "Files":
         names = [os.fsdecode(name) for name in self.names[cases.numpy()]]
-        return Files(self.folder, names, self.labels[cases].tolist())
+        return Files(self.folder, names, self.labels[cases].tolist(), side=self.side)
 
 
 def load_cifar(name: str, root: Path | str) -> Dataset:

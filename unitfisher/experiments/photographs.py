@@ -24,7 +24,7 @@ from unitfisher.experiments.images import SIDE, Batch, Crops, Files, cropped, dr
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
 
-SEEN: Final = 224  # of crops
+SEEN: Final = 224  # pixels, of a crop's side unless said
 VALIDATION_CASES: Final = 5_000
 SUBSET_SEED: Final = 0
 MEAN_BATCH: Final = 64
@@ -37,6 +37,7 @@ class Photographs:
 
     files: Files
     mean: Float[Tensor, "c h w"]
+    seen: int = SEEN
 
     def __len__(self) -> int:
         return len(self.files)
@@ -44,6 +45,9 @@ class Photographs:
     def to(self, device: torch.device | str) -> "Photographs":
         """Deliver batches on this device from now on."""
         return replace(self, mean=self.mean.to(device))
+
+    def subset(self, cases: Int64[Tensor, " n"]) -> "Photographs":
+        return replace(self, files=self.files.subset(cases))
 
     def centred(self, read: Batch) -> Batch:
         """Bring what was read onto the device, and subtract the mean."""
@@ -57,8 +61,8 @@ class Photographs:
         Raises:
             DamagedDataError: A file cannot be read as an image.
         """
-        edge = (SIDE - SEEN) // 2
-        seen = slice(edge, edge + SEEN)
+        edge = (self.files.side - self.seen) // 2
+        seen = slice(edge, edge + self.seen)
         batches = torch.arange(len(self)).split(batch_size)
         for read in _loader(self, (batch.tolist() for batch in batches), workers):
             x, y = self.centred(read)
@@ -76,7 +80,13 @@ class PhotographSets(NamedTuple):
 
 
 def load_photographs(
-    root: Path | str, cache: Path, *, cases: int = VALIDATION_CASES, workers: int = 0
+    root: Path | str,
+    cache: Path,
+    *,
+    side: int = SIDE,
+    seen: int = SEEN,
+    cases: int = VALIDATION_CASES,
+    workers: int = 0,
 ) -> PhotographSets:
     """Find the photographs in ``root/train`` and ``root/val``, a folder for each class.
 
@@ -84,25 +94,30 @@ def load_photographs(
         root: As torchvision lays ImageNet out.
         cache: Folder for the mean image, made when absent. The mean is computed once, which
             reads all training images, and kept for these very files.
+        side: Pixels of height and width that every photograph is resized to.
+        seen: Pixels of a crop's height and width.
         cases: Of the validation images, a subset drawn at random, always the same; all if fewer.
         workers: Processes that compute the mean.
 
     Raises:
         DamagedDataError: A file cannot be read as an image.
         DataNotFoundError: One of the folders is absent, or holds no images.
-        ValueError: There are validation images of a class that has no training images.
+        ValueError: There are validation images of a class that has no training images, or crops
+            are larger than the photographs.
     """
+    if not 0 < seen <= side:
+        raise ValueError(f"crops of {seen} pixels do not fit photographs of {side}")
     root = Path(root).expanduser()
     train, validation = _found(root / "train"), _found(root / "val")
     unknown = sorted(validation.class_to_idx.keys() - train.class_to_idx.keys())
     if unknown:
         raise ValueError(f"{validation.root} has classes that {train.root} has not: {unknown}")
-    files = _files(train, train)
+    files = _files(train, train, side)
     path = cache / f"mean-{_checksum(files)}.pt"
     mean = kept(path, lambda: {"mean": _mean(files, workers)})["mean"]
     drawn = torch.randperm(len(validation), generator=torch.Generator().manual_seed(SUBSET_SEED))
-    subset = _files(validation, train).subset(drawn[:cases].sort().values)
-    return PhotographSets(Photographs(files, mean), Photographs(subset, mean))
+    subset = _files(validation, train, side).subset(drawn[:cases].sort().values)
+    return PhotographSets(Photographs(files, mean, seen), Photographs(subset, mean, seen))
 
 
 class StreamState(TypedDict):
@@ -147,7 +162,7 @@ class Stream:
         self._reading = None  # unless it goes well
         read, crops = next(reading)
         x, y = self.photographs.centred(read)
-        batch = Batch(cropped(x, crops, (SEEN, SEEN)), y)
+        batch = Batch(cropped(x, crops, (self.photographs.seen,) * 2), y)
         self._reading, self.position = reading, self.position + 1
         if self.position == len(self):
             self.epoch, self.position = self.epoch + 1, 0
@@ -181,19 +196,20 @@ class Stream:
 
     def _start(self) -> Iterator[tuple[Batch, Crops]]:
         # nothing in here holds the stream: in a cycle with it, workers would outlive it
-        ahead, behind = tee(_draws(self.state()))
+        spare = self.photographs.files.side - self.photographs.seen
+        ahead, behind = tee(_draws(self.state(), spare))
         batches = (cases.tolist() for cases, _ in ahead)
         reading = _loader(self.photographs, batches, self.workers)
         return zip(reading, (crops for _, crops in behind), strict=True)
 
 
-def _draws(state: StreamState) -> Iterator[tuple[Int64[Tensor, " b"], Crops]]:
+def _draws(state: StreamState, spare: int) -> Iterator[tuple[Int64[Tensor, " b"], Crops]]:
     """Numbers and crops of all batches from there on; crops are drawn by number, not by order."""
     epoch, position = state["epoch"], state["position"]
     while True:
         generator = _generator(state["seed"], epoch)
         order = torch.randperm(state["cases"], generator=generator)
-        crops = draw_crops(order.shape, SIDE - SEEN, generator)
+        crops = draw_crops(order.shape, spare, generator)
         for cases in order.split(state["batch_size"])[position:]:
             yield cases, crops.of(cases)
         epoch, position = epoch + 1, 0
@@ -227,15 +243,15 @@ def _found(folder: Path) -> "ImageFolder":
         ) from error
 
 
-def _files(found: "ImageFolder", training: "ImageFolder") -> Files:
+def _files(found: "ImageFolder", training: "ImageFolder", side: int) -> Files:
     numbers = [training.class_to_idx[name] for name in found.classes]
     names = [path.removeprefix(found.root + os.sep) for path, _ in found.samples]
-    return Files(Path(found.root), names, [numbers[label] for label in found.targets])
+    return Files(Path(found.root), names, [numbers[label] for label in found.targets], side=side)
 
 
 def _mean(files: Files, workers: int) -> Float[Tensor, "3 h w"]:
-    total = torch.zeros(3, SIDE, SIDE, dtype=torch.float64)
-    unmoved = Photographs(files, torch.zeros(3, SIDE, SIDE))
+    total = torch.zeros(3, files.side, files.side, dtype=torch.float64)
+    unmoved = Photographs(files, torch.zeros(total.shape))
     batches = torch.arange(len(files)).split(MEAN_BATCH)
     for read in _loader(unmoved, (batch.tolist() for batch in batches), workers):
         total += read.x.sum(0, dtype=torch.float64)
@@ -244,7 +260,8 @@ def _mean(files: Files, workers: int) -> Float[Tensor, "3 h w"]:
 
 def _checksum(files: Files) -> str:
     """Tell files apart by all their names, and the sizes of some."""
-    checksum = hashlib.sha256(repr((SIDE, files.names.dtype)).encode() + files.names.tobytes())
+    form = repr((files.side, files.names.dtype))
+    checksum = hashlib.sha256(form.encode() + files.names.tobytes())
     for name in files.names[:: 1 + len(files) // COMPARED_SIZES]:
         checksum.update(str((files.folder / os.fsdecode(name)).stat().st_size).encode() + b" ")
     return checksum.hexdigest()[:16]

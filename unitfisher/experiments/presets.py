@@ -54,6 +54,10 @@ class Preset:
     behind a linear output; cross-entropy behind a sigmoid, if Bernoulli)."""
     preprocessing: Literal["none", "zca"] = "none"
     """Images as they are, or global contrast normalisation and ZCA whitening."""
+    side: int = 256
+    """Pixels of height and width that photographs are resized to."""
+    crop: int = 224
+    """Pixels of height and width that are seen of them: cropped at random, mirrored or not."""
     augmented: bool = False
     """Pad by 4 zeros, crop at random, flip half of the images: a draw for each image."""
     activations: tuple[ActivationName, ...] = ("relu", "lrelu", "srelu", "elu")

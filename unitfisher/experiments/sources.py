@@ -11,7 +11,7 @@ from torch import Tensor
 from unitfisher.experiments.data import Dataset, probe
 from unitfisher.experiments.images import PAD, Batch, Crops, cropped, draw_crops
 from unitfisher.experiments.orders import Orders
-from unitfisher.experiments.photographs import Photographs, PhotographSets, Stream
+from unitfisher.experiments.photographs import PhotographSets, Stream
 
 EVALUATED = 2_000_000  # numbers of the input, at a time
 PROBE_SEED = 1  # the same probe set in every run
@@ -121,16 +121,15 @@ class Read:
         return Batch(x.expand(self.members, *x.shape), y.expand(self.members, *y.shape))
 
     def probe(self, cases: int) -> Batch:
-        files = self.sets.train.files
-        drawn = torch.randperm(len(files), generator=torch.Generator().manual_seed(PROBE_SEED))
-        chosen = Photographs(files.subset(drawn[:cases]), self.sets.train.mean)
-        return next(chosen.in_order(cases))
+        train = self.sets.train
+        drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(PROBE_SEED))
+        return next(train.subset(drawn[:cases]).in_order(cases))
 
     def test(self, cases: int | None = None) -> Iterator[Batch]:
-        files, mean = self.sets.validation.files, self.sets.validation.mean
-        some = torch.arange(min(len(files), cases or len(files)))
+        validation = self.sets.validation
+        some = torch.arange(min(len(validation), cases or len(validation)))
         together = max(1, EVALUATED // self.shape.numel())
-        return Photographs(files.subset(some), mean).in_order(together, workers=self.workers)
+        return validation.subset(some).in_order(together, workers=self.workers)
 
     def state(self) -> dict[str, Any]:
         return dict(self.stream.state())
