@@ -19,6 +19,7 @@ from unitfisher.experiments import (
     probe,
     train,
 )
+from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.training import batches
 
 
@@ -124,6 +125,20 @@ def test_weights_are_he_uniform() -> None:
     weight = mlp([600, 400, 3], "elu", seeded())[0].weight
     assert weight.abs().max() <= 0.1  # √(6 / 600)
     assert_close(weight.var().item(), 2 / 600, rtol=0.02, atol=0)  # 5 sd of 240,000 draws
+
+
+def test_weights_may_have_the_variance_of_torchs_own() -> None:
+    ours = mlp([600, 400, 3], "elu", seeded(), weight_variance=1 / 3)[0].weight
+    bound = 600**-0.5
+    assert 0.999 * bound < ours.abs().max() <= bound
+
+
+def test_top_5_errors_are_of_classes_beyond_the_five_largest_outputs() -> None:
+    outputs = torch.tensor([[5.0, 4, 3, 2, 1, 0, -1]] * 7)
+    task, classes = TASKS["classification"], torch.arange(7)
+    assert task.error(outputs, classes) == pytest.approx(6 / 7)
+    assert task.error(outputs, classes, within=5) == pytest.approx(2 / 7)
+    assert evaluate(nn.Identity(), [(outputs, classes)]).top5_error == pytest.approx(2 / 7)
 
 
 def test_making_a_network_leaves_the_global_generator_alone() -> None:

@@ -32,11 +32,15 @@ class Task(NamedTuple):
         """What the outputs are compared with: the classes, or the inputs themselves."""
         return y if self.classifies else x
 
-    def error(self, outputs: Float[Tensor, "n c"], target: Tensor) -> float:
-        """Share of wrong answers; NaN where nothing is right or wrong."""
+    def error(self, outputs: Float[Tensor, "n c"], target: Tensor, within: int = 1) -> float:
+        """Share of cases whose class is not among the largest outputs, as many as ``within``.
+
+        NaN where nothing is right or wrong.
+        """
         if not self.classifies:
             return math.nan
-        return (outputs.argmax(1) != target).float().mean().item()
+        largest = outputs.topk(min(within, outputs.shape[1])).indices
+        return 1 - (largest == target[:, None]).any(1).float().mean().item()
 
 
 def _cross_entropy(logits: Float[Tensor, "n c"], y: Tensor) -> Float[Tensor, " n"]:

@@ -292,7 +292,12 @@ def network(
     if preset.network == "mlp":
         inputs = source.shape.numel()
         outputs = source.classes if TASKS[preset.task].classifies else inputs
-        return mlp([inputs, *preset.hidden, outputs], member.activation, generator)
+        return mlp(
+            [inputs, *preset.hidden, outputs],
+            member.activation,
+            generator,
+            weight_variance=preset.weight_variance,
+        )
     norm = preset.norm if preset.norm != "none" else None
     built = build(
         preset.network,

@@ -26,7 +26,8 @@ class Score(NamedTuple):
     """What a network achieves on a set."""
 
     loss: float
-    error: float
+    error: float  # share of wrong answers, as the next
+    top5_error: float  # the class is not among the five largest outputs
 
 
 def train(
@@ -64,14 +65,15 @@ def evaluate(
     batches: Iterable[tuple[Float[Tensor, "n ..."], Tensor]],
     task: Task = TASKS["classification"],
 ) -> Score:
-    """Mean loss over all cases and share of wrong answers (NaN where there are none), in eval."""
+    """Mean loss over all cases and shares of wrong answers (NaN where there are none), in eval."""
     was_training = model.training
     model.eval()
-    loss, wrong, cases = 0.0, 0.0, 0
+    loss, wrong, far, cases = 0.0, 0.0, 0.0, 0
     for x, y in batches:
         outputs, target = model(x), task.target(x, y)
         loss += task.loss(outputs, target).double().sum().item()
         wrong += len(x) * task.error(outputs, target)
+        far += len(x) * task.error(outputs, target, within=5)
         cases += len(x)
     model.train(was_training)
-    return Score(loss / cases, wrong / cases)
+    return Score(loss / cases, wrong / cases, far / cases)

@@ -88,6 +88,7 @@ class Watch:
         at_test = evaluate(self.model, self.source.test(self.preset.tested), self.task)
         scores = {"probe_loss": at_probe.loss, "probe_error": 100 * at_probe.error}
         scores |= {"test_loss": at_test.loss, "test_error": 100 * at_test.error}
+        scores |= {"test_top5_error": 100 * at_test.top5_error}
         self.run.append("training", {**_columns(when), "train_loss": loss, **scores})
         start = time.perf_counter()
         then = {"epoch": when.epoch, "iteration": when.iteration}
