@@ -193,13 +193,14 @@ PRESETS: Final = MappingProxyType(
         "cifar10-11": replace(_CIFAR11, dataset="cifar-10"),
         "cifar100-18": _CIFAR18,
         "cifar10-18": replace(_CIFAR18, dataset="cifar-10"),
-        # [R] network, L2, dropout, resizing, crops; [I] rate, batch, momentum, steps, decay of
-        # the rate, bins of the pyramid
+        # [R] network, L2, dropout, resizing, crops; [I] rate (from He's initial weights, 1e-2
+        # diverges within 4 steps), batch, momentum, steps, decay of the rate, bins of the pyramid
         "imagenet-15": Preset(
             "photographs",
             "imagenet15",
             activations=("relu", "elu"),
             seeds=(0,),
+            rates=(1e-3,),
             iterations=300_000,
             every=5_000,
             momentum=0.9,
