@@ -17,7 +17,7 @@ class Ensemble(nn.Module):
 
     Members differ in their weights and in modules without parameters, such as the activation
     function. Linear layers are batched products; what has no parameters runs once for members in a
-    row that are alike; any other module is vmapped (``torch.func``). Training the ensemble on the
+    row that are alike; any other module is vmapped (``torch.func``, not on a CPU). Training the ensemble on the
     sum of the members' losses trains each as if it were alone.
 
     Args:
@@ -132,7 +132,11 @@ class Memberwise(nn.Module):
 
 
 class Vmapped(nn.Module):
-    """Any module of every member, through ``torch.func.vmap``."""
+    """Any module of every member, through ``torch.func.vmap``.
+
+    On a CPU members take turns: there a convolution with a batch of weights costs several times
+    what its members cost one by one.
+    """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -146,6 +150,10 @@ class Vmapped(nn.Module):
             return functional_call(form, state, (x,))
 
         state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        if x.device.type == "cpu":
+            apart = zip(*(tensor.unbind() for tensor in state.values()), strict=True)
+            own = [dict(zip(state, tensors, strict=True)) for tensors in apart]
+            return torch.stack([one(*of) for of in zip(own, x.unbind(), strict=True)])
         outputs: Tensor = vmap(one, randomness="different")(state, x)
         return outputs
 
