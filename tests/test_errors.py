@@ -94,6 +94,44 @@ def test_estimate_of_every_case_is_unbiased(fisher, samples, model, x, likelihoo
         assert standard_errors_off(found[name], D).max() < 5
 
 
+@pytest.mark.parametrize("samples", [1, 8])
+def test_the_most_probable_class_and_signs_over_the_rest_are_unbiased(samples):
+    model, x, likelihood, names = PROBLEMS["categorical"]
+    found = draws_of_D(model, x, fisher="top-rademacher", samples=samples)
+    for name in names:
+        _, D = reference.cases(model, name, x, *named(likelihood))
+        assert standard_errors_off(found[name], D).max() < 5
+
+
+def test_the_most_probable_class_takes_one_column_more_than_samples():
+    estimator = Estimator(Categorical(), "top-rademacher", samples=3)
+    blocks = list(columns(torch.zeros(4, 1, 5), estimator, torch.Generator(), None, together=3))
+    assert [len(block) for block in blocks] == [3, 1]
+    top = Categorical().top(torch.zeros(4, 1, 5))
+    assert_close(blocks[0][0], top, rtol=0, atol=0)
+
+
+def test_the_most_probable_class_of_several_positions_is_refused():
+    with pytest.raises(OutputError, match=r"one label a sample.*3 positions.*'rademacher'"):
+        unit_fisher(filled(Mixing()), inputs(2, 3, 2), fisher="top-rademacher")
+
+
+class ByBlocks:
+    """A likelihood that knows its root by blocks of columns only."""
+
+    arrange, columns, root = Categorical.arrange, Categorical.columns, Categorical.root
+    sample, score = Categorical.sample, Categorical.score
+
+
+def test_signs_go_through_a_root_that_is_known_by_blocks_only():
+    z = inputs(4, 1, 130)
+    known, by_blocks = (
+        next(columns(z, Estimator(of, "rademacher"), torch.Generator(), None))
+        for of in (Categorical(), ByBlocks())
+    )
+    assert_close(by_blocks, known, **TOL)
+
+
 @pytest.mark.parametrize("fisher", ["mc", "rademacher"])
 def test_more_samples_narrow_the_estimate_by_the_root_of_their_number(fisher):
     model, x, likelihood, _ = PROBLEMS["categorical"]
@@ -172,9 +210,13 @@ def test_labels_that_do_not_fit_the_output_are_refused(likelihood, y, message):
 
 
 BAD_OPTIONS = {
-    "fisher": ({"fisher": "true"}, "fisher must be one of 'exact', 'mc', 'rademacher', 'emp"),
+    "fisher": ({"fisher": "true"}, "'exact', 'mc', 'rademacher', 'top-rademacher', 'empirical'"),
     "sharing": ({"sharing": "sum"}, "sharing must be one of 'expand', 'joint', 'reduce'"),
     "samples": ({"samples": 0}, "samples must be"),
+    "no-classes": (
+        {"likelihood": "bernoulli", "fisher": "top-rademacher"},
+        r"most probable of several classes.*Bernoulli\(\) has no classes.*'rademacher'",
+    ),
     "likelihood": ({"likelihood": "poisson"}, "likelihood must be one of 'categorical'"),
 }
 

@@ -1,6 +1,7 @@
 """Roots of the output Fisher, drawn labels and scores, against what is known on paper."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -118,6 +119,104 @@ def test_saturated_bernoulli_keeps_the_digits_of_both_tails(scale):
 def test_log_probabilities_give_the_fisher_of_their_logits():
     z = logits()
     assert_close(root_squared(Categorical(), z.log_softmax(-1)), output_fisher(Categorical(), z))
+
+
+# Random signs through the root
+
+
+def all_signs(columns: int, z: Tensor) -> list[Tensor]:
+    """Every pattern of signs, each (columns, n, t)."""
+    return [
+        torch.tensor(signs).to(z)[:, None, None].expand(columns, *z.shape[:2])
+        for signs in product((-1.0, 1.0), repeat=columns)
+    ]
+
+
+def expected_square(vectors: list[Tensor]) -> Tensor:
+    return sum(v.unsqueeze(-1) * v.unsqueeze(-2) for v in vectors) / len(vectors)
+
+
+@likelihoods
+@given(generator=seeds, classes=st.integers(2, 6), scale=st.floats(0, 30))
+def test_signed_columns_square_to_the_output_fisher_over_all_signs(
+    likelihood, generator, classes, scale
+):
+    z = scale * normal(generator, 3, 2, classes)
+    signed = [likelihood.signed(z, signs) for signs in all_signs(likelihood.columns(z), z)]
+    assert_close(expected_square(signed), output_fisher(likelihood, z), **TOL)
+
+
+@likelihoods
+@given(generator=seeds, scale=st.floats(0, 30))
+def test_signs_add_up_the_columns_of_the_root(likelihood, generator, scale):
+    z = scale * normal(generator, 3, 2, 6)
+    signs = normal(generator, likelihood.columns(z), 3, 2).sign()
+    S = likelihood.root(z, 0, likelihood.columns(z))
+    assert_close(likelihood.signed(z, signs), torch.einsum("rnt,rnty->nty", signs, S), **TOL)
+
+
+@given(generator=seeds, classes=st.integers(2, 6), scale=st.floats(0, 30))
+def test_the_most_probable_class_and_signs_over_the_rest_square_to_the_output_fisher(
+    generator, classes, scale
+):
+    z = scale * normal(generator, 3, 2, classes)
+    rest = [Categorical().signed_rest(z, signs) for signs in all_signs(classes - 1, z)]
+    found = expected_square(rest) + expected_square([Categorical().top(z)])
+    assert_close(found, output_fisher(Categorical(), z), **TOL)
+
+
+def test_the_first_column_has_all_of_the_most_probable_class():
+    z = logits()
+    top = z.argmax(-1, keepdim=True)
+    pi = z.softmax(-1).gather(-1, top)
+    assert_close(Categorical().top(z).gather(-1, top), (pi * (1 - pi)).sqrt(), **TOL)
+    for signs in all_signs(4, z):
+        assert Categorical().signed_rest(z, signs).gather(-1, top).eq(0).all()
+
+
+@pytest.mark.parametrize("gap", [50.0, 700.0, 1e4])
+def test_signs_through_a_saturated_softmax_keep_the_digits_of_its_variance(gap):
+    z = saturated(gap)
+    pi = z.softmax(-1)
+    variance = pi * ((1 - torch.eye(4, dtype=torch.float64)) @ pi.unsqueeze(-1)).squeeze(-1)
+    signed = [Categorical().signed(z, signs) for signs in all_signs(3, z)]
+    rest = [Categorical().signed_rest(z, signs) for signs in all_signs(3, z)]
+    parted = expected_square(rest) + expected_square([Categorical().top(z)])
+    for found in (expected_square(signed), parted):
+        assert_close(found.diagonal(dim1=-2, dim2=-1), variance, rtol=1e-12, atol=0)
+
+
+def spread_of_D(weight: Tensor, D: Tensor) -> Tensor:
+    """Variance of estimates of D that have these probabilities, averaged over units."""
+    mean = (weight.unsqueeze(-1) * D).sum(0)
+    return (weight.unsqueeze(-1) * (D - mean) ** 2).sum(0).mean()
+
+
+SPREADS = {  # of logits; for the cost of two backward columns: labels, signs, top and signs
+    "flat": (0.0, ("signs", "labels", "top")),
+    "peaked": (4.0, ("top", "signs", "labels")),
+}
+
+
+@pytest.mark.parametrize(("scale", "order"), SPREADS.values(), ids=SPREADS)
+def test_which_two_columns_have_the_least_spread_depends_on_how_peaked_the_softmax_is(scale, order):
+    generator = torch.Generator().manual_seed(0)
+    J = normal(generator, 10, 500)  # of 500 units at the logits of one sample
+    found = dict.fromkeys(order, 0.0)
+    for _ in range(10):
+        z = scale * normal(generator, 1, 1, 10)
+        pi, signs = z.softmax(-1)[0, 0], all_signs(9, z)
+        even = torch.full((len(signs),), 1 / len(signs)).double()
+        labels = torch.eye(10).double() - pi
+        signed = torch.cat([Categorical().signed(z, s)[0] for s in signs])
+        rest = torch.cat([Categorical().signed_rest(z, s)[0] for s in signs])
+        found["labels"] += spread_of_D(pi, (labels @ J) ** 2) / 2
+        found["signs"] += spread_of_D(even, (signed @ J) ** 2) / 2
+        found["top"] += spread_of_D(even, (rest @ J) ** 2)
+        a = torch.cat(list(Categorical().root(z, 0, 9)[:, 0])) @ J
+        closed_form = 2 * ((a**2).sum(0) ** 2 - (a**4).sum(0))
+        assert_close(spread_of_D(even, (signed @ J) ** 2), closed_form.mean(), **TOL)
+    assert tuple(sorted(found, key=found.__getitem__)) == order
 
 
 # Drawn labels and scores

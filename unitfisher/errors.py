@@ -1,21 +1,24 @@
 """From the model's output back to the units: δ = ∂ ln p(y | z) / ∂net, one column at a time.
 
-Columns are those of the output Fisher's root S, drawn labels, random signs or the observed label.
+Columns are those of the output Fisher's root S, drawn labels, random signs through S, the most
+probable class exactly and random signs through the rest of S, or the observed label.
 Several at once go through one vmapped backward of the graph that the forward pass has built.
 """
 
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from unitfisher.likelihoods import Likelihood, Output
+from unitfisher.likelihoods import Classes, Likelihood, Output, OutputError, Signed
 
-FISHERS = ("exact", "mc", "rademacher", "empirical")
+DRAWN = ("mc", "rademacher", "top-rademacher")
+FISHERS = ("exact", *DRAWN, "empirical")
 SHARINGS = ("expand", "joint", "reduce")
 MANY_COLUMNS = 1000  # exact, but slow enough to say so
 COLUMN_BYTES = 128 * 2**20  # what the errors of columns sent back together may take
@@ -35,6 +38,16 @@ class Estimator:
         require_choice("sharing", self.sharing, SHARINGS)
         if not isinstance(self.samples, int) or self.samples < 1:
             raise ValueError(f"samples must be a whole number from 1, got {self.samples!r}")
+        if self.fisher == "top-rademacher" and not isinstance(self.likelihood, Classes):
+            raise ValueError(
+                f"fisher='top-rademacher' takes the most probable of several classes exactly, and "
+                f"{self.likelihood!r} has no classes: use fisher='rademacher'"
+            )
+
+    @property
+    def replicates(self) -> int:
+        """How many columns, the last ones, estimate D each on its own; 0: nothing is drawn."""
+        return self.samples if self.fisher in DRAWN else 0
 
 
 def require_choice(option: str, value: object, valid: Sequence[str]) -> None:
@@ -51,16 +64,13 @@ def columns(
     together: int = 1,
 ) -> Iterator[Float[Tensor, "r n t y"]]:
     """Yield cotangents of z whose squared errors sum to D = E_y δ² (or its estimate)."""
-    likelihood, samples = estimator.likelihood, estimator.samples
+    likelihood = estimator.likelihood
     if estimator.fisher == "exact":
         yield from _exact(z, likelihood, together)
-    elif estimator.fisher == "mc":
-        for _ in range(samples):
-            score = likelihood.score(z, likelihood.sample(z, generator))
-            yield score.unsqueeze(0) / samples**0.5
-    elif estimator.fisher == "rademacher":
-        for _ in range(samples):
-            yield _signed(z, likelihood, generator).unsqueeze(0) / samples**0.5
+    elif estimator.fisher in DRAWN:
+        drawn = _drawn(z, estimator, generator)
+        while block := list(islice(drawn, together)):
+            yield torch.stack(block)
     else:
         if targets is None:
             raise ValueError(
@@ -89,14 +99,48 @@ def _exact(z: Output, likelihood: Likelihood, together: int) -> Iterator[Tensor]
             yield column
 
 
-def _signed(z: Output, likelihood: Likelihood, generator: torch.Generator) -> Output:
-    """A random ±1 for every column, sample and position: E v vᵀ = S Sᵀ, no label drawn."""
-    signed, total, together = torch.zeros_like(z), likelihood.columns(z), 64
-    for start in range(0, total, together):
-        root = likelihood.root(z, start, min(start + together, total))
-        coin = torch.empty(root.shape[:3], device=z.device).bernoulli_(0.5, generator=generator)
-        signed += (root * (2 * coin - 1).to(z.dtype).unsqueeze(-1)).sum(0)
+def _drawn(z: Output, estimator: Estimator, generator: torch.Generator) -> Iterator[Output]:
+    """Each random column estimates what is left of D, and they average."""
+    likelihood, share = estimator.likelihood, estimator.samples**-0.5
+    if estimator.fisher == "top-rademacher":
+        assert isinstance(likelihood, Classes)
+        _require_one_label(z)
+        yield likelihood.top(z)
+    for _ in range(estimator.samples):
+        if estimator.fisher == "mc":
+            yield likelihood.score(z, likelihood.sample(z, generator)) * share
+            continue
+        signs = _signs(z, likelihood.columns(z), generator)
+        if estimator.fisher == "rademacher":
+            yield _signed(z, likelihood, signs) * share
+        else:
+            assert isinstance(likelihood, Classes)
+            yield likelihood.signed_rest(z, signs) * share
+
+
+def _signs(z: Output, columns: int, generator: torch.Generator) -> Float[Tensor, "r n t"]:
+    """A random ±1 for every column, sample and position: then E (S ε)(S ε)ᵀ = S Sᵀ."""
+    coin = torch.empty(columns, *z.shape[:2], device=z.device).bernoulli_(0.5, generator=generator)
+    return (2 * coin - 1).to(z.dtype)
+
+
+def _signed(z: Output, likelihood: Likelihood, signs: Float[Tensor, "r n t"]) -> Output:
+    if isinstance(likelihood, Signed):
+        return likelihood.signed(z, signs)
+    signed, start = torch.zeros_like(z), 0
+    for part in signs.split(64):
+        root = likelihood.root(z, start, start + len(part))
+        signed += (root * part.unsqueeze(-1)).sum(0)
+        start += len(part)
     return signed
+
+
+def _require_one_label(z: Output) -> None:
+    if z.shape[1] > 1:
+        raise OutputError(
+            f"fisher='top-rademacher' takes one label a sample, and the output has {z.shape[1]} "
+            f"positions, whose columns would mix on their way back: use fisher='rademacher'"
+        )
 
 
 def send_back(

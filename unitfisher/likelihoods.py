@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Output = Float[Tensor, "n t y"]
@@ -53,6 +54,28 @@ class Residual(Protocol):
         ...
 
 
+@runtime_checkable
+class Signed(Protocol):
+    """A likelihood that adds up its root's columns without forming them."""
+
+    def signed(self, z: Output, signs: Float[Tensor, "r n t"]) -> Output:
+        """Return S ε for a sign at every column and position."""
+        ...
+
+
+@runtime_checkable
+class Classes(Protocol):
+    """A likelihood of classes: one is the most probable, and a root may begin with it."""
+
+    def top(self, z: Output) -> Output:
+        """Return that root's first column: the most probable class against all others."""
+        ...
+
+    def signed_rest(self, z: Output, signs: Float[Tensor, "r n t"]) -> Output:
+        """Return the sum of its other columns, each times a sign."""
+        ...
+
+
 @dataclass(frozen=True)
 class Categorical:
     """Softmax over the last axis; outputs (n, C) or (n, T, C), logits or log-probabilities."""
@@ -73,18 +96,30 @@ class Categorical:
         """Set each class against the mean of the later ones (Tanabe & Sagae 1992, eq. 4).
 
         Column j is √(π_j r_j / (π_j + r_j)) (e_j - π_{>j} / r_j) with r_j = Σ_{i>j} π_i.
-        Tails are sums of positive numbers: a saturated softmax keeps its digits.
         """
         pi = z.double().softmax(-1)
-        tail = pi.flip(-1).cumsum(-1).flip(-1)
-        head, rest = pi[..., start:stop], tail[..., start + 1 : stop + 1]
-        tiny = torch.finfo(pi.dtype).tiny
-        scale = head.sqrt() * rest.sqrt() / tail[..., start:stop].clamp_min(tiny).sqrt()
+        scale, rest = _contrasts(pi)
         classes = torch.arange(z.shape[-1], device=z.device)
         j = classes[start:stop, None]
-        later = pi.unsqueeze(-2) / rest.clamp_min(tiny).unsqueeze(-1) * (classes > j)
-        column = scale.unsqueeze(-1) * ((classes == j).double() - later)  # n t r y
-        return column.movedim(-2, 0).to(z.dtype)
+        later = pi.unsqueeze(-2) / rest[..., start:stop].unsqueeze(-1) * (classes > j)
+        column = scale[..., start:stop].unsqueeze(-1) * ((classes == j).double() - later)
+        return column.movedim(-2, 0).to(z.dtype)  # n t r y before
+
+    def signed(self, z: Output, signs: Float[Tensor, "r n t"]) -> Output:
+        return _signed_contrasts(z.double().softmax(-1), signs).to(z.dtype)
+
+    def top(self, z: Output) -> Output:
+        """√(π_m r) (e_m - π_{≠m} / r), m the most probable class and r = 1 - π_m."""
+        pi, is_top = _most_probable(z)
+        others = pi.masked_fill(is_top, 0.0)
+        r = others.sum(-1, keepdim=True)
+        scale = (pi.amax(-1, keepdim=True) * r).sqrt()
+        return (scale * (is_top.double() - others / _positive(r))).to(z.dtype)
+
+    def signed_rest(self, z: Output, signs: Float[Tensor, "r n t"]) -> Output:
+        """Without the most probable class's mass its column vanishes; the others stay a root."""
+        pi, is_top = _most_probable(z)
+        return _signed_contrasts(pi.masked_fill(is_top, 0.0), signs).to(z.dtype)
 
     def sample(self, z: Output, generator: torch.Generator) -> Tensor:
         pi = z.detach().double().softmax(-1).flatten(0, 1)
@@ -123,8 +158,10 @@ class Bernoulli:
         return z.shape[-1]
 
     def root(self, z: Output, start: int, stop: int) -> Float[Tensor, "r n t y"]:
-        p = z.double().sigmoid()
-        return _diagonal((p * (-z.double()).sigmoid()).sqrt().to(z.dtype), start, stop)
+        return _diagonal(self._scale(z), start, stop)
+
+    def signed(self, z: Output, signs: Float[Tensor, "r n t"]) -> Output:
+        return self._scale(z) * signs.movedim(0, -1)
 
     def sample(self, z: Output, generator: torch.Generator) -> Tensor:
         return torch.bernoulli(z.detach().sigmoid(), generator=generator)
@@ -134,6 +171,10 @@ class Bernoulli:
 
     def residual(self, z: Output, y: Tensor) -> Output:
         return y.to(z.dtype).reshape(z.shape) - z.sigmoid()
+
+    def _scale(self, z: Output) -> Output:
+        p = z.double().sigmoid()
+        return (p * (-z.double()).sigmoid()).sqrt().to(z.dtype)
 
 
 @dataclass(frozen=True)
@@ -154,6 +195,10 @@ class Gaussian:
 
     def root(self, z: Output, start: int, stop: int) -> Float[Tensor, "r n t y"]:
         return _diagonal(torch.full_like(z, self.variance**-0.5), start, stop)
+
+    def signed(self, z: Output, signs: Float[Tensor, "r n t"]) -> Output:
+        scaled: Output = signs.movedim(0, -1) * self.variance**-0.5
+        return scaled
 
     def sample(self, z: Output, generator: torch.Generator) -> Tensor:
         spread = torch.full_like(z, self.variance**0.5)
@@ -181,6 +226,36 @@ def likelihood_of(choice: str | Likelihood) -> Likelihood:
         return choice
     names = ", ".join(map(repr, BY_NAME))
     raise ValueError(f"likelihood must be one of {names} or a Likelihood object, got {choice!r}")
+
+
+def _contrasts(pi: Output) -> tuple[Float[Tensor, "n t r"], Float[Tensor, "n t r"]]:
+    """Return √(π_j r_j / (π_j + r_j)) and r_j, the mass after j, for all classes but the last.
+
+    Tails are sums of positive numbers: a saturated softmax keeps its digits.
+    """
+    tail = pi.flip(-1).cumsum(-1).flip(-1)
+    rest = tail[..., 1:]
+    scale = pi[..., :-1].sqrt() * rest.sqrt() / _positive(tail[..., :-1]).sqrt()
+    return scale, _positive(rest)  # s and r
+
+
+def _signed_contrasts(pi: Output, signs: Float[Tensor, "r n t"]) -> Output:
+    """Class i of Σ_j ε_j column j, by prefix sums: ε_i s_i - π_i Σ_{j<i} ε_j s_j / r_j."""
+    scale, rest = _contrasts(pi)
+    own = scale * signs.movedim(0, -1)
+    earlier = (own / rest).cumsum(-1)
+    return F.pad(own, (0, 1)) - pi * F.pad(earlier, (1, 0))
+
+
+def _most_probable(z: Output) -> tuple[Output, Bool[Tensor, "n t y"]]:
+    """Return the probabilities, and where the largest stands; one of several that tie."""
+    pi = z.double().softmax(-1)
+    classes = torch.arange(z.shape[-1], device=z.device)
+    return pi, classes == pi.argmax(-1, keepdim=True)
+
+
+def _positive(x: Tensor) -> Tensor:
+    return x.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def _independent(output: Tensor, name: str) -> Output:
