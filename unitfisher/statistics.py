@@ -309,7 +309,7 @@ def _errors(cases: Cases, part: slice, m: Moments, damped: Moments) -> StandardE
     assert isinstance(m, UnitMoments)
     if not cases.variance.any():
         return StandardErrors.alike(0.0, m.mu_q)
-    return StandardErrors.of_c(cases.variance[part], m.samples, m)
+    return StandardErrors.of_c(cases.variance[part].sqrt() / m.samples, m)
 
 
 def together(parts: Sequence[Tensor]) -> Tensor:

@@ -34,7 +34,7 @@ class StandardErrors(NamedTuple):
         """
         if not cases.replicates and not cases.population:
             return cls.alike(0.0, m.mu_q)
-        found = cls.of_c(variance_of_sum(cases), cases.samples, m)
+        found = cls.of_c(variance_of_sum(cases).sqrt() / cases.samples, m)
         if cases.delta.shape[2] > 1:
             return found
         weight = torch.where(m.alive, cases.samples * m.c, torch.nan)
@@ -47,11 +47,9 @@ class StandardErrors(NamedTuple):
         return found._replace(s_error=s.sqrt() * living, k_error=k.sqrt() * living)
 
     @classmethod
-    def of_c(
-        cls, variance: Float[Tensor, " u"], samples: float | Tensor, m: Moments
-    ) -> "StandardErrors":
-        """From the variance of Σ D alone."""
-        return cls.alike(torch.nan, m.mu_q)._replace(c_error=variance.sqrt() / samples)
+    def of_c(cls, error: Float[Tensor, " u"], m: Moments) -> "StandardErrors":
+        """Nothing is known but the error of c."""
+        return cls.alike(torch.nan, m.mu_q)._replace(c_error=error)
 
     @classmethod
     def alike(cls, value: float, like: Float[Tensor, "u d"]) -> "StandardErrors":
