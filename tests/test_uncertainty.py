@@ -166,6 +166,14 @@ def test_layers_measured_together_have_their_own_errors():
             assert_close(getattr(together[name], error), getattr(alone, error), **TOL)
 
 
+def test_layers_of_one_form_but_other_numbers_of_positions_know_of_how_many_cases_theirs_are():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh(), nn.Conv2d(4, 4, 1, stride=2), nn.Flatten())
+    x = normal(torch.Generator().manual_seed(1), 6, 4, 4, 4)
+    found = measured(model.double(), x, rows=8)
+    assert [found[name].cases.population for name in ("0", "2")] == [6 * 16, 6 * 4]
+
+
 def test_a_loader_tells_the_error_of_c():
     model, x = dense()
     options = {"fisher": "rademacher", "samples": 4}

@@ -92,8 +92,8 @@ def _form(of: Observation | Streamed) -> object:
         return None
     a, delta = cases.a, cases.delta
     given = None if gradient is None else (gradient.g.dtype, gradient.g0 is None)
-    drawn = cases.incoming is not None
-    return a.shape, a.dtype, a.device, delta.shape, delta.dtype, cases.samples, drawn, given
+    counts = cases.samples, cases.population
+    return a.shape, a.dtype, a.device, delta.shape, delta.dtype, counts, given
 
 
 def _together(cases: Cases) -> int:
