@@ -30,7 +30,7 @@ COLUMNS = {
     "step", "layer", "unit", "phase", "c", "s", "k", "sc", "mean_norm", "mean_q_norm",
     "corrected_mean_norm", "n_eff", "damping", "damping_share", "mean_share", "mean_share_q",
     "cosine", "bias_shift_share_gradient", "bias_shift_share_natural", "output_mean",
-    "output_var", "dead", "finite",
+    "output_var", "dead", "finite", "c_error", "mean_q_error", "s_error", "k_error",
 }  # fmt: skip
 WITH_GRADIENT = ["cosine", "bias_shift_share_gradient", "bias_shift_share_natural"]
 
@@ -554,7 +554,7 @@ def test_the_table_has_the_columns_of_a_record():
 
 
 def test_the_table_says_what_the_statistics_say():
-    monitor = Monitor(mlp())
+    monitor = Monitor(mlp(), fisher="mc", samples=2)
     m = monitor.measure(normal(8, 4))["2"]
     table = monitor.to_pandas().query("layer == '2'")
     expected = {
@@ -565,6 +565,10 @@ def test_the_table_says_what_the_statistics_say():
         "mean_norm": m.mean.norm().expand(5),
         "mean_q_norm": m.mean_q.norm(dim=1),
         "corrected_mean_norm": m.corrected_mean.norm(dim=1),
+        "c_error": m.c_error,
+        "mean_q_error": m.mean_q_error.norm(dim=1),
+        "s_error": m.s_error,
+        "k_error": m.k_error,
         "n_eff": m.n_eff,
         "damping_share": m.damping_share,
         "mean_share": m.mean_share.expand(5),

@@ -4,7 +4,7 @@ What a measurement of small layers costs is how many operations it takes, not ho
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -92,8 +92,8 @@ def _form(of: Observation | Streamed) -> object:
         return None
     a, delta = cases.a, cases.delta
     given = None if gradient is None else (gradient.g.dtype, gradient.g0 is None)
-    drawn = cases.incoming is not None
-    return a.shape, a.dtype, a.device, delta.shape, delta.dtype, cases.samples, drawn, given
+    counts = cases.samples, cases.population
+    return a.shape, a.dtype, a.device, delta.shape, delta.dtype, counts, given
 
 
 def _together(cases: Cases) -> int:
@@ -112,4 +112,4 @@ def _joined(cases: Sequence[Cases]) -> Cases:
         (mean.expand(u, -1), trace.expand(u)) for mean, trace in given for u in [cases[0].units]
     ]
     incoming = Incoming(*map(torch.cat, zip(*means, strict=True))) if given else None
-    return UnitCases(a, torch.cat(delta, -1), several[0].samples, incoming, several[0].solver)
+    return replace(several[0], a=a, delta=torch.cat(delta, -1), incoming=incoming)

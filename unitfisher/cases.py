@@ -34,8 +34,9 @@ class Incoming(NamedTuple):
 class UnitCases:
     """Activations and errors of a layer, from which any moments are formed.
 
-    With one position a case, columns fold: only D = Σ_r δ² is kept, as one column √D. With
-    several (``sharing="joint"``) they may not: each column's gradient is Σ_t δ a, then squared.
+    With one position a case, columns fold to D = Σ_r δ²; where nothing is learnt from how they
+    differ, only one column √D is kept. With several positions (``sharing="joint"``) they may not:
+    each column's gradient is Σ_t δ a, then squared.
     """
 
     a: Float[Tensor, "g m t d"]
@@ -43,6 +44,8 @@ class UnitCases:
     samples: int
     incoming: Incoming | None = None  # of all cases, where these are drawn from more
     solver: str = "auto"
+    replicates: int = 0  # the last so many columns are estimates of D that average; 0: exact
+    population: int = 0  # of how many cases these are drawn; 0: they are all
 
     @property
     def units(self) -> int:
@@ -66,7 +69,8 @@ class UnitCases:
 
     @property
     def rows(self) -> int:
-        return self.delta.shape[0] * self.delta.shape[1]
+        columns, cases, positions, _ = self.delta.shape
+        return columns * cases if positions > 1 else cases  # alone, columns fold
 
     @cached_property
     def D(self) -> Float[Tensor, "m u"]:
@@ -215,9 +219,7 @@ class UnitCases:
                 Incoming(*own) for own in zip(*(x[first] for x in self.incoming), strict=True)
             ]
         parts = zip(self.a.split(1), self.delta.chunk(groups, -1), incoming, strict=True)
-        return [
-            UnitCases(a, delta, self.samples, of_all, self.solver) for a, delta, of_all in parts
-        ]
+        return [replace(self, a=a, delta=delta, incoming=of_all) for a, delta, of_all in parts]
 
     def drawn(self, rows: int, generator: torch.Generator) -> "UnitCases":
         """Return so many cases, each as likely, that stand for all: their Fisher is unbiased.
@@ -230,16 +232,15 @@ class UnitCases:
         chosen = torch.randperm(count, generator=generator, device=generator.device)[:rows]
         chosen = chosen.to(self.a.device)
         delta = self.delta[:, chosen] * (count / rows) ** 0.5
-        return UnitCases(
-            self.a[:, chosen], delta, self.samples, Incoming(self.mean, self.trace_variance)
-        )
+        incoming = Incoming(self.mean, self.trace_variance)
+        return replace(self, a=self.a[:, chosen], delta=delta, incoming=incoming, population=count)
 
     def of_units(self, part: slice) -> "UnitCases":
         a, incoming = self.a, self.incoming
         if len(a) > 1:  # keep only the groups of these units, one each
             a = a.repeat_interleave(self.units // len(a), 0)[part]
             incoming = incoming and Incoming(*(x[part] for x in incoming))
-        return UnitCases(a, self.delta[..., part], self.samples, incoming, self.solver)
+        return replace(self, a=a, delta=self.delta[..., part], incoming=incoming)
 
     def _weighted_rows(self) -> UnitRows:
         if self.delta.shape[2] == 1:

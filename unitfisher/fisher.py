@@ -78,7 +78,8 @@ class Observer:
         z = z if fault is None else z.nan_to_num(0.0, 0.0, 0.0)  # so that labels can be drawn
         edges = _edges(output, seen)
         observed = self._observed(seen, samples=len(z))
-        foldings = {name: Folding(layer) for name, layer in observed.items()}
+        replicates = self.estimator.replicates
+        foldings = {name: Folding(layer, replicates) for name, layer in observed.items()}
         together = columns_together(output, seen.net_numbers, self._convolutional)
         blocks = columns(z, self.estimator, self.chance.on(z.device), targets, together)
         for grads in send_all_back(output, edges, blocks):
@@ -134,11 +135,11 @@ def unit_fisher(
         layers: Patterns, types or a predicate, as for `Monitor`. Kinds that the Monitor does not
             cover go by per-sample gradients, which know ``sharing="joint"`` only.
         likelihood: "categorical", "bernoulli", "gaussian" or a Likelihood object.
-        fisher: "exact", "mc", "rademacher" or "empirical".
+        fisher: "exact", "mc", "rademacher", "top-rademacher" or "empirical".
         sharing: "expand", "joint" or "reduce" (positions that share weights).
         targets: Observed labels, for ``fisher="empirical"``.
         output: Picks the logits from what forward returns.
-        samples: Columns for "mc" and "rademacher".
+        samples: Random columns; "top-rademacher" has one more, which is exact.
         seed: Of the drawn labels or signs.
 
     Raises:

@@ -75,8 +75,10 @@ class Monitor:
             ``(name, module) -> bool``; None: every trainable layer of a supported kind.
         likelihood: "categorical", "bernoulli", "gaussian" or a Likelihood object, for example
             ``Gaussian(variance=0.5)``.
-        fisher: "exact", "mc" (drawn labels), "rademacher" (random signs) or "empirical".
-        samples: Columns for "mc" and "rademacher"; more do not change the scale.
+        fisher: "exact", "mc" (drawn labels), "rademacher" (random signs), "top-rademacher" (the
+            most probable class exactly, random signs over the rest) or "empirical".
+        samples: Random columns; more do not change the scale, and from two on c, E_q(a), s and k
+            have standard errors. "top-rademacher" has one more, which is exact.
         sharing: "expand" (every position a case), "joint" (the true Fisher block) or "reduce".
         damping: Relative, on the weight block: λ = damping · trace(A) / d for each unit.
         every: Measure every n-th training pass, the first included, or a predicate of the step.

@@ -86,10 +86,13 @@ def _own(x: Tensor, given: Tensor) -> Tensor:
 
 
 class Folding:
-    """Gathers a layer's errors block by block; folds columns as soon as the sharing permits."""
+    """Gathers a layer's errors block by block; folds columns as soon as sharing permits.
 
-    def __init__(self, observed: Observed) -> None:
-        self.observed = observed
+    Several columns that estimate the same are kept: how they differ is their standard error.
+    """
+
+    def __init__(self, observed: Observed, replicates: int = 0) -> None:
+        self.observed, self.replicates = observed, replicates
         self.D: Tensor | None = None
         self.columns: list[Tensor] = []
 
@@ -99,6 +102,9 @@ class Folding:
             return
         if self.observed.sharing == "reduce":
             delta = delta.sum(2, keepdim=True)
+        if self.replicates > 1:
+            self.columns.append(delta.flatten(1, 2).unsqueeze(2))
+            return
         D = (delta.double() ** 2).sum(0)
         self.D = D if self.D is None else self.D.add_(D)
 
@@ -106,9 +112,12 @@ class Folding:
         """Put the errors beside the activations."""
         a, samples = self.observed.activations, self.observed.samples
         if self.columns:
-            return UnitCases(a, torch.cat(self.columns), samples)
-        assert self.D is not None, "no column was sent back"
+            delta = torch.cat(self.columns)
+        else:
+            assert self.D is not None, "no column was sent back"
+            delta = self.D.sqrt().flatten(0, 1)[None, :, None]
         if self.observed.sharing == "reduce":
             a = a.mean(2, keepdim=True, dtype=torch.float64)
-        delta = self.D.sqrt().flatten(0, 1)[None, :, None]
-        return UnitCases(a.flatten(1, 2).unsqueeze(2), delta, samples)
+        if delta.shape[2] == 1:
+            a = a.flatten(1, 2).unsqueeze(2)
+        return UnitCases(a, delta, samples, replicates=self.replicates)

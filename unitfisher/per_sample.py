@@ -46,8 +46,8 @@ def per_sample_gradients(
             them the columns of the Fisher's root, (r, n, *parameter.shape): their outer products,
             summed over r and averaged over n, are the Fisher.
         likelihood: "categorical", "bernoulli", "gaussian" or a Likelihood object.
-        fisher: "exact", "mc" or "rademacher", where no targets are given.
-        samples: Columns for "mc" and "rademacher".
+        fisher: "exact", "mc", "rademacher" or "top-rademacher", where no targets are given.
+        samples: Random columns; "top-rademacher" has one more, which is exact.
         output: Picks the logits from what forward returns.
         parameters: Which of ``named_parameters()``; None: all trainable ones.
         chunk_size: Samples at a time, to bound memory; None: all.

@@ -2,15 +2,17 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from unitfisher.blocks import Block, blocks, joined_gradients
+from unitfisher.cases import UnitCases
 from unitfisher.diagnostics import cosine, mean_share
 from unitfisher.fisher import Gradient, Observation
+from unitfisher.moments import UnitMoments
 from unitfisher.products import Moments
 from unitfisher.solvers import SingularFisherError, dot
 from unitfisher.streaming import Cases, Streamed
@@ -20,6 +22,7 @@ from unitfisher.theorems import (
     unit_natural_gradient,
     weight_natural_gradient,
 )
+from unitfisher.uncertainty import StandardErrors
 
 
 class LayerStep(NamedTuple):
@@ -35,6 +38,12 @@ class UnitStatistics:
 
     Theorem quantities of a dead unit (no error ever reaches it) are NaN. For a layer without bias
     s and k are those that its bias would have.
+
+    Standard errors speak of what was drawn, not of the batch: of labels or signs (two columns or
+    more tell), and of cases where ``rows=`` draws them. They are 0 where nothing was drawn and NaN
+    where it cannot be told: from a single random column, of E_q(a), s and k with
+    ``sharing="joint"`` or over a loader, and of s and k from drawn rows. Those of s and k are of
+    first order in the spread of D: their bias, which may be larger, is not in them.
     """
 
     layer: str
@@ -54,6 +63,10 @@ class UnitStatistics:
         Tensor, " u"
     ]  # relative, that conjugate gradients left; 0 where solved directly
     converged: Bool[Tensor, " u"]  # whether that is within the tolerance
+    c_error: Float[Tensor, " u"]  # standard error
+    mean_q_error: Float[Tensor, "u d"]
+    s_error: Float[Tensor, " u"]
+    k_error: Float[Tensor, " u"]
     mean_share: Float[Tensor, "*g"]  # ‖E_p(a)‖² / E_p‖a‖²
     mean_share_q: Float[Tensor, " u"]  # ‖E_q(a)‖² / E_q‖a‖²
     output_mean: Float[Tensor, " u"]  # after the nonlinearity
@@ -93,8 +106,8 @@ class UnitStatistics:
 
     def damped(self, damping: float) -> "UnitStatistics":
         """Return the same measurement at another relative damping."""
-        found, angles = theory(self.alone, damping, self.gradient)
-        return replace(self, damping=damping, **found._asdict(), **angles._asdict())
+        found = theory(self.alone, damping, self.gradient)
+        return replace(self, damping=damping, **found)
 
     @property
     def alone(self) -> Block:
@@ -116,8 +129,8 @@ def statistics(
     for block in blocks(observations, units, biased):
         cases = block.cases
         gradient = joined_gradients(observations[name].gradient for name in block.layers)
-        found, angles = theory(block, damping, gradient)
-        of_units = {**found._asdict(), **angles._asdict(), "dead": cases.dead, "n_eff": cases.n_eff}
+        found = theory(block, damping, gradient)
+        of_units = {**found, "dead": cases.dead, "n_eff": cases.n_eff}
         parted = {key: block.split(x) for key, x in of_units.items()}
         parted["mean"] = block.split_shared(cases.mean)
         parted["mean_share"] = block.split_shared(mean_share(cases.mean, cases.trace_variance))
@@ -265,24 +278,38 @@ class Theory(NamedTuple):
         return nothing._replace(converged=torch.zeros_like(cases.dead))
 
 
-def theory(block: Block, damping: float, gradient: Gradient | None) -> tuple[Theory, Angles]:
-    """Compute what the theorems say, part after part of the units."""
+def theory(block: Block, damping: float, gradient: Gradient | None) -> dict[str, Any]:
+    """Compute what the theorems say, part after part of the units: fields of UnitStatistics."""
     cases = block.cases
     if not block.finite:
-        return Theory.unknown(cases), Angles.unknown(cases)
-    found, angles = [], []
+        unknown = Theory.unknown(cases)
+        errors = StandardErrors.alike(torch.nan, unknown.mean_q)
+        return {**unknown._asdict(), **errors._asdict(), **Angles.unknown(cases)._asdict()}
+    found = []
     for (part, m), (_, damped) in zip(cases.parts(), cases.damped_parts(damping), strict=True):
         try:
-            found.append(Theory.of(m, damped))
+            of_part = {
+                **Theory.of(m, damped)._asdict(),
+                **_errors(cases, part, m, damped)._asdict(),
+            }
             if gradient is not None:
                 own = gradient.of_units(part)
-                angles.append(Angles.of(block.center(part), own, unit_steps(damped, own)))
+                angles = Angles.of(block.center(part), own, unit_steps(damped, own))
+                of_part |= angles._asdict()
         except SingularFisherError as error:
             raise block.named(error, part) from None
-    joined = Theory(*map(together, zip(*found, strict=True)))
-    if gradient is None:
-        return joined, Angles.unknown(cases)
-    return joined, Angles(*map(together, zip(*angles, strict=True)))
+        found.append(of_part)
+    joined = {name: together([of_part[name] for of_part in found]) for name in found[0]}
+    return joined if gradient is not None else joined | Angles.unknown(cases)._asdict()
+
+
+def _errors(cases: Cases, part: slice, m: Moments, damped: Moments) -> StandardErrors:
+    if isinstance(cases, UnitCases):
+        return StandardErrors.of(cases.of_units(part), m, damped)
+    assert isinstance(m, UnitMoments)
+    if not cases.variance.any():
+        return StandardErrors.alike(0.0, m.mu_q)
+    return StandardErrors.of_c(cases.variance[part].sqrt() / m.samples, m)
 
 
 def together(parts: Sequence[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from unitfisher.cases import UnitCases
 from unitfisher.fisher import Gradient, Observation, Observer, observe_now
 from unitfisher.moments import UnitMoments
 from unitfisher.passes import device_of
+from unitfisher.uncertainty import variance_of_sum
 
 SUMS_BYTES = 4 * 2**30  # what the second moments of all layers may take
 
@@ -26,6 +27,7 @@ class UnitSums:
     trace_variance: Float[Tensor, "*g"]
     weight: Float[Tensor, " u"]  # Σ D
     weight_squared: Float[Tensor, " u"]  # Σ D²
+    variance: Float[Tensor, " u"]  # of Σ D, from drawn labels or signs
     count: int  # of positions
 
     @classmethod
@@ -33,7 +35,7 @@ class UnitSums:
         held = tuple((part, cases.of_units(part).sums()) for part in cases.split())
         D = cases.D
         moments = cases.mean, cases.trace_variance, D.sum(0), (D**2).sum(0)
-        return cls(held, *moments, _count(cases))
+        return cls(held, *moments, variance_of_sum(cases), _count(cases))
 
     def joined(self, cases: UnitCases) -> "UnitSums":
         """Add a batch, about the origins that the first one chose."""
@@ -47,6 +49,7 @@ class UnitSums:
             trace_variance=variance + q * (1 - q) * (shift**2).sum(-1),
             weight=self.weight + cases.D.sum(0),
             weight_squared=self.weight_squared + (cases.D**2).sum(0),
+            variance=self.variance + variance_of_sum(cases),
             count=total,
         )
 
@@ -75,7 +78,8 @@ class UnitSums:
     @property
     def tensors(self) -> list[Tensor]:
         sums = [t for _, m in self.held for t in vars(m).values() if isinstance(t, Tensor)]
-        return [self.mean, self.trace_variance, self.weight, self.weight_squared, *sums]
+        known = self.mean, self.trace_variance, self.weight, self.weight_squared, self.variance
+        return [*known, *sums]
 
 
 Cases = UnitCases | UnitSums

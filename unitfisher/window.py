@@ -10,7 +10,7 @@ from torch import Tensor
 from unitfisher.cases import UnitCases
 from unitfisher.fisher import Observation
 
-State = dict[str, list[tuple[Tensor, Tensor, int]]]  # of each layer's batches: a, delta, samples
+State = dict[str, list[tuple[Tensor, Tensor, int, int]]]  # a, delta, samples, replicates
 
 
 class Window:
@@ -31,13 +31,16 @@ class Window:
 
     def state(self) -> State:
         return {
-            name: [(cases.a, cases.delta, cases.samples) for cases in held]
+            name: [(cases.a, cases.delta, cases.samples, cases.replicates) for cases in held]
             for name, held in self.newest.items()
         }
 
     def load(self, state: State) -> None:
         self.newest = {
-            name: deque((UnitCases(*batch) for batch in held), self.batches)
+            name: deque(
+                (UnitCases(a, delta, samples, replicates=k) for a, delta, samples, k in held),
+                self.batches,
+            )
             for name, held in state.items()
         }
 
@@ -66,7 +69,8 @@ def joined(batches: Sequence[UnitCases]) -> UnitCases:
             f"batches of {sorted(positions)} positions cannot be pooled with sharing='joint': pad "
             f"sequences to one length, or use sharing='expand'"
         )
-    return UnitCases(
+    return replace(
+        batches[0],
         a=torch.cat([cases.a for cases in batches], 1),
         delta=torch.cat([cases.delta for cases in batches], 1),
         samples=sum(cases.samples for cases in batches),

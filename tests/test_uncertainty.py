@@ -1,0 +1,216 @@
+"""Standard errors of what is drawn, against drawing again and again; influences by autograd."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import TOL, batches, normal
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from unitfisher import Monitor, Run, UnitMoments, UnitStatistics, bias_shift_correction
+from unitfisher.cases import UnitCases
+from unitfisher.uncertainty import _influence
+
+DRAWS = 60
+ERRORS = ("c_error", "mean_q_error", "s_error", "k_error")
+
+
+def dense() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4))
+    return model.double(), normal(torch.Generator().manual_seed(1), 60, 4)
+
+
+def convolutional() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    grouped = nn.Conv2d(2, 4, 3, padding=1, groups=2)
+    model = nn.Sequential(grouped, nn.ELU(), nn.Flatten(), nn.Linear(4 * 9, 3))
+    return model.double(), normal(torch.Generator().manual_seed(1), 40, 2, 3, 3)
+
+
+def measured(model: nn.Module, x: Tensor | list[Tensor], **options) -> dict[str, UnitStatistics]:
+    with Monitor(model, **options) as monitor:
+        return monitor.measure(x)
+
+
+def drawn(model: nn.Module, x: Tensor, **options) -> list[UnitStatistics]:
+    """The first layer measured again and again, by other labels, signs and cases."""
+    with Monitor(model, "0", **options) as monitor:
+        return [monitor.measure(x)["0"] for _ in range(DRAWS)]
+
+
+# Coverage
+
+
+DRAWN = {
+    "labels": (dense, {"fisher": "mc", "samples": 4}, ("c", "mean_q", "s", "k")),
+    "signs": (dense, {"fisher": "rademacher", "samples": 2}, ("c", "mean_q", "s", "k")),
+    "top-and-signs": (dense, {"fisher": "top-rademacher", "samples": 2}, ("c", "mean_q", "s", "k")),
+    "positions": (
+        convolutional, {"fisher": "rademacher", "samples": 2}, ("c", "mean_q", "s", "k")
+    ),
+    "joint": (convolutional, {"fisher": "rademacher", "samples": 3, "sharing": "joint"}, ("c",)),
+    "reduce": (
+        convolutional, {"fisher": "mc", "samples": 4, "sharing": "reduce"}, ("c", "mean_q")
+    ),
+    "cases": (dense, {"rows": 30}, ("c", "mean_q")),
+    "cases-and-labels": (dense, {"rows": 40, "fisher": "mc", "samples": 4}, ("c", "mean_q")),
+    "cases-of-positions": (convolutional, {"rows": 120}, ("c", "mean_q")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "options", "quantities"), DRAWN.values(), ids=DRAWN)
+def test_standard_errors_are_the_spread_over_draws(make, options, quantities):
+    found = drawn(*make(), **options)
+    for name in quantities:
+        values = torch.stack([getattr(m, name) for m in found])
+        told = torch.stack([getattr(m, f"{name}_error") for m in found]).square()
+        seen = (values - values.mean(0)) ** 2 * DRAWS / (DRAWS - 1)
+        off = told.mean(0) - seen.mean(0)  # each a mean of draws, and so with an error of its own
+        noise = ((told - seen).var(0) / DRAWS).sqrt()
+        higher_order = 0.3 if name in ("s", "k") else 0.1
+        assert (off.abs() <= 5 * noise + higher_order * seen.mean(0)).all(), name
+
+
+@pytest.mark.parametrize("fisher", ["mc", "rademacher", "top-rademacher"])
+def test_the_exact_value_is_within_five_standard_errors(fisher):
+    model, x = dense()
+    exact = measured(model, x)["0"]
+    m = measured(model, x, fisher=fisher, samples=16)["0"]
+    for name in ("c", "mean_q"):
+        off = (getattr(m, name) - getattr(exact, name)).abs()
+        assert (off <= 5 * getattr(m, f"{name}_error")).all()
+
+
+def test_cases_drawn_with_one_column_each_have_an_error_that_is_no_less_than_the_spread():
+    found = drawn(*dense(), rows=40, fisher="mc")
+    spread = torch.stack([m.c for m in found]).var(0)
+    told = torch.stack([m.c_error for m in found]).square().mean(0)
+    assert (told >= 0.75 * spread).all()
+    assert (told <= 3 * spread).all()
+
+
+# How s and k follow D
+
+
+@given(batch=batches(), damping=st.sampled_from([0.0, 1e-3, 0.1]))
+def test_influences_are_the_derivatives_by_D(batch, damping):
+    D = batch.D.clone().requires_grad_(True)
+    s, k = bias_shift_correction(UnitMoments.of(batch.a, D).damped(damping))
+    of_s, of_k = (torch.autograd.grad(x.sum(), D, retain_graph=True)[0] for x in (s, k))
+    cases = UnitCases(batch.a[None, :, None], batch.D.sqrt()[None, :, None], len(batch.a))
+    ((_, m),), ((_, damped),) = cases.parts(), cases.damped_parts(damping)
+    found = _influence(cases, m, damped)
+    assert_close(found.s, of_s, **TOL)
+    assert_close(found.k, of_k, **TOL)
+
+
+# What is not estimated, and what cannot be told
+
+
+def test_what_is_exact_has_no_error():
+    model, x = dense()
+    for m in Monitor(model).measure(x).values():
+        assert all(getattr(m, name).eq(0).all() for name in ERRORS)
+
+
+UNTOLD = {
+    "one-column": (dense, {"fisher": "rademacher"}, ERRORS),
+    "one-column-and-top": (dense, {"fisher": "top-rademacher"}, ERRORS),
+    "joint": (convolutional, {"fisher": "mc", "samples": 2, "sharing": "joint"}, ERRORS[1:]),
+    "drawn-cases": (dense, {"rows": 30}, ERRORS[2:]),
+}
+
+
+@pytest.mark.parametrize(("make", "options", "names"), UNTOLD.values(), ids=UNTOLD)
+def test_what_cannot_be_told_is_nan(make, options, names):
+    model, x = make()
+    m = Monitor(model, "0", **options).measure(x)["0"]
+    assert all(getattr(m, name).isnan().all() for name in names)
+    assert all(getattr(m, name).gt(0).all() for name in set(ERRORS) - set(names))
+
+
+def test_a_dead_unit_has_no_error_of_what_it_has_not():
+    model, x = dense()
+    model[0].weight.data[1], model[2].weight.data[:, 1] = 0.0, 0.0
+    m = Monitor(model, fisher="mc", samples=3).measure(x)["0"]
+    assert m.dead.tolist() == [False, True, False, False, False]
+    assert m.c_error[1] == 0
+    for name in ERRORS[1:]:
+        assert getattr(m, name).isnan().reshape(5, -1).all(1).tolist() == m.dead.tolist()
+
+
+# From one batch to several
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.1])
+def test_another_damping_has_the_errors_that_a_measurement_with_it_has(damping):
+    model, x = dense()
+    options = {"fisher": "rademacher", "samples": 2}
+    found = measured(model, x, damping=1e-2, **options)["0"].damped(damping)
+    expected = measured(model, x, damping=damping, **options)["0"]
+    for name in ERRORS:
+        assert_close(getattr(found, name), getattr(expected, name), **TOL)
+
+
+def test_layers_measured_together_have_their_own_errors():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    x, options = normal(torch.Generator().manual_seed(1), 30, 4), {"fisher": "mc", "samples": 3}
+    together = measured(model.double(), x, layers=["0", "2"], **options)
+    assert together["0"].block is together["2"].block
+    for name in ("0", "2"):
+        alone = measured(model, x, layers=name, **options)[name]
+        for error in ERRORS:
+            assert_close(getattr(together[name], error), getattr(alone, error), **TOL)
+
+
+def test_layers_of_one_form_but_other_numbers_of_positions_know_of_how_many_cases_theirs_are():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh(), nn.Conv2d(4, 4, 1, stride=2), nn.Flatten())
+    x = normal(torch.Generator().manual_seed(1), 6, 4, 4, 4)
+    found = measured(model.double(), x, rows=8)
+    assert [found[name].cases.population for name in ("0", "2")] == [6 * 16, 6 * 4]
+
+
+def test_a_loader_tells_the_error_of_c():
+    model, x = dense()
+    options = {"fisher": "rademacher", "samples": 4}
+    m = measured(model, [x[:20], x[20:]], **options)["0"]
+    whole = measured(model, x, **options)["0"]
+    assert_close(m.c_error, whole.c_error, rtol=0.5, atol=0)  # of other signs
+    assert m.c_error.gt(0).all()
+    assert all(getattr(m, name).isnan().all() for name in ERRORS[1:])
+    exact = measured(model, [x[:20], x[20:]])["0"]
+    assert all(getattr(exact, name).eq(0).all() for name in ERRORS)
+
+
+def test_a_window_pools_errors_and_keeps_them_through_a_restart():
+    model, x = dense()
+    options = {"fisher": "rademacher", "samples": 2, "every": 1, "window": 2}
+    monitor = Monitor(model, **options)
+    for part in (x[:30], x[30:]):
+        model(part)
+    pooled, state = monitor.latest["0"], monitor.state_dict()
+    cases = pooled.cases
+    assert (cases.replicates, cases.samples, cases.delta.shape[0]) == (2, 60, 2)
+    monitor.detach()
+    again = Monitor(model, **options)
+    again.load_state_dict(state)
+    model(x[:30])
+    assert again.latest["0"].c_error.gt(0).all()
+
+
+def test_the_record_tells_errors(tmp_path):
+    model, x = dense()
+    with (
+        Run(tmp_path / "run") as run,
+        Monitor(model, fisher="mc", samples=2, record=run) as monitor,
+    ):
+        m = monitor.measure(x)["0"]
+        table = run.read() if run.tables else monitor.to_pandas()
+    rows = table[table["layer"] == "0"]
+    assert_close(torch.tensor(rows["k_error"].to_numpy()), m.k_error, rtol=0, atol=0)
+    norms = torch.tensor(rows["mean_q_error"].to_numpy())
+    assert_close(norms, m.mean_q_error.norm(dim=1), **TOL)

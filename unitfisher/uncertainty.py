@@ -1,0 +1,176 @@
+"""Standard errors of what is estimated: from drawn labels or signs, and from drawn cases.
+
+c and E_q(a) are sums over cases of D times something, s and k smooth functions of them. Each
+follows the D of a case by its influence, to first order; what is not known of that D shows in how
+the columns of its sample differ. Samples are drawn for independently, so their variances add up.
+Nothing here speaks of the batch itself: another one would give other numbers.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unitfisher.cases import UnitCases
+from unitfisher.products import Moments
+from unitfisher.solvers import dot
+
+
+class StandardErrors(NamedTuple):
+    """Zero where nothing is estimated, NaN where what was drawn cannot tell."""
+
+    c_error: Float[Tensor, " u"]
+    mean_q_error: Float[Tensor, "u d"]
+    s_error: Float[Tensor, " u"]
+    k_error: Float[Tensor, " u"]
+
+    @classmethod
+    def of(cls, cases: UnitCases, m: Moments, damped: Moments) -> "StandardErrors":
+        """From some units' cases, and their moments without damping and with.
+
+        From one random column nothing is known; with ``sharing="joint"`` the error of c alone, of
+        drawn cases those of c and E_q(a).
+        """
+        if not cases.replicates and not cases.population:
+            return cls.alike(0.0, m.mu_q)
+        found = cls.of_c(variance_of_sum(cases).sqrt() / cases.samples, m)
+        if cases.delta.shape[2] > 1:
+            return found
+        weight = torch.where(m.alive, cases.samples * m.c, torch.nan)
+        found = found._replace(mean_q_error=_variance_of_mean(cases, m).sqrt() / weight[:, None])
+        if cases.population or cases.replicates < 2:
+            return found
+        unsure = [_deviations(cases) * follows for follows in _influence(cases, m, damped)]
+        s, k = (_over_columns(cases, _by_sample(cases, x).square().sum((0, 1))) for x in unsure)
+        living = torch.where(m.alive, 1.0, torch.nan)
+        return found._replace(s_error=s.sqrt() * living, k_error=k.sqrt() * living)
+
+    @classmethod
+    def of_c(cls, error: Float[Tensor, " u"], m: Moments) -> "StandardErrors":
+        """Nothing is known but the error of c."""
+        return cls.alike(torch.nan, m.mu_q)._replace(c_error=error)
+
+    @classmethod
+    def alike(cls, value: float, like: Float[Tensor, "u d"]) -> "StandardErrors":
+        """Give every unit and quantity one value."""
+        one = torch.full((len(like),), value, dtype=torch.float64, device=like.device)
+        return cls(one, one[:, None].expand_as(like), one, one)
+
+
+def variance_of_sum(cases: UnitCases) -> Float[Tensor, " u"]:
+    """Variance of Σ D, which is N c: of the labels or signs drawn, and of the cases."""
+    if not cases.replicates and not cases.population:
+        return torch.zeros_like(cases.D[0])
+    x = _by_sample(cases, _deviations(cases))
+    labels = _over_columns(cases, x.square().sum((0, 1)))
+    if not cases.population:
+        return labels
+    return _over_cases(cases, (cases.D - cases.D.mean(0)).square().sum(0), labels)
+
+
+def _variance_of_mean(cases: UnitCases, m: Moments) -> Float[Tensor, "u d"]:
+    """Variance of Σ D (a - E_q(a)), of which E_q(a) has (N c)⁻² to first order."""
+    labels = _over_columns(cases, _squares(cases, m, _deviations(cases)))
+    if not cases.population:
+        return labels
+    return _over_cases(cases, _squares(cases, m, cases.D.unsqueeze(0)), labels)
+
+
+class _Influence(NamedTuple):
+    """The derivatives of s and k by the D of a case; the damping, too, follows D."""
+
+    s: Float[Tensor, "m u"]
+    k: Float[Tensor, "m u"]
+
+
+def _influence(cases: UnitCases, m: Moments, damped: Moments) -> _Influence:
+    """From F⁻¹ (0, 1) = (-x, 1 + μ_qᵀ x) / c and F⁻¹ (μ_p, 1) = (-y, 1 + μ_qᵀ y) / c.
+
+    Here x = Var_q⁻¹ μ_q and y = Var_q⁻¹ (μ_q - μ_p); s is the corner of F⁻¹, and 1 + k is
+    c (μ_p, 1)ᵀ F⁻¹ (0, 1). Damping adds λ to A, in proportion to its trace Σ D ‖a‖² / N.
+    """
+    about, shift = _about(cases), m.mu_q_double - cases._origin
+    c = torch.where(m.alive, m.c, 1.0)
+    x, y = damped.solve(m.mu_q), damped.solve(-m.from_mu_p(m.mu_q))
+    p, t = (1 + dot(shift, v) - _products(about, v) for v in (x, y))
+    trace = c * (m.trace_Var_q + m.mu_q_squared)
+    ridge = damped.ridge / torch.where(trace > 0, trace, 1.0)
+    squared = ridge * _products(cases.a.squeeze(2).square(), torch.ones_like(x))
+    s = -(p**2 + dot(x, x) * squared) / c**2
+    k = (1 + damped.fit.k - p * t - dot(x, y) * squared) / c
+    return _Influence(s / cases.samples, k / cases.samples)
+
+
+def _deviations(cases: UnitCases) -> Float[Tensor, "k m u"]:
+    """What each random column says of D, less what all of them say together."""
+    delta = cases.delta[len(cases.delta) - cases.replicates :]
+    D = delta.sum(2, dtype=torch.float64) ** 2
+    return D - D.mean(0)
+
+
+def _by_sample(cases: UnitCases, x: Float[Tensor, "k m u"]) -> Float[Tensor, "k n u"]:
+    """Sum over the positions of a sample, which its labels or signs reach together."""
+    parted: Tensor = x.unflatten(1, (-1, _positions(cases)))
+    return parted.sum(2)
+
+
+def _positions(cases: UnitCases) -> int:
+    """Cases to a sample; all of them where samples are of different lengths."""
+    count = cases.delta.shape[1]
+    if cases.population:
+        return 1
+    return count // cases.samples if count % cases.samples == 0 else count
+
+
+def _squares(cases: UnitCases, m: Moments, x: Float[Tensor, "k m u"]) -> Float[Tensor, "u d"]:
+    """Σ over columns and samples of (Σ x (a - E_q(a)))², the inner sum over positions."""
+    about, shift, t = _about(cases), m.mu_q_double - cases._origin, _positions(cases)
+    if t == 1:
+        weight = x.square().sum(0)
+        first, second = _weighted(about, weight), _weighted(about.square(), weight)
+        squares = second - 2 * shift * first + weight.sum(0)[:, None] * shift**2
+        return squares.clamp_min(0.0)
+    total = torch.zeros_like(shift)
+    for column in x.unflatten(1, (-1, t)):
+        for a, weight in zip(about.unflatten(1, (-1, t)).unbind(1), column, strict=True):
+            total += (_weighted(a, weight) - weight.sum(0)[:, None] * shift).square()
+    return total
+
+
+def _weighted(a: Float[Tensor, "g m d"], weight: Float[Tensor, "m u"]) -> Float[Tensor, "u d"]:
+    scale = weight.abs().amax(0).clamp_min(torch.finfo(weight.dtype).tiny)  # tiny ones keep digits
+    grouped: Tensor = (weight / scale).to(a.dtype).T.unflatten(0, (len(a), -1))
+    return (grouped @ a).flatten(0, 1).double() * scale[:, None]
+
+
+def _products(a: Float[Tensor, "g m d"], v: Float[Tensor, "u d"]) -> Float[Tensor, "m u"]:
+    """aᵀ v for the cases of each unit's group."""
+    grouped: Tensor = v.to(a.dtype).unflatten(0, (len(a), -1))
+    return (grouped @ a.mT).flatten(0, 1).T.double()
+
+
+def _about(cases: UnitCases) -> Float[Tensor, "g m d"]:
+    return (cases.a - cases._group_origin).squeeze(2)
+
+
+def _over_columns(cases: UnitCases, squares: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Variance of a sum of columns, from the squares of their deviations; NaN from one."""
+    columns = cases.replicates
+    return squares * (columns / (columns - 1) if columns != 1 else torch.nan)
+
+
+def _over_cases(
+    cases: UnitCases, squares: Float[Tensor, "..."], labels: Float[Tensor, "..."]
+) -> Float[Tensor, "..."]:
+    """Variance of a sum over cases drawn without replacement, each with an error of its own.
+
+    The two-stage estimate (Cochran 1977, 10.3), which with a single random column is replaced by
+    a bound: that of cases drawn with replacement.
+    """
+    count = cases.delta.shape[1]
+    share = count / cases.population
+    squares = squares * (count / (count - 1) if count > 1 else torch.nan)
+    if cases.replicates == 1:
+        return squares
+    return (1 - share) * squares + share * labels
