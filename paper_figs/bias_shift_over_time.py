@@ -23,11 +23,11 @@ from unitfisher import plotting
 
 FREE = {
     "mean_share": "mean share of activations",
-    "bias_shift_share_gradient": "bias-shift share of the gradient",
+    "bias_shift_share_gradient": "bias-shift share, gradient",
     "n_eff": "n_eff (cases)",
 }
 DAMPED = {
-    "bias_shift_share_natural": "bias-shift share of\nnatural gradient",
+    "bias_shift_share_natural": "bias-shift share,\nnatural gradient",
     "k": "k",
     "sc": "s·c",
     "angle": "angle to natural\ngradient (degrees)",
@@ -44,18 +44,21 @@ def draw(name: str) -> Figure:
     rate = chosen_rate(first)
     layers = {norm: receiving(summary, rate) for norm, summary in found.items()}
     dampings = sorted(first.layers["damping"].unique(), reverse=True)
-    figure, axes = style.panels(1 + len(DAMPED), len(dampings), (2.5, 1.55), sharex="all")
-    for ax, (value, label) in zip(axes[0], FREE.items(), strict=True):
+    columns = max(len(FREE), len(dampings))
+    figure, axes = style.panels(1 + len(DAMPED), columns, (2.5, 1.55), sharex="all")
+    for ax, (value, label) in zip(axes[0], FREE.items(), strict=False):
         lines = _over_time(ax, layers, dampings[-1], value, first.time)
         ax.set_title(label, fontsize=8, loc="right")
     for row, (value, label) in zip(axes[1:], DAMPED.items(), strict=True):
-        for ax, damping in zip(row, dampings, strict=True):
+        for ax, damping in zip(row, dampings, strict=False):
             ax.sharey(row[0])
             _over_time(ax, layers, damping, value, first.time)
             ax.set_title(f"damping {damping:g}", fontsize=8, loc="right")
             ax.tick_params(labelleft=ax is row[0])
         row[0].set_ylabel(label)
     figure.align_ylabels(axes[:, 0])
+    for ax in axes.flat:
+        ax.set_visible(bool(ax.lines))
     for ax in axes[-1]:
         _measured(ax, first)
     kinds = style.entries(style.NORMS) if len(found) > 1 else []
@@ -110,11 +113,11 @@ def _measured(ax: Axes, summary: Summary) -> None:
     ax.set_xscale("symlog", linthresh=first)
     named: list[int] = []
     for time in reversed(times):
-        if not named or 0 < 5 * time <= named[-1]:
+        if not named or 0 < 8 * time <= named[-1]:
             named.append(time)
     ax.set_xticks([0, *named], [_short(time) for time in (0, *named)])
     ax.set_xticks(times, minor=True)
-    ax.set(xlabel=summary.time, xlim=(-0.1 * first, None))  # whole markers
+    ax.set(xlabel=summary.time, xlim=(-0.1 * first, 1.2 * max(times[-1], first)))  # whole markers
 
 
 def _short(count: int) -> str:

@@ -27,7 +27,8 @@ def draw(name: str) -> Figure:
     found, missing = with_and_without_norm(name)
     first = next(iter(found.values()))
     rate = chosen_rate(first)
-    damping = first.layers["damping"].median()
+    dampings = sorted(first.layers["damping"].unique())
+    damping = dampings[len(dampings) // 2]
     times = sorted(first.layers[first.time].unique())
     chosen = sorted({times[0], times[len(times) // 2], times[-1]})
     figure, axes = style.panels(len(VALUES), len(chosen), (2.7, 1.9), sharex="all", sharey="row")

@@ -125,14 +125,16 @@ class Summary:
             yield f"first {config['tested']:,} test cases"
 
     def _extent(self) -> str:
-        """How far it got, of the whole preset, and of what was planned if that is less."""
+        """How far it got: of what was planned, and of the whole preset if that is more."""
         unit = f"{self.time}s"
         planned = self.config[unit]
         preset = PRESETS.get(self.name.removesuffix(NORMALISED))
         whole = (preset and getattr(preset, unit)) or planned
-        of_whole = "" if self.done == whole else f" of {whole:,}"
-        shorter = "" if planned in (self.done, whole) else f" ({planned:,} planned here)"
-        return f"{self.done:,}{of_whole} {unit}{shorter}"
+        if self.done == planned == whole:
+            return f"{self.done:,} {unit}"
+        if self.done == planned or planned == whole:
+            return f"{self.done:,} of {whole:,} {unit}"
+        return f"{self.done:,} of {planned:,} {unit}, preset {whole:,}"
 
     def _losses(self) -> Iterator[str]:
         for (activation, rate), of in self.diverged.groupby(["activation", "rate"]):
