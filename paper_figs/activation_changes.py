@@ -12,7 +12,7 @@ import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from summaries import Summary
+from summary import Summary
 
 from unitfisher import plotting
 
@@ -30,8 +30,9 @@ def draw() -> Figure:
             rows = of_layer[of_layer["activation"] == name]
             if len(rows):
                 lines[name] = _deciles(ax, name, rows.groupby("share")["variance"].median())
-        ax.set(xscale="log", xlim=(1e-8, None), ylim=(0, 1))
+        ax.set(xscale="log", ylim=(0, 1))
         ax.set_title(layer, fontsize=9)
+    axes[0, 0].set_xlim(1e-8, 3 * changes["variance"].max())  # shared; units that are dead lie left
     for ax in axes[-1]:
         ax.set_xlabel("variance")
     for ax in axes[:, 0]:

@@ -3,23 +3,46 @@
 python paper_figs/all.py
 """
 
-import importlib
+from functools import partial
 from pathlib import Path
 
+import activation_changes
+import activation_functions
+import autoencoder
+import bias_shift_over_time
+import bias_shift_per_layer
+import cifar100
+import cifar100_norm
+import cifar_table
+import imagenet
+import mnist
 import style
 
-SCRIPTS = ("activation_functions", "mnist", "activation_changes", "bias_shift")
+TRAININGS = ("mnist", "mnist-autoencoder", "cifar100-11", "imagenet-15")
+FIGURES = {
+    "activation_functions": activation_functions.draw,
+    "mnist": mnist.draw,
+    "activation_changes": activation_changes.draw,
+    "autoencoder": autoencoder.draw,
+    "cifar100": cifar100.draw,
+    "cifar100_norm": cifar100_norm.draw,
+    "cifar_table": cifar_table.draw,
+    "imagenet": imagenet.draw,
+    **{f"bias_shift_over_time_{n}": partial(bias_shift_over_time.draw, n) for n in TRAININGS},
+    **{f"bias_shift_per_layer_{n}": partial(bias_shift_per_layer.draw, n) for n in TRAININGS},
+}
 
 
 def main() -> list[Path]:
     """Draw all; a figure whose tables are missing says how they are made."""
     drawn = []
-    for name in SCRIPTS:
+    for name, draw in FIGURES.items():
         try:
-            drawn.append(style.save(importlib.import_module(name).draw, name))
+            drawn.append(style.save(draw, name))
             print(drawn[-1])
         except FileNotFoundError as error:
             print(f"{name}: {error}")
+    print(cifar_table.write())
     return drawn
 
 

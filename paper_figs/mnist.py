@@ -7,7 +7,7 @@ python paper_figs/mnist.py
 
 import style
 from matplotlib.figure import Figure
-from summaries import Summary
+from summary import Summary
 
 from unitfisher import plotting
 
@@ -21,8 +21,8 @@ def draw() -> Figure:
     left.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     left.set(xlabel="epoch", ylabel="mean activation\n(median over hidden units)")
     plotting.plot_loss(right, training)
-    right.legend(handles=style.solid_and_dotted("training", "test"), frameon=False)
-    return style.finish(figure, lines, f"{summary.conditions}; mean ± sd over seeds")
+    right.legend(handles=style.entries({"training": "-", "test": ":"}), frameon=False)
+    return style.finish(figure, lines, f"{summary.conditions}; {summary.spread}")
 
 
 if __name__ == "__main__":

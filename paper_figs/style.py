@@ -1,8 +1,10 @@
 """How all figures look, and where they go."""
 
 import textwrap
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any, Literal
 
 import matplotlib
@@ -10,14 +12,24 @@ import matplotlib
 matplotlib.use("Agg")  # files only; a display may be absent
 
 import matplotlib.pyplot as plt
+import summary
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import (
+    EngFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    StrMethodFormatter,
+)
 from numpy.typing import NDArray
 
 from unitfisher import plotting
 
 FIGURES = Path(__file__).parent / "figures"
-PUBLISHED = "#b00000"  # values that others measured; always dashed, always named
+NORMS = dict(zip(summary.NORMS, ("-", "--"), strict=True))  # styles of plotting.plot_over
+PUBLISHED = "#b00000"  # what others measured: hollow marks or italics, and always named
 
 
 def panels(
@@ -38,28 +50,63 @@ def panels(
         sharey=sharey,
         squeeze=False,
     )
-    for ax, letter in zip(axes.flat, "abcdefghijkl", strict=False):
+    for ax, letter in zip(axes.flat, ascii_lowercase, strict=False):
         ax.spines[["top", "right"]].set_visible(False)
         if axes.size > 1:
             ax.set_title(letter, loc="left", fontweight="bold", fontsize=10)
     return figure, axes
 
 
-def finish(figure: Figure, lines: plotting.Lines, conditions: str) -> Figure:
+def finish(
+    figure: Figure, lines: plotting.Lines, conditions: str, others: Sequence[Line2D] = ()
+) -> Figure:
     """Put one legend for all panels above them, and below what was run where."""
-    handles = list(reversed(lines.values()))  # ELU first, as on the poster
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    present = [lines[name] for name in plotting.COLOURS if name in lines]
+    handles = [*reversed(present), *others]  # ELU first, as on the poster
+    if handles:
+        look = {"ncols": len(handles), "columnspacing": 1.3, "fontsize": 9, "frameon": False}
+        figure.legend(handles=handles, loc="outside upper center", **look)
     foot = textwrap.fill(conditions, int(18 * figure.get_figwidth()))
     figure.supxlabel(foot, fontsize=7, color="0.35")
     return figure
 
 
-def solid_and_dotted(solid: str, dotted: str) -> list[Line2D]:
-    """Legend entries that say what solid and dotted lines are."""
+def entries(labels: Mapping[str, str]) -> list[Line2D]:
+    """Legend entries that say which style of ``plotting.plot_over`` is what."""
+    look = {"color": "0.3", "marker": "o", "markersize": 4}
     return [
-        Line2D([], [], color="0.3", linestyle="-", label=solid),
-        Line2D([], [], color="0.3", linestyle=":", label=dotted),
+        Line2D([], [], **look | plotting.STYLES[style], label=label)
+        for label, style in labels.items()
     ]
+
+
+def count(ax: Axes, time: str) -> None:
+    """Let the x axis count epochs or iterations."""
+    ax.set_xlabel(time)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def logarithmic(ax: Axes) -> None:
+    """Let the y axis, after drawing, be logarithmic with plain numbers at its ticks."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    subs = (1.0, 2.0, 5.0) if high / low < 100 else (1.0,)
+    ax.yaxis.set_major_locator(MaxNLocator(4) if high / low < 5 else LogLocator(subs=subs))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.set_minor_locator(LogLocator(subs=tuple(range(1, 10))))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def mark(ax: Axes, x: float, y: float, activation: str) -> None:
+    """Mark a published value of a kind of network."""
+    look = {"marker": plotting.MARKERS[activation], "markerfacecolor": "none", "markersize": 8}
+    ax.plot(x, y, color=PUBLISHED, linestyle="", clip_on=False, **look)
+
+
+def published() -> dict[str, Any]:
+    """What others measured, from the file that names the sources."""
+    return tomllib.loads((Path(__file__).parent / "published.toml").read_text())
 
 
 def save(draw: Callable[[], Figure], name: str) -> Path:

@@ -42,6 +42,14 @@ MARKERS: Final = MappingProxyType(
     }
 )
 
+STYLES: Final = MappingProxyType[str, dict[str, Any]](
+    {
+        "-": {},
+        ":": {"linestyle": ":", "marker": ""},
+        "--": {"linestyle": "--", "markerfacecolor": "white"},
+    }
+)
+
 Lines = dict[str, Line2D]
 
 
@@ -143,7 +151,7 @@ def plot_distribution(
 
 
 def plot_over(
-    ax: Axes, frame: pd.DataFrame, value: str, *, x: str, style: Literal["-", ":"] = "-"
+    ax: Axes, frame: pd.DataFrame, value: str, *, x: str, style: Literal["-", ":", "--"] = "-"
 ) -> Lines:
     """Mean over seeds ± one standard deviation (within the seeds' range), over another column.
 
@@ -152,15 +160,14 @@ def plot_over(
         frame: Columns ``x`` and ``value``, one row per activation, seed and x.
         value: The column to draw.
         x: The column it is drawn over.
-        style: Of the line; only a solid one has the markers that tell activations apart.
+        style: Of the line; the markers that tell activations apart are full on a solid one,
+            hollow on a dashed one, and left out on a dotted one.
     """
     lines = {}
     for activation, rows in _by_activation(frame):
         over_seeds = rows.groupby(x)[value].agg(["mean", "std", "min", "max"]).fillna({"std": 0.0})
         at, mean, sd = over_seeds.index, over_seeds["mean"], over_seeds["std"]
-        look = _look(activation, len(at)) | (
-            {"linestyle": ":", "marker": ""} if style == ":" else {}
-        )
+        look = _look(activation, len(at)) | STYLES[style]
         (lines[activation],) = ax.plot(at, mean, **look)
         low = np.maximum(mean - sd, over_seeds["min"])  # a logarithmic axis has no place below
         high = np.minimum(mean + sd, over_seeds["max"])

@@ -1,0 +1,138 @@
+"""Beyond the paper: its theory's quantities through a training.
+
+    python paper_figs/bias_shift_over_time.py mnist cifar100-11
+
+What carries the claim (mean share, bias-shift share of the gradient) has no damping in it; what
+has (bias-shift share of the natural gradient, k, s·c, the angle between gradient and unit natural
+gradient) is drawn at three dampings, above how much of s the damping makes.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import style
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from summary import Summary, with_and_without_norm
+
+from unitfisher import plotting
+
+FREE = {
+    "mean_share": "mean share of activations",
+    "bias_shift_share_gradient": "bias-shift share, gradient",
+    "n_eff": "n_eff (cases)",
+}
+DAMPED = {
+    "bias_shift_share_natural": "bias-shift share,\nnatural gradient",
+    "k": "k",
+    "sc": "s·c",
+    "angle": "angle to natural\ngradient (degrees)",
+    "damping_share": "damping share of s",
+}
+LOGARITHMIC = ("n_eff", "bias_shift_share_natural", "sc")
+SHARES = ("mean_share", "bias_shift_share_gradient", "damping_share")
+
+
+def draw(name: str) -> Figure:
+    """Above what no damping is in, then a column for each damping."""
+    found, missing = with_and_without_norm(name)
+    first = next(iter(found.values()))
+    rate = chosen_rate(first)
+    layers = {norm: receiving(summary, rate) for norm, summary in found.items()}
+    dampings = sorted(first.layers["damping"].unique(), reverse=True)
+    columns = max(len(FREE), len(dampings))
+    figure, axes = style.panels(1 + len(DAMPED), columns, (2.5, 1.55), sharex="all")
+    for ax, (value, label) in zip(axes[0], FREE.items(), strict=False):
+        lines = _over_time(ax, layers, dampings[-1], value, first.time)
+        ax.set_title(label, fontsize=8, loc="right")
+    for row, (value, label) in zip(axes[1:], DAMPED.items(), strict=True):
+        for ax, damping in zip(row, dampings, strict=False):
+            ax.sharey(row[0])
+            _over_time(ax, layers, damping, value, first.time)
+            ax.set_title(f"damping {damping:g}", fontsize=8, loc="right")
+            ax.tick_params(labelleft=ax is row[0])
+        row[0].set_ylabel(label)
+    figure.align_ylabels(axes[:, 0])
+    for ax in axes.flat:
+        ax.set_visible(bool(ax.lines))
+    for ax in axes[-1]:
+        _measured(ax, first)
+    kinds = style.entries(style.NORMS) if len(found) > 1 else []
+    return style.finish(figure, lines, foot(found, missing, rate), kinds)
+
+
+def chosen_rate(summary: Summary) -> float:
+    """The largest rate at which every network stayed finite, or the smallest."""
+    rates = set(summary.training["rate"])
+    return max(rates - set(summary.diverged["rate"]), default=min(rates))
+
+
+def receiving(summary: Summary, rate: float) -> pd.DataFrame:
+    """The layers that receive activations: all but the first, with the angle in degrees."""
+    layers = summary.layers[summary.layers["rate"] == rate]
+    after = layers[layers["layer"] != layers["layer"].iloc[0]]
+    return after.assign(angle=np.degrees(np.arccos(after["cosine"].clip(-1, 1))))
+
+
+def foot(found: Mapping[str, Summary], missing: list[str], rate: float) -> str:
+    """What is averaged, and of what."""
+    first, *more = found.items()
+    several = len(first[1].training["rate"].unique()) > 1
+    notes = [first[1].conditions, *(f"{norm}: {s.outcome}" for norm, s in more)]
+    notes += [f"shown: rate {rate:g}"] if several else []
+    units = f"layers after the first, mean or median over {first[1].config['units']} units of each"
+    return "; ".join([*notes, units, first[1].spread, *missing])
+
+
+def _over_time(
+    ax: Axes, layers: Mapping[str, pd.DataFrame], damping: float, value: str, time: str
+) -> plotting.Lines:
+    lines: plotting.Lines = {}
+    for norm, of_all in layers.items():
+        rows = of_all[of_all["damping"] == damping]
+        mean = rows.groupby(["activation", "seed", time])[value].mean().reset_index()
+        drawn = plotting.plot_over(ax, mean, value, x=time, style=style.NORMS[norm])
+        lines = drawn | lines
+    if value in LOGARITHMIC:
+        style.logarithmic(ax)
+    elif value in SHARES:
+        ax.set_ylim(0, 1)
+    elif value == "k":
+        ax.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+    return lines
+
+
+def _measured(ax: Axes, summary: Summary) -> None:
+    """Tick the times of measurement, on a logarithmic axis that begins at 0."""
+    times = sorted(summary.layers[summary.time].unique())
+    first = times[1] if len(times) > 1 else 1
+    ax.set_xscale("symlog", linthresh=first)
+    named: list[int] = []
+    for time in reversed(times):
+        if not named or 0 < 8 * time <= named[-1]:
+            named.append(time)
+    ax.set_xticks([0, *named], [_short(time) for time in (0, *named)])
+    ax.set_xticks(times, minor=True)
+    ax.set(xlabel=summary.time, xlim=(-0.1 * first, 1.2 * max(times[-1], first)))  # whole markers
+
+
+def _short(count: int) -> str:
+    return f"{count / 1000:g}k" if count >= 1000 else str(count)
+
+
+def main(names: Annotated[tuple[str, ...], tyro.conf.Positional] = ("mnist",)) -> None:
+    """Draw some trainings.
+
+    Args:
+        names: Of folders in paper_figs/tables.
+    """
+    for name in names:
+        print(style.save(partial(draw, name), f"bias_shift_over_time_{name}"))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

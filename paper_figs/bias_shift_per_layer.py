@@ -1,0 +1,70 @@
+"""Beyond the paper: mean share, bias-shift share and angle of every layer, through a training.
+
+python paper_figs/bias_shift_per_layer.py mnist cifar100-11
+"""
+
+from functools import partial
+from typing import Annotated
+
+import style
+import tyro
+from bias_shift_over_time import chosen_rate, foot, receiving
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from summary import with_and_without_norm
+
+from unitfisher import plotting
+
+VALUES = {
+    "mean_share": "mean share of\nincoming activations",
+    "bias_shift_share_gradient": "bias-shift share\nof the gradient",
+    "angle": "angle to the natural\ngradient (degrees)",
+}
+
+
+def draw(name: str) -> Figure:
+    """A column for each time: before training, in its middle (on a log scale), after it."""
+    found, missing = with_and_without_norm(name)
+    first = next(iter(found.values()))
+    rate = chosen_rate(first)
+    dampings = sorted(first.layers["damping"].unique())
+    damping = dampings[len(dampings) // 2]
+    times = sorted(first.layers[first.time].unique())
+    chosen = sorted({times[0], times[len(times) // 2], times[-1]})
+    figure, axes = style.panels(len(VALUES), len(chosen), (2.7, 1.9), sharex="all", sharey="row")
+    lines: plotting.Lines = {}
+    for norm, summary in found.items():
+        layers = receiving(summary, rate)
+        order = {layer: n for n, layer in enumerate(layers["layer"].unique(), start=2)}
+        layers = layers[layers["damping"] == damping].assign(place=layers["layer"].map(order))
+        for row, value in zip(axes, VALUES, strict=True):
+            for ax, time in zip(row, chosen, strict=True):
+                at = layers[layers[first.time] == time]
+                drawn = plotting.plot_over(ax, at, value, x="place", style=style.NORMS[norm])
+                lines = drawn | lines
+    for row, label in zip(axes, VALUES.values(), strict=True):
+        row[0].set_ylabel(label)
+    for ax, time in zip(axes[0], chosen, strict=True):
+        ax.set_title(f"{first.time} {time:,}", fontsize=9)
+    for ax in axes[:2].flat:
+        ax.set_ylim(0, 1)
+    for ax in axes[-1]:
+        ax.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        ax.set_xlabel("layer")
+    kinds = style.entries(style.NORMS) if len(found) > 1 else []
+    note = f"angle at damping {damping:g}; {foot(found, missing, rate)}"
+    return style.finish(figure, lines, note, kinds)
+
+
+def main(names: Annotated[tuple[str, ...], tyro.conf.Positional] = ("mnist",)) -> None:
+    """Draw some trainings.
+
+    Args:
+        names: Of folders in paper_figs/tables.
+    """
+    for name in names:
+        print(style.save(partial(draw, name), f"bias_shift_per_layer_{name}"))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,66 @@
+"""Training loss and test error of the 11-convolution networks (the paper's figure 4).
+
+python analysis/train.py --preset cifar100-11 --data-root DIR
+python paper_figs/summaries.py runs/cifar100-11 --name cifar100-11
+python paper_figs/cifar100.py
+"""
+
+import significance
+import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from summary import Summary
+
+from unitfisher import plotting
+
+VALUES = {"train_loss": "training loss\n(cross-entropy, nats)", "test_error": "test error (%)"}
+
+QUARTERS = {"whole training": (0, 4), "first quarter": (0, 1), "last quarter": (3, 4)}
+
+
+def draw(name: str = "cifar100-11") -> Figure:
+    """Loss above, error below: the whole training, its first and its last quarter."""
+    summary = Summary.read(name)
+    figure, axes = style.panels(2, 3, (2.8, 2.2))
+    for row, (value, label) in zip(axes, VALUES.items(), strict=True):
+        for ax, (start, stop) in zip(row, QUARTERS.values(), strict=True):
+            quarters = 4 * summary.training["iteration"] / summary.done
+            shown = summary.training[quarters.between(start, stop)]
+            lines = plotting.plot_over(ax, shown, value, x="iteration")
+            _mark_rates(ax, summary)
+            style.count(ax, "iteration")
+        row[0].set_ylabel(label)
+    for ax, part in zip(axes[0], QUARTERS, strict=True):
+        ax.set_title(part, fontsize=9)
+        ax.set_xlabel("")
+    tested = significance.told("ELU", significance.final_errors(summary))
+    notes = [summary.conditions, summary.spread, tested]
+    notes += _published(axes[1, 2], summary)
+    return style.finish(figure, lines, "; ".join(notes))
+
+
+def _mark_rates(ax: Axes, summary: Summary) -> None:
+    """Draw a thin line at each step in sight from which on the learning rate is another."""
+    first, last = ax.get_xlim()
+    for step, *_ in summary.config["phases"]:
+        if max(first, 0) < step < last:
+            ax.axvline(step, color="0.8", linewidth=0.8, zorder=0)
+
+
+def _published(ax: Axes, summary: Summary) -> list[str]:
+    """Mark published errors where our training is as long as theirs; else give them in words."""
+    dataset, network = summary.config["dataset"], summary.config["network"]
+    rows = [r for r in style.published()["cifar"] if r.get("network") == network and dataset in r]
+    said = [f"{plotting.ACTIVATIONS[r['activation']].label} {r[dataset]:.2f}" for r in rows]
+    if not rows:
+        return []
+    after = rows[0]["iterations"]
+    if summary.done < after:
+        return [f"published, after {after:,} iterations: test error {', '.join(said)} %"]
+    for row in rows:
+        style.mark(ax, after, row[dataset], row["activation"])
+    return [f"red, hollow: published, mean of 10 runs ({', '.join(said)} %)"]
+
+
+if __name__ == "__main__":
+    print(style.save(draw, "cifar100"))

@@ -1,0 +1,59 @@
+"""ELU against each other activation, with and without batch normalisation (the paper's figure 5).
+
+    python analysis/train.py --preset cifar100-11 --data-root DIR
+    python paper_figs/summaries.py runs/cifar100-11 --name cifar100-11
+
+and the same with ``--norm batch --out runs/cifar100-11-bn`` and the name cifar100-11-bn; then
+
+    python paper_figs/cifar100_norm.py
+"""
+
+from collections.abc import Mapping
+
+import significance
+import style
+from cifar100 import VALUES
+from matplotlib.figure import Figure
+from summary import NORMS, Summary, with_and_without_norm
+
+from unitfisher import plotting
+
+
+def draw(name: str = "cifar100-11") -> Figure:
+    """Loss above, error below, a column for each activation beside ELU."""
+    found, missing = with_and_without_norm(name)
+    present = {activation for s in found.values() for activation in s.training["activation"]}
+    others = [activation for activation in plotting.COLOURS if activation in present - {"elu"}]
+    figure, axes = style.panels(2, max(len(others), 1), (2.8, 2.2), sharex="all", sharey="row")
+    lines: plotting.Lines = {}
+    for row, (value, label) in zip(axes, VALUES.items(), strict=True):
+        for ax, other in zip(row, others, strict=False):
+            for norm, summary in reversed(found.items()):  # the legend shows what is drawn last
+                shown = summary.training[summary.training["activation"].isin(["elu", other])]
+                lines |= plotting.plot_over(
+                    ax, shown, value, x="iteration", style=style.NORMS[norm]
+                )
+        row[0].set_ylabel(label)
+    for ax, other in zip(axes[0], others, strict=False):
+        ax.set_title(f"ELU, {plotting.ACTIVATIONS[other].label}", fontsize=9)
+    for ax in axes[-1]:
+        style.count(ax, "iteration")
+    first, *more = found.items()
+    notes = [first[1].conditions, *(f"{norm}: {s.outcome}" for norm, s in more)]
+    notes += [first[1].spread, _tested(found), *missing]
+    return style.finish(figure, lines, "; ".join(notes), style.entries(style.NORMS))
+
+
+def _tested(found: Mapping[str, Summary]) -> str:
+    """Compare ELU without batch normalisation, as the paper does, with everything else."""
+    finals = {
+        f"{label} {norm}": errors
+        for norm, summary in found.items()
+        for label, errors in significance.final_errors(summary).items()
+    }
+    elu = f"ELU {NORMS[0]}"
+    return significance.told(elu, finals)
+
+
+if __name__ == "__main__":
+    print(style.save(draw, "cifar100_norm"))

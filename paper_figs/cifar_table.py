@@ -1,0 +1,143 @@
+"""The paper's table of test errors on CIFAR-10 and CIFAR-100: the published ones, and ours.
+
+    python paper_figs/cifar_table.py
+
+draws it, and writes it as Markdown too. published.toml has what others measured; ours are of all
+committed tables of these data sets.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from math import isnan, nan
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import style
+import summary
+from matplotlib.figure import Figure
+from summary import Summary
+
+from unitfisher import plotting
+
+DATASETS = {"cifar-10": "CIFAR-10", "cifar-100": "CIFAR-100"}
+NETWORKS = {"cifar11": "11 convolutions", "cifar18": "18 convolutions"}
+ERRORS = [f"{dataset}\n{by}" for dataset in DATASETS.values() for by in ("published", "ours")]
+HEAD = ("network", "augmented", *ERRORS)
+PUBLISHED = (2, 4)  # columns
+NONE = "–"
+LETTER, LINE = 0.072, 0.24  # inches of width and height
+
+
+class Kind(NamedTuple):
+    """What a row is of."""
+
+    network: str
+    activation: str
+    norm: str
+    augmented: bool
+
+    @property
+    def label(self) -> str:
+        norm = "" if self.norm == "none" else f", {self.norm} norm"
+        network = NETWORKS.get(self.network, self.network)
+        return f"{plotting.ACTIVATIONS[self.activation].label}, {network}{norm}"
+
+
+Errors = dict[str, str]  # by data set
+
+
+def rows(recorded: Sequence[Summary]) -> list[list[str]]:
+    """Published rows in the paper's order, each beside ours; then ours that have no such row."""
+    ours = _ours(recorded)
+    table = []
+    for row in style.published()["cifar"]:
+        kind = Kind(row.get("network"), row.get("activation", "relu"), "none", row["augmented"])
+        errors = {d: _with_sd(row[d], row.get("sd", nan)) for d in DATASETS if d in row}
+        table.append(_row(row["label"], kind, errors, ours.pop(kind, {})))
+    return table + [_row(kind.label, kind, {}, errors) for kind, errors in ours.items()]
+
+
+def draw() -> Figure:
+    """Typeset the table; published values in red italics."""
+    recorded = _recorded()
+    table = rows(recorded)
+    widths = [max(12, *map(len, column)) + 2 for column in zip(*table, strict=True)]
+    *lefts, total = np.cumsum([0, *widths])
+    figure, ((ax,),) = style.panels(1, 1, (LETTER * total, LINE * (len(table) + 2)))
+    ax.set(xlim=(0, total), ylim=(len(table) - 0.5, -2))
+    ax.axis("off")
+    for y in (-2, -0.5, len(table) - 0.5):
+        ax.axhline(y, color="0.2", linewidth=0.8, clip_on=False)
+    for left, text in zip(lefts, HEAD, strict=True):
+        ax.text(left, -1.2, text, va="center", fontsize=8, fontweight="bold")
+    for y, row in enumerate(table):
+        for column, (left, text) in enumerate(zip(lefts, row, strict=True)):
+            red = {"color": style.PUBLISHED, "style": "italic"} if _published(column, text) else {}
+            ax.text(left, y, text, va="center", fontsize=8, **red)
+    return style.finish(figure, {}, "; ".join(_notes(recorded)))
+
+
+def markdown() -> str:
+    """The same table as text; published values in italics."""
+    recorded = _recorded()
+    head = [cell.replace("\n", ", ") for cell in HEAD]
+    lines = [head, ["---"] * len(head)] + [
+        [f"*{text}*" if _published(column, text) else text for column, text in enumerate(row)]
+        for row in rows(recorded)
+    ]
+    notes = "".join(f"- {note}\n" for note in _notes(recorded))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n" + notes
+
+
+def write() -> Path:
+    """Write the text beside the figures."""
+    style.FIGURES.mkdir(exist_ok=True)
+    path = style.FIGURES / "cifar_table.md"
+    path.write_text(markdown())
+    return path
+
+
+def _recorded() -> list[Summary]:
+    names = sorted(file.parent.name for file in summary.FOLDER.glob("*/provenance.json"))
+    return [s for s in map(Summary.read, names) if s.config["dataset"] in DATASETS]
+
+
+def _ours(recorded: Sequence[Summary]) -> dict[Kind, Errors]:
+    ours: dict[Kind, Errors] = defaultdict(dict)
+    for s in recorded:
+        config, final = s.config, s.final
+        for name in reversed(plotting.COLOURS):
+            errors = final.loc[final["activation"] == name, "test_error"]
+            if len(errors):
+                kind = Kind(config["network"], name, config["norm"], config["augmented"])
+                error = _with_sd(errors.mean(), errors.std())
+                ours[kind][config["dataset"]] = f"{error} ({s.outcome})"
+    return ours
+
+
+def _row(label: str, kind: Kind, published: Errors, ours: Errors) -> list[str]:
+    errors = [by.get(dataset, NONE) for dataset in DATASETS for by in (published, ours)]
+    return [label, "yes" if kind.augmented else "no", *errors]
+
+
+def _with_sd(error: float, sd: float) -> str:
+    return f"{error:.2f}" if isnan(sd) else f"{error:.2f} ± {sd:.2f}"
+
+
+def _published(column: int, text: str) -> bool:
+    return column in PUBLISHED and text != NONE
+
+
+def _notes(recorded: Sequence[Summary]) -> Iterator[str]:
+    published = style.published()
+    yield f"test error in %; italics: published ({'; '.join(published['source'].values())})"
+    yield from (f"{row['label']}: {row['note']}" for row in published["cifar"] if "note" in row)
+    yield from (f"ours, {s.name}: {s.conditions}" for s in recorded)
+    if not recorded:
+        yield "none of ours is recorded yet"
+
+
+if __name__ == "__main__":
+    print(style.save(draw, "cifar_table"))
+    print(write())

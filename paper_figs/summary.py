@@ -1,0 +1,174 @@
+"""What figures are drawn from: small tables of one training, and what they say of it in words.
+
+A summary is of one preset in one configuration, and has the preset's name; the same with batch
+normalisation is another, ``<preset>-bn``. summaries.py makes them.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from unitfisher.experiments.models import ACTIVATIONS
+from unitfisher.experiments.presets import PRESETS
+
+FOLDER = Path(__file__).parent / "tables"
+NORMALISED = "-bn"  # ends the name of a summary with batch normalisation
+NORMS = ("without batch norm", "with batch norm")
+NETWORK = ["activation", "rate", "seed"]
+PARTS = ("training", "layers", "changes")
+DIGITS = 5  # significant, in the files
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One training, of several networks."""
+
+    name: str
+    training: pd.DataFrame
+    layers: pd.DataFrame
+    changes: pd.DataFrame
+    provenance: dict[str, Any]
+
+    @classmethod
+    def read(cls, name: str) -> "Summary":
+        """Read committed tables.
+
+        Raises:
+            FileNotFoundError: They were not made yet; says how.
+        """
+        folder = FOLDER / name
+        if not (folder / "provenance.json").exists():
+            raise FileNotFoundError(f"no tables of {name}; make them with {_commands(name)}")
+        tables = [pd.read_csv(folder / f"{part}.csv") for part in PARTS]
+        return cls(name, *tables, json.loads((folder / "provenance.json").read_text()))
+
+    def write(self) -> Path:
+        folder = FOLDER / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in PARTS:
+            table: pd.DataFrame = getattr(self, part)
+            table.to_csv(folder / f"{part}.csv", index=False, float_format=f"%.{DIGITS}g")
+        (folder / "provenance.json").write_text(json.dumps(self.provenance, indent=2) + "\n")
+        return folder
+
+    @property
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = self.provenance["config"]
+        return config
+
+    @property
+    def time(self) -> Literal["epoch", "iteration"]:
+        """The column that this training is counted in."""
+        return "iteration" if self.config.get("iterations") else "epoch"
+
+    @property
+    def done(self) -> int:
+        """How far all networks got, in that unit."""
+        return int(self.training.groupby(NETWORK)[self.time].max().min())
+
+    @property
+    def final(self) -> pd.DataFrame:
+        """A row per network, of the last evaluation that all of them had."""
+        return self.training[self.training[self.time] == self.done]
+
+    @property
+    def diverged(self) -> pd.DataFrame:
+        """A row per network whose loss became NaN or infinite, at the evaluation that saw it."""
+        trained = self.training[self.training[self.time] > 0]
+        lost = trained[~np.isfinite(trained["train_loss"])]
+        return lost.groupby(NETWORK)[self.time].min().reset_index()
+
+    @property
+    def seeds(self) -> int:
+        return len(self.training["seed"].unique())
+
+    @property
+    def spread(self) -> str:
+        """How the seeds are shown."""
+        return "mean ± sd over seeds" if self.seeds > 1 else "a single seed: lines without spread"
+
+    @property
+    def conditions(self) -> str:
+        """One line for the foot of a figure: data, network, settings, outcome, device."""
+        at = self.provenance
+        device = f"{at['device']}, torch {at['versions']['torch'].split('+')[0]}"
+        note = [at["note"]] if at.get("note") else []
+        return "; ".join([", ".join([*self._settings(), self.outcome]), *note, device])
+
+    @property
+    def outcome(self) -> str:
+        """How far it got, with how many seeds, who has not begun and who diverged."""
+        networks, asked_for = (self.provenance.get(key, 0) for key in ("networks", "asked_for"))
+        absent = [f"{networks} of {asked_for} networks"] if networks < asked_for else []
+        seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
+        return ", ".join([self._extent(), seeds, *absent, *self._losses()])
+
+    def _settings(self) -> Iterator[str]:
+        config, rates = self.config, sorted(self.training["rate"].unique(), reverse=True)
+        runs = [(width, len(list(same))) for width, same in groupby(config["hidden"])]
+        hidden = "-".join(f"{n}×{width}" if n > 1 else str(width) for width, n in runs)
+        yield config["dataset"]
+        if config["dataset"] == "photographs":
+            yield f"crops of {config['crop']} from {config['side']} pixels"
+        yield f"hidden {hidden}" if hidden else f"network {config['network']}"
+        if config.get("norm", "none") != "none":
+            yield f"{config['norm']} norm"
+        yield f"batch {config['batch_size']}"
+        yield f"rate{'s' if len(rates) > 1 else ''} {', '.join(f'{rate:g}' for rate in rates)}"
+        if config.get("tested"):
+            yield f"first {config['tested']:,} test cases"
+
+    def _extent(self) -> str:
+        """How far it got: of what was planned, and of the whole preset if that is more."""
+        unit = f"{self.time}s"
+        planned = self.config[unit]
+        preset = PRESETS.get(self.name.removesuffix(NORMALISED))
+        whole = (preset and getattr(preset, unit)) or planned
+        if self.done == planned == whole:
+            return f"{self.done:,} {unit}"
+        if self.done == planned or planned == whole:
+            return f"{self.done:,} of {whole:,} {unit}"
+        return f"{self.done:,} of {planned:,} {unit}, preset {whole:,}"
+
+    def _losses(self) -> Iterator[str]:
+        for (activation, rate), of in self.diverged.groupby(["activation", "rate"]):
+            yield (
+                f"{ACTIVATIONS[activation].label} at rate {rate:g} diverged by {self.time} "
+                f"{of[self.time].max():,} ({len(of)} of {self.seeds})"
+            )
+
+
+def with_and_without_norm(name: str) -> tuple[dict[str, Summary], list[str]]:
+    """Read a training without and with batch normalisation, where there are tables of it.
+
+    Returns:
+        The summaries found, by one of ``NORMS``, and how the others are made.
+
+    Raises:
+        FileNotFoundError: There is neither.
+    """
+    found, missing = {}, []
+    for norm, tables in zip(NORMS, (name, name + NORMALISED), strict=True):
+        try:
+            found[norm] = Summary.read(tables)
+        except FileNotFoundError as error:
+            missing.append(str(error))
+    if not found:
+        raise FileNotFoundError(missing[0])
+    fully_connected = all(summary.config["hidden"] for summary in found.values())
+    return found, [] if fully_connected else missing  # these are not built with a norm
+
+
+def _commands(name: str) -> str:
+    preset = name.removesuffix(NORMALISED)
+    norm = f" --norm batch --out runs/{name}" if preset != name else ""
+    return (
+        f"python analysis/train.py --preset {preset}{norm}, "
+        f"then python paper_figs/summaries.py runs/{name} --name {name}"
+    )

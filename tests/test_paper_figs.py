@@ -1,0 +1,385 @@
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from recorded import record
+
+from unitfisher import plotting
+from unitfisher.experiments.presets import PRESETS, Member, Preset
+
+sys.path.append(str(Path(__file__).parents[1] / "paper_figs"))
+
+import activation_changes
+import all as everything
+import autoencoder
+import bias_shift_over_time
+import bias_shift_per_layer
+import cifar100
+import cifar100_norm
+import cifar_table
+import imagenet
+import mnist
+import significance
+import style
+import summary
+from summaries import summarise
+from summary import Summary
+
+CIFAR = replace(PRESETS["cifar100-11"], seeds=tuple(range(6)), dampings=(0.1, 0.01))
+SHORT = replace(CIFAR, activations=("relu", "elu"), seeds=(0,), iterations=200, tested=500)
+PHOTOGRAPHS = replace(PRESETS["imagenet-15"], dampings=(0.1,))
+DEEP = replace(PRESETS["mnist-autoencoder"], rates=(1e-2, 1e-3), dampings=(0.1,))
+DIVERGING = [Member("elu", 1e-2, 0), Member("elu", 1e-2, 1), Member("srelu", 1e-2, 2)]
+WHOLE = (0, 40_000, 80_000, 125_000, 165_000)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("tables")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(summary, "FOLDER", folder)
+        made(folder, "cifar100-11", CIFAR, WHOLE)
+        made(folder, "cifar100-11-bn", replace(CIFAR, seeds=(0, 1), norm="batch"), WHOLE[:4])
+        made(folder, "cifar10-11", replace(SHORT, dataset="cifar-10"), (0, 50, 100))
+        made(folder, "imagenet-15", PHOTOGRAPHS, (0, 100_000, 200_000))
+        made(folder, "mnist-autoencoder", DEEP, (0, 1, 2, 250), DIVERGING)
+        yield
+
+
+@pytest.fixture(scope="module")
+def autoencoders(tables: None) -> Figure:
+    return autoencoder.draw()
+
+
+@pytest.fixture(scope="module")
+def eleven(tables: None) -> Figure:
+    return cifar100.draw()
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(summary, "FOLDER", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+def made(
+    folder: Path,
+    name: str,
+    preset: Preset,
+    times: Sequence[int],
+    diverging: Sequence[Member] = (),
+) -> Summary:
+    record(folder / "runs" / name, preset, times, diverging=diverging)
+    made = summarise(name, [folder / "runs" / name])
+    made.write()
+    return made
+
+
+def curves(ax: Axes) -> dict[str, np.ndarray]:
+    named = [line for line in ax.lines if not line.get_label().startswith("_")]
+    return {f"{line.get_label()} {line.get_linestyle()}": line.get_ydata() for line in named}
+
+
+def published(ax: Axes) -> list[tuple[float, float]]:
+    red = [line for line in ax.lines if line.get_color() == style.PUBLISHED]
+    return [(line.get_xdata()[0], line.get_ydata()[0]) for line in red]
+
+
+def legend(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def foot(figure: Figure) -> str:
+    return " ".join(figure.get_supxlabel().split())
+
+
+def test_tables_keep_what_was_recorded(tables: None) -> None:
+    read = Summary.read("cifar100-11")
+    run = summary.FOLDER / "runs" / "cifar100-11" / "srelu-lr0.01-s3"
+    recorded = pd.read_parquet(run / "training")
+    kept = read.training.query("activation == 'srelu' and seed == 3").reset_index(drop=True)
+    pd.testing.assert_frame_equal(
+        kept[recorded.columns], recorded, check_dtype=False, rtol=1e-4, check_exact=False
+    )
+
+
+def test_layers_stay_in_the_order_of_the_network() -> None:
+    assert Summary.read("cifar100-11").layers["layer"].unique().tolist() == [
+        "stem",
+        "middle",
+        "last",
+    ]
+
+
+def test_layers_are_averages_over_units() -> None:
+    run = summary.FOLDER / "runs" / "imagenet-15" / "elu-lr0.001-s0"
+    of_units = pd.read_parquet(run / "path").query("layer == 'last' and iteration == 200_000")
+    row = Summary.read("imagenet-15").layers.query(
+        "activation == 'elu' and layer == 'last' and iteration == 200_000"
+    )
+    assert row["k"].item() == pytest.approx(of_units["k"].median(), rel=1e-4)
+    assert row["cosine"].item() == pytest.approx(of_units["cosine"].mean(), rel=1e-4)
+
+
+def test_networks_that_have_not_begun_are_counted(empty: Path) -> None:
+    made(empty, "cifar100-11", SHORT, (0, 100))
+    waiting = empty / "runs" / "cifar100-11" / "lrelu-lr0.01-s0"
+    waiting.mkdir()
+    (waiting / "config.json").write_text("{}")
+    growing = summarise("cifar100-11", [empty / "runs"])
+    assert "100 of 200 iterations, preset 165,000, 1 seed, 2 of 3 networks" in growing.conditions
+
+
+def test_summaries_are_of_one_configuration(empty: Path) -> None:
+    record(empty / "a", SHORT, (0, 100))
+    record(empty / "b", replace(SHORT, norm="batch"), (0, 100))
+    with pytest.raises(
+        ValueError, match=r"b/elu-lr0.01-s0 was configured differently from .*a/elu"
+    ):
+        summarise("cifar100-11", [empty / "a", empty / "b"])
+
+
+def test_summaries_need_records(empty: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no records below"):
+        summarise("mnist", [empty])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "cifar100-11",
+            "cifar-100, network cifar11, batch 100, rate 0.01, 165,000 iterations, 6 seeds; ",
+        ),
+        (
+            "cifar100-11-bn",
+            "cifar-100, network cifar11, batch norm, batch 100, rate 0.01, "
+            "125,000 of 165,000 iterations, 2 seeds; ",
+        ),
+        ("imagenet-15", "photographs, crops of 224 from 256 pixels, network imagenet15, "),
+        (
+            "mnist-autoencoder",
+            "mnist, hidden 1000-500-250-30-250-500-1000, batch 64, rates 0.01, 0.001, "
+            "250 of 500 epochs, 3 seeds, ELU at rate 0.01 diverged by epoch 1 (2 of 3), "
+            "SReLU at rate 0.01 diverged by epoch 1 (1 of 3); ",
+        ),
+    ],
+)
+def test_conditions_of_every_preset(name: str, said: str) -> None:
+    assert Summary.read(name).conditions.startswith(said)
+
+
+def test_a_note_is_in_the_conditions(empty: Path) -> None:
+    record(empty / "runs", SHORT, (0, 200))
+    summarise("cifar100-11", [empty / "runs"], "three classes").write()
+    assert "; three classes; " in Summary.read("cifar100-11").conditions
+
+
+def test_autoencoder_has_a_panel_per_set_and_rate(autoencoders: Figure) -> None:
+    assert [ax.get_title() for ax in autoencoders.axes[:2]] == ["rate 0.01", "rate 0.001"]
+    assert all(ax.get_yscale() == "log" for ax in autoencoders.axes)
+    assert [len(curves(ax)) for ax in autoencoders.axes] == [4, 4, 4, 4]
+    assert legend(autoencoders) == ["ELU", "SReLU", "LReLU", "ReLU"]
+
+
+def test_autoencoder_draws_medians_in_which_divergence_is_infinite(autoencoders: Figure) -> None:
+    training = Summary.read("mnist-autoencoder").training
+    relu = training.query("activation == 'relu' and rate == 0.01 and seed == 1 and epoch > 0")
+    assert curves(autoencoders.axes[0])["ReLU -"] == pytest.approx(relu["train_loss"].to_numpy())
+    assert np.isnan(curves(autoencoders.axes[0])["ELU -"]).all()  # two of three seeds
+    srelu = training.query("activation == 'srelu' and rate == 0.01 and seed == 1 and epoch > 0")
+    assert curves(autoencoders.axes[2])["SReLU -"] == pytest.approx(srelu["test_loss"].to_numpy())
+
+
+def test_autoencoder_names_who_diverged(autoencoders: Figure) -> None:
+    said = [[text.get_text() for text in ax.texts] for ax in autoencoders.axes]
+    assert said == [["diverged:\nELU (2 of 3)\nSReLU (1 of 3)"], [], [], []]
+
+
+def test_cifar100_has_both_values_in_three_parts(eleven: Figure) -> None:
+    training = Summary.read("cifar100-11").training.query("activation == 'elu'")
+    mean = training.groupby("iteration")["test_error"].mean()
+    errors = [curves(ax)["ELU -"] for ax in eleven.axes[3:]]
+    for drawn, part in zip(errors, ([*WHOLE], WHOLE[:2], WHOLE[3:]), strict=True):
+        assert drawn == pytest.approx(mean[list(part)].to_numpy())
+    assert [ax.get_title() for ax in eleven.axes[:3]] == list(cifar100.QUARTERS)
+
+
+def test_cifar100_has_ribbons_over_seeds(eleven: Figure) -> None:
+    assert [len(ax.collections) for ax in eleven.axes] == [4] * 6
+
+
+def test_cifar100_marks_the_published_errors_after_as_many_iterations(eleven: Figure) -> None:
+    assert published(eleven.axes[5]) == [(165_000, error) for error in (28.75, 29.35, 30.59, 31.56)]
+    assert not any(published(ax) for ax in eleven.axes[:5])
+
+
+def test_cifar100_names_the_published_errors_in_words_before(empty: Path) -> None:
+    made(empty, "cifar100-11", SHORT, (0, 50, 200))
+    figure = cifar100.draw()
+    assert not any(published(ax) for ax in figure.axes)
+    assert "published, after 165,000 iterations: test error ELU 28.75, SReLU" in foot(figure)
+    assert "first 500 test cases, 200 of 165,000 iterations, 1 seed" in foot(figure)
+    assert "a single seed: lines without spread" in foot(figure)
+    assert "no significance test: 1 pair of runs" in foot(figure)
+
+
+def test_cifar100_tests_paired_runs(eleven: Figure) -> None:
+    assert f"below that of ReLU (p = {1 / 64:.2g}, 6 pairs), LReLU" in foot(eleven)
+
+
+def errors(values: Sequence[float], seeds: Sequence[int] | None = None) -> pd.DataFrame:
+    return pd.DataFrame({"seed": seeds or range(len(values)), "test_error": values})
+
+
+def test_significance_pairs_seeds() -> None:
+    low = errors([1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1])
+    high = errors([7, 6, 5, 4, 3, 2], [1, 2, 3, 4, 5, 6])
+    assert significance.lower(low, high) == (6, pytest.approx(1 / 64))
+    assert significance.lower(high, low) == (6, 1.0)
+
+
+def test_significance_of_no_difference() -> None:
+    assert significance.lower(errors([1.0] * 6), errors([1.0] * 6)) == (6, 1.0)
+
+
+def test_significance_needs_six_pairs() -> None:
+    assert significance.lower(errors([1] * 9), errors([2, 2, 2, 2, 2])) == (5, None)
+
+
+def test_norm_compares_elu_with_each_other() -> None:
+    figure = cifar100_norm.draw()
+    assert [ax.get_title() for ax in figure.axes[:3]] == ["ELU, ReLU", "ELU, LReLU", "ELU, SReLU"]
+    assert set(curves(figure.axes[3])) == {"ELU -", "ReLU -", "ELU --", "ReLU --"}
+    assert legend(figure)[-2:] == ["without batch norm", "with batch norm"]
+    assert "with batch norm: 125,000 of 165,000 iterations, 2 seeds" in foot(figure)
+    assert "ReLU with batch norm (p" not in foot(figure)  # two pairs only
+
+
+def test_norm_says_how_missing_tables_are_made(empty: Path) -> None:
+    made(empty, "cifar100-11", SHORT, (0, 50, 200))
+    figure = cifar100_norm.draw()
+    assert set(curves(figure.axes[0])) == {"ELU -", "ReLU -"}
+    assert (
+        "no tables of cifar100-11-bn; make them with python analysis/train.py --preset cifar100-11 "
+        "--norm batch --out runs/cifar100-11-bn, then python paper_figs/summaries.py "
+        "runs/cifar100-11-bn --name cifar100-11-bn"
+    ) in foot(figure)
+
+
+def test_imagenet_marks_what_its_axis_reaches() -> None:
+    figure = imagenet.draw()
+    assert published(figure.axes[1]) == [(160_000, 20), (200_000, 20)]
+    assert [ax.get_ylabel().split("\n")[0] for ax in figure.axes] == [
+        "training loss",
+        "top-5 error (%)",
+        "top-1 error (%)",
+    ]
+
+
+def test_imagenet_names_what_lies_beyond_its_axis(empty: Path) -> None:
+    made(empty, "imagenet-15", PHOTOGRAPHS, (0, 100_000))
+    figure = imagenet.draw()
+    assert not published(figure.axes[1])
+    assert "is reached by ELU after 160,000 iterations, ReLU after 200,000" in foot(figure)
+
+
+def test_table_has_ours_beside_the_published() -> None:
+    row = next(line for line in cifar_table.markdown().split("\n") if "| ELU, 11 conv" in line)
+    final = Summary.read("cifar100-11").final.query("activation == 'elu'")["test_error"]
+    ours = f"{final.mean():.2f} ± {final.std():.2f} (165,000 iterations, 6 seeds)"
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1] == "yes"
+    assert cells[2] == "–"
+    assert re.fullmatch(r"\d+\.\d\d \(100 of 200 iterations, preset 165,000, 1 seed\)", cells[3])
+    assert cells[4:] == ["*28.75 ± 0.24*", ours]
+
+
+def test_table_has_rows_that_nobody_published() -> None:
+    text = cifar_table.markdown()
+    assert "| ELU, 11 convolutions, batch norm | yes | – | – | – | " in text
+
+
+def test_table_is_published_values_alone_without_ours(empty: Path) -> None:
+    figure = cifar_table.draw()
+    red = [text for text in figure.axes[0].texts if text.get_color() == style.PUBLISHED]
+    assert {"18.04", "7.94", "8.81", "9.38", "7.25", "6.55"} < {text.get_text() for text in red}
+    assert {text.get_style() for text in red} == {"italic"}
+    assert "none of ours is recorded yet" in foot(figure)
+
+
+def test_bias_shift_is_of_layers_that_receive_activations() -> None:
+    figure = bias_shift_over_time.draw("imagenet-15")
+    layers = Summary.read("imagenet-15").layers.query("activation == 'elu' and layer != 'stem'")
+    share = layers.groupby("iteration")["mean_share"].mean()
+    assert curves(figure.axes[0])["ELU -"] == pytest.approx(share.to_numpy())
+
+
+def test_bias_shift_has_a_column_per_damping() -> None:
+    figure = bias_shift_over_time.draw("mnist-autoencoder")
+    k = next(ax for ax in figure.axes if ax.get_ylabel() == "k")
+    assert k.get_title(loc="right") == "damping 0.1"
+    assert figure.axes[-1].get_xlabel() == "epoch"
+    assert "shown: rate 0.001" in foot(figure)  # none diverged there
+
+
+def test_bias_shift_with_and_without_norm_stand_together() -> None:
+    figure = bias_shift_per_layer.draw("cifar100-11")
+    assert set(curves(figure.axes[0])) == {
+        f"{name} {line}" for name in ("ELU", "SReLU", "LReLU", "ReLU") for line in ("-", "--")
+    }
+    assert [ax.get_title() for ax in figure.axes[:3]] == [
+        "iteration 0",
+        "iteration 80,000",
+        "iteration 165,000",
+    ]
+
+
+def test_layers_are_numbered_from_the_input() -> None:
+    (line, *_) = bias_shift_per_layer.draw("imagenet-15").axes[0].lines
+    assert line.get_xdata().tolist() == [2, 3]
+
+
+def test_fully_connected_networks_miss_no_norm() -> None:
+    assert "no tables" not in foot(bias_shift_per_layer.draw("mnist-autoencoder"))
+
+
+def test_all_draws_what_it_has_tables_of(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(style, "FIGURES", empty / "figures")
+    drawn = everything.main()
+    assert [path.name for path in drawn] == ["activation_functions.png", "cifar_table.png"]
+    assert all(path.stat().st_size > 10_000 for path in drawn)
+    assert (empty / "figures" / "cifar_table.md").exists()
+    told = capsys.readouterr().out
+    assert "imagenet: no tables of imagenet-15; make them with python analysis/train.py" in told
+
+
+def test_committed_tables_of_mnist_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "FOLDER", Path(summary.__file__).parent / "tables")
+    figures = [mnist.draw(), activation_changes.draw(), bias_shift_per_layer.draw("mnist")]
+    assert [len(figure.axes) for figure in figures] == [2, 8, 9]
+    assert all(legend(figure) == ["ELU", "SReLU", "LReLU", "ReLU"] for figure in figures)
+    assert all("300 epochs, 5 seeds" in foot(figure) for figure in figures)
+
+
+def test_dashed_lines_have_hollow_markers() -> None:
+    frame = pd.DataFrame({"activation": "elu", "seed": 0, "epoch": [0, 1], "loss": [1.0, 2.0]})
+    _, ax = plt.subplots()
+    (line,) = plotting.plot_over(ax, frame, "loss", x="epoch", style="--").values()
+    assert (line.get_linestyle(), line.get_markerfacecolor()) == ("--", "white")
