@@ -51,7 +51,7 @@ class Where:
     """Processes that read photographs."""
     resume: bool = False
     """Go on from the checkpoint in the folder."""
-    checkpoint_every: float = 120
+    checkpoint_every: float = 120.0
     """Seconds between checkpoints."""
 
 
@@ -79,6 +79,7 @@ def main(name: str, preset: Preset, where: Where) -> int:
                 trainer.save()
                 print(f"\nInterrupted after step {trainer.iteration}; go on with --resume.")
                 return INTERRUPTED
+            print(conclusion(trainer))
     return 0
 
 
@@ -121,6 +122,15 @@ def follow(trainer: Trainer, title: str) -> None:
                 bar.set_postfix_str(
                     f"epoch {progress.epoch}, loss {progress.loss:.4f}", refresh=False
                 )
+
+
+def conclusion(trainer: Trainer) -> str:
+    """Say in a line what was trained, how fast, and what the Monitors took of the time."""
+    steps, seconds = trainer.iteration, trainer.seconds
+    return (
+        f"{len(trainer.members)} networks, {steps} steps in {seconds:.0f} s: "
+        f"{steps / seconds:.3g} steps/s; Monitors {trainer.monitoring / seconds:.1%} of the time"
+    )
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Preset, Where]:

@@ -9,7 +9,6 @@ runs/mnist/
         finished/                  one row, at the end
 """
 
-import io
 import math
 import time
 import warnings
@@ -19,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pyarrow as pa
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ class Trainer:
         folder: Path,
         *,
         resume: bool = False,
-        checkpoint_every: float = 120,
+        checkpoint_every: float = 120.0,
         precision: Literal["float32", "bfloat16"] = "float32",
         compiled: bool = False,
         workers: int = 0,
@@ -108,6 +108,7 @@ class Trainer:
         self._forward = torch.compile(self.ensemble) if compiled else self.ensemble
         self._phase: Phase | None = None
         self.iteration, self.seconds, self.monitoring = 0, 0.0, 0.0
+        self._clock = time.perf_counter()  # until when seconds are counted
         self.loss = torch.zeros(len(members), device=self.device)  # since the last evaluation
         self._diverged = torch.zeros(len(members), dtype=torch.bool)
         torch.manual_seed(members[0].seed)  # of dropout, which draws from torch's own generator
@@ -120,6 +121,9 @@ class Trainer:
             ]
             if resume and self.checkpoint.exists():
                 self.load(torch.load(self.checkpoint, map_location=self.device, weights_only=True))
+            else:
+                for watch in self.watches:
+                    watch.clear()  # of a training that was killed before its first checkpoint
             self._opened = opened.pop_all()
 
     @property
@@ -143,16 +147,14 @@ class Trainer:
         Raises:
             DivergedError: No member's loss is finite any more. The last checkpoint is older.
         """
-        clock = saved = time.perf_counter()
+        self._clock = saved = time.perf_counter()
         if not self.iteration:
             self._evaluate()
         while self.iteration < self.iterations:
             self.step()
-            now = time.perf_counter()
-            self.seconds, clock = self.seconds + now - clock, now
             ended = self.iteration == self.iterations
             loss = self._evaluate() if ended or self.iteration % self.every == 0 else None
-            if ended or now - saved > self.checkpoint_every:
+            if ended or time.perf_counter() - saved > self.checkpoint_every:
                 self.save()
                 saved = time.perf_counter()
             yield Progress(self.epoch, self.iteration, loss)
@@ -174,8 +176,9 @@ class Trainer:
         Raises:
             DivergedError: There is nothing finite to keep.
         """
+        self._count_seconds()
         self._name_diverged()
-        content = io.BytesIO()
+        content = pa.BufferOutputStream()  # which gives its bytes without a copy: they may be GiB
         torch.save(self.state(), content)
         try:
             unfinished = self.checkpoint.with_suffix(".unfinished")
@@ -250,6 +253,7 @@ class Trainer:
 
         It is averaged over the members that have one.
         """
+        self._count_seconds()
         self._name_diverged()
         steps = (self.iteration - 1) % self.every + 1 if self.iteration else math.nan
         losses = (self.loss / steps).tolist()
@@ -261,6 +265,10 @@ class Trainer:
         self.ensemble.train()
         finite = [loss for loss in losses if math.isfinite(loss)]
         return sum(finite) / len(finite) if finite else math.nan
+
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.seconds, self._clock = self.seconds + now - self._clock, now
 
     def _name_diverged(self) -> None:
         """Warn of members that diverge; stop when none is left."""
