@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,20 +18,24 @@ sys.path.append(str(Path(__file__).parents[1] / "analysis"))
 
 import train
 
+from unitfisher.experiments import Dataset
 from unitfisher.experiments.presets import PRESETS
+from unitfisher.experiments.trainer import Trainer
 
 CLOCKS = ("seconds", "monitoring")
 TABLES = ["activations", "finished", "path", "training", "units"]
 SHORT = "--measurements 2 --units 2 --rows 16 --probe 16 --tested 16 --batch-size 2 --threads 1"
 # whitening takes a minute of every process: test_images has it on real images
-CIFAR = "--preprocessing none --rates 1e-6 --phases.1.start 2 --phases.2.start 3"
+CIFAR = "--preprocessing none --rates 1e-6 --phases.1.start 2 --phases.2.start 3 --every 4"
+# a test of its own has the 18-net, whose phases these are
+CIFAR18 = " ".join(["--network cifar11", *(f"--phases.{i}.dropout 0 0 0 0 0 .5" for i in range(4))])
 OVERRIDES = {
     "mnist": "--seeds 0 1 --activations relu elu --iterations 60 --every 25",
     "mnist-autoencoder": "--seeds 0 1 --rates 1e-4 1e-5 --activations elu --iterations 9 --every 4",
-    "cifar100-11": f"{CIFAR} --activations relu elu --norm batch --iterations 10 --every 4",
-    "cifar10-11": f"{CIFAR} --activations prelu elu --iterations 10 --every 4",
-    "cifar100-18": f"{CIFAR} --iterations 3 --every 2",
-    "cifar10-18": f"{CIFAR} --network nin --iterations 10 --every 4",
+    "cifar100-11": f"{CIFAR} --activations relu elu --norm batch --iterations 10",
+    "cifar10-11": f"{CIFAR} --activations prelu elu --iterations 10",
+    "cifar100-18": f"{CIFAR} {CIFAR18} --iterations 10",
+    "cifar10-18": f"{CIFAR} {CIFAR18} --iterations 10 --activations srelu",
     "imagenet-15": "--network cifar11 --side 40 --crop 32 --iterations 10 --every 4",
 }
 
@@ -92,3 +97,18 @@ def test_a_training_that_was_killed_ends_bit_identical(
     for checkpoint in whole.rglob("checkpoint.pt"):
         assert_same_checkpoints(checkpoint, cut / checkpoint.relative_to(whole))
     assert_same_records(whole, cut)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar100-18", "imagenet-15"])
+def test_the_largest_networks_of_the_presets_take_a_step(name: str, tmp_path: Path) -> None:
+    preset = replace(PRESETS[name], activations=("elu",), batch_size=2, probe=1)
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    data = Dataset(x, torch.arange(4), x[:1], torch.arange(1))
+    with Trainer(preset, preset.members, data, tmp_path) as trainer:
+        some = [p.flatten()[:10_000] for p in trainer.parameters]
+        before = [numbers.clone() for numbers in some]
+        trainer.step()
+        assert trainer.loss.isfinite().all()
+        moved = [not torch.equal(*pair) for pair in zip(some, before, strict=True)]
+    assert all(moved)

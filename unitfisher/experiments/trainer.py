@@ -38,6 +38,7 @@ from unitfisher.experiments.watching import Moment, Watch
 from unitfisher.parts import write_atomically
 
 CROPS = 2**32  # added to a seed, for the generator of crops and flips
+HE = 2.0  # variance of weights times fan-in, of networks that have no other
 DROPOUT = 2**33  # added for every further process, for its own dropout
 
 
@@ -333,6 +334,7 @@ def network(
             weight_variance=preset.weight_variance,
         )
     norm = preset.norm if preset.norm != "none" else None
+    variance = preset.weight_variance if preset.weight_variance != HE else None
     built = build(
         preset.network,
         source.classes,
@@ -340,6 +342,7 @@ def network(
         generator,
         norm=norm,
         padding=preset.padding,
+        weight_variance=variance,
     )
     return built if isinstance(built, nn.Sequential) else nn.Sequential(OrderedDict(network=built))
 
