@@ -165,7 +165,8 @@ def _recorded_training(
         model, units=c.units, every=every, damping=default, record=record
     ) as monitor:
         for epoch in train(model, data, schedule, generator):
-            record_activations(record, {"epoch": epoch}, model, x)
+            outputs = unitfisher.activation_statistics(model, x, layers="hidden*")
+            record_activations(record, {"epoch": epoch}, outputs)
             loss = _record_scores(record, epoch, model, data)
             if epoch in to_measure:
                 measured = monitor.measure(x, targets=y)

@@ -3,12 +3,16 @@
     python analysis/train.py --preset mnist --data-root DIR
 
 records each network in a folder of its own under ``runs/<preset>``, keeps a checkpoint there, and
-goes on from it with ``--resume``. Feeds the scripts in ``paper_figs/``.
+goes on from it with ``--resume``. Several GPUs share every batch where torchrun starts it:
+
+    torchrun --nproc-per-node 2 analysis/train.py --preset imagenet-15 --device cuda
+
+Feeds the scripts in ``paper_figs/``.
 """
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,6 +26,7 @@ from unitfisher.experiments.data import data_root
 from unitfisher.experiments.images import DamagedDataError, load_cifar
 from unitfisher.experiments.photographs import PhotographSets, load_photographs
 from unitfisher.experiments.presets import PRESETS, Member, Preset
+from unitfisher.experiments.ranks import Ranks
 from unitfisher.experiments.trainer import DivergedError, Trainer
 from unitfisher.experiments.whitening import whitened
 from unitfisher.record import RecordExistsError
@@ -51,7 +56,7 @@ class Where:
     """Processes that read photographs."""
     resume: bool = False
     """Go on from the checkpoint in the folder."""
-    checkpoint_every: float = 120
+    checkpoint_every: float = 120.0
     """Seconds between checkpoints."""
 
 
@@ -59,6 +64,16 @@ def main(name: str, preset: Preset, where: Where) -> int:
     """Train all members; return the exit code."""
     if where.threads:
         torch.set_num_threads(where.threads)
+    ranks = Ranks.joined()
+    where = replace(where, device=ranks.device(where.device))
+    try:
+        return train_all(name, preset, where, ranks)
+    finally:
+        ranks.leave()
+
+
+def train_all(name: str, preset: Preset, where: Where, ranks: Ranks) -> int:
+    """Train the members form by form."""
     folder = where.out or Path("runs") / name
     data = opened(preset, where, where.cache or folder / "cache")
     for form, members in by_form(preset.members):
@@ -72,13 +87,17 @@ def main(name: str, preset: Preset, where: Where) -> int:
             precision=where.precision,
             compiled=where.compile,
             workers=where.workers,
+            ranks=ranks,
         ) as trainer:
             try:
                 follow(trainer, f"{name}, {len(members)} networks")
             except KeyboardInterrupt:
-                trainer.save()
+                if ranks.size == 1:  # several may stand at different steps
+                    trainer.save()
                 print(f"\nInterrupted after step {trainer.iteration}; go on with --resume.")
                 return INTERRUPTED
+            if ranks.is_first:
+                print(conclusion(trainer))
     return 0
 
 
@@ -114,6 +133,7 @@ def follow(trainer: Trainer, title: str) -> None:
         desc=title,
         smoothing=0.01,
         mininterval=1,
+        disable=not trainer.ranks.is_first,
     ) as bar:
         for progress in trainer:
             bar.update()
@@ -121,6 +141,15 @@ def follow(trainer: Trainer, title: str) -> None:
                 bar.set_postfix_str(
                     f"epoch {progress.epoch}, loss {progress.loss:.4f}", refresh=False
                 )
+
+
+def conclusion(trainer: Trainer) -> str:
+    """Say in a line what was trained, how fast, and what the Monitors took of the time."""
+    steps, seconds = trainer.iteration, trainer.seconds
+    return (
+        f"{len(trainer.members)} networks, {steps} steps in {seconds:.0f} s: "
+        f"{steps / seconds:.3g} steps/s; Monitors {trainer.monitoring / seconds:.1%} of the time"
+    )
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Preset, Where]:

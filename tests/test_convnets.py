@@ -198,6 +198,12 @@ def test_initial_weights_fill_the_interval_of_he_and_biases_are_zero(name: str) 
             assert not layer.bias.any()
 
 
+def test_half_of_hes_variance_is_the_same_draw_scaled() -> None:
+    he, half = (cifar11(10, seeded(0), weight_variance=variance) for variance in (2.0, 1.0))
+    for name, weight in weights(he).items():
+        assert_close(half.get_parameter(name), weight / sqrt(2))
+
+
 @pytest.mark.parametrize("name", [*SMALL, "torchvision:resnet18"])
 def test_building_takes_nothing_from_the_global_generator(name: str) -> None:
     before = torch.get_rng_state()

@@ -194,6 +194,22 @@ def test_a_training_that_was_cut_ends_bit_identical(task: str, tmp_path: Path) -
     assert_same_records(tmp_path / "whole", tmp_path / "cut", preset)
 
 
+def test_a_training_that_was_cut_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    with Trainer(SMALL, SMALL.members, few(), tmp_path / "whole") as whole:
+        for _ in whole:
+            pass
+    cut = Trainer(SMALL, SMALL.members, few(), tmp_path / "cut")
+    for progress in cut:
+        if progress.iteration == 7:  # in the second epoch
+            break
+    cut.close()
+    with Trainer(SMALL, SMALL.members, few(), tmp_path / "cut", resume=True) as begun:
+        assert begun.iteration == 0
+        for _ in begun:
+            pass
+    assert_same_records(tmp_path / "whole", tmp_path / "cut", SMALL)
+
+
 def test_a_training_is_not_overwritten(tmp_path: Path) -> None:
     with Trainer(SMALL, SMALL.members, few(), tmp_path):
         pass

@@ -38,6 +38,7 @@ from unitfisher.experiments.photographs import (
     Stream,
     load_photographs,
 )
+from unitfisher.experiments.ranks import Ranks
 from unitfisher.experiments.whitening import Zca, contrast_normalised, whitened
 
 
@@ -536,6 +537,18 @@ def test_stream_goes_on_as_if_never_stopped(done: int, workers: int, sets: Photo
     resumed.load(first.state())
     for _ in range(4):
         assert same(through.next(), resumed.next())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_processes_read_their_shares_of_the_same_batches(
+    workers: int, sets: PhotographSets
+) -> None:
+    whole = Stream(sets.train, 4, seed=1)
+    shares = [Stream(sets.train, 4, 1, workers=workers, ranks=Ranks(r, 2)) for r in range(2)]
+    for _ in range(4):  # into the second epoch
+        batch = whole.next()
+        for rank, share in enumerate(shares):
+            assert same(share.next(), Batch(batch.x[rank::2], batch.y[rank::2]))
 
 
 def test_what_workers_read_ahead_is_not_in_the_state(sets: PhotographSets) -> None:

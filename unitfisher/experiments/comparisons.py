@@ -220,6 +220,7 @@ def build(
     *,
     norm: str | None = None,
     padding: str | None = None,
+    weight_variance: float | None = None,
 ) -> nn.Module:
     """Build a network by its name; an option that is None is the network's own.
 
@@ -232,6 +233,7 @@ def build(
         generator: Draws the weights.
         norm: As of ``Maker``, where the network's builder takes it.
         padding: The same.
+        weight_variance: The same.
 
     Raises:
         ValueError: The name is unknown, or the network does not take one of the options.
@@ -245,7 +247,8 @@ def build(
     else:
         forms = ", ".join([*NETWORKS, *(f"{package}:NAME" for package in PACKAGES)])
         raise ValueError(f"no network {name!r}; there are {forms} (as in torchvision:resnet18)")
-    given = {"activation": activation, "norm": norm, "padding": padding}
+    given: dict[str, str | float | None] = {"activation": activation, "norm": norm}
+    given |= {"padding": padding, "weight_variance": weight_variance}
     options = {option: value for option, value in given.items() if value is not None}
     refused = [option for option in options if option not in signature(builder).parameters]
     if refused:

@@ -1,8 +1,9 @@
 """The paper's convolutional networks, from its notation: layers × units × receptive field.
 
 [R] marks what was read in the paper, [I] what it leaves open and is chosen here. Open everywhere:
-the padding (both common conventions are here), the initialisation (He's, uniform, biases 0, as the
-authors' framework has it), and that dropout stands between activation and pooling.
+the padding (both common conventions are here), the initialisation (uniform, biases 0, as the
+authors' framework has it; He's variance, or another), and that dropout stands between activation
+and pooling.
 """
 
 from collections import OrderedDict
@@ -71,11 +72,12 @@ class Maker:
     One seed gives the same initial weights for every activation, normalisation and padding.
 
     Args:
-        generator: Draws the weights, U(±√(6 / fan-in)) (He); biases start at 0.
+        generator: Draws the weights from a uniform distribution about 0; biases start at 0.
         activation: A key of ``ACTIVATIONS``.
         norm: "none" or "batch", before the activation.
         padding: "caffe" (⌊size / 2⌋ zeros on every side, so that even sizes enlarge the map;
             pooling rounds up) or "same" (the map's size stays; pooling rounds down).
+        weight_variance: Of the weights, times fan-in: 2 as of He.
 
     Raises:
         ValueError: One of the names is unknown.
@@ -85,6 +87,7 @@ class Maker:
     activation: str = "elu"
     norm: str = "none"
     padding: str = "caffe"
+    weight_variance: float = 2.0
 
     def __post_init__(self) -> None:
         require_choice("activation", self.activation, tuple(ACTIVATIONS))
@@ -93,7 +96,7 @@ class Maker:
 
     def draw(self, layer: Weighted) -> Weighted:
         """Give a layer that was made on the meta device its initial weights."""
-        bound = sqrt(6 / layer.weight[0].numel())
+        bound = sqrt(3 * self.weight_variance / layer.weight[0].numel())
         weight = torch.empty(layer.weight.shape)
         weight.uniform_(-bound, bound, generator=self.generator)
         layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(torch.zeros(len(weight)))
@@ -264,12 +267,13 @@ def cifar11(
     *,
     norm: str = "none",
     padding: str = "caffe",
+    weight_variance: float = 2.0,
 ) -> nn.Sequential:
     """The paper's network for CIFAR-100 curves: 11 convolutions, 1.67 million parameters.
 
     A batch (n, 3, 32, 32) becomes (n, classes). Options as of ``Maker``, which raises for them.
     """
-    make = Maker(generator, activation, norm, padding)
+    make = Maker(generator, activation, norm, padding, weight_variance)
     return all_convolutional(CIFAR11, classes, make, RATES[: len(CIFAR11)])
 
 
@@ -280,12 +284,13 @@ def cifar18(
     *,
     norm: str = "none",
     padding: str = "caffe",
+    weight_variance: float = 2.0,
 ) -> nn.Sequential:
     """The paper's best network for CIFAR: 18 convolutions and the output, 39.3 million parameters.
 
     A batch (n, 3, 32, 32) becomes (n, classes). Options as of ``Maker``, which raises for them.
     """
-    make = Maker(generator, activation, norm, padding)
+    make = Maker(generator, activation, norm, padding, weight_variance)
     return all_convolutional(CIFAR18, classes, make, RATES)
 
 
@@ -296,6 +301,7 @@ def imagenet15(
     *,
     norm: str = "none",
     padding: str = "caffe",
+    weight_variance: float = 2.0,
 ) -> nn.Sequential:
     """The paper's network for ImageNet: 15 layers, 165 million parameters for 1000 classes.
 
@@ -303,5 +309,5 @@ def imagenet15(
     of the pyramid; [I] their bins and a stride of 1: ``pyramidal`` takes others. Options as of
     ``Maker``, which raises for them.
     """
-    make = Maker(generator, activation, norm, padding)
+    make = Maker(generator, activation, norm, padding, weight_variance)
     return pyramidal(IMAGENET15, (4096, 4096), classes, make)

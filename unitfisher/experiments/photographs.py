@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from unitfisher.experiments.data import DataNotFoundError
 from unitfisher.experiments.images import SIDE, Batch, Crops, Files, cropped, draw_crops, kept
+from unitfisher.experiments.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
@@ -138,12 +139,19 @@ class Stream:
         batch_size: The last batch of an epoch is what remains.
         seed: Decides, with the epoch, the order and the crop of every photograph.
         workers: Processes that read ahead, also into the next epoch.
+        ranks: Which of the processes that share each batch this is: it reads no other's.
     """
 
     def __init__(
-        self, photographs: Photographs, batch_size: int, seed: int, *, workers: int = 0
+        self,
+        photographs: Photographs,
+        batch_size: int,
+        seed: int,
+        *,
+        workers: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.photographs, self.batch_size = photographs, batch_size
+        self.photographs, self.batch_size, self.ranks = photographs, batch_size, ranks
         self.seed, self.workers = seed, workers
         self.epoch = self.position = 0  # of the next batch
         self._reading: Iterator[tuple[Batch, Crops]] | None = None
@@ -197,20 +205,22 @@ class Stream:
     def _start(self) -> Iterator[tuple[Batch, Crops]]:
         # nothing in here holds the stream: in a cycle with it, workers would outlive it
         spare = self.photographs.files.side - self.photographs.seen
-        ahead, behind = tee(_draws(self.state(), spare))
+        ahead, behind = tee(_draws(self.state(), spare, self.ranks))
         batches = (cases.tolist() for cases, _ in ahead)
         reading = _loader(self.photographs, batches, self.workers)
         return zip(reading, (crops for _, crops in behind), strict=True)
 
 
-def _draws(state: StreamState, spare: int) -> Iterator[tuple[Int64[Tensor, " b"], Crops]]:
+def _draws(
+    state: StreamState, spare: int, ranks: Ranks
+) -> Iterator[tuple[Int64[Tensor, " b"], Crops]]:
     """Numbers and crops of all batches from there on; crops are drawn by number, not by order."""
     epoch, position = state["epoch"], state["position"]
     while True:
         generator = _generator(state["seed"], epoch)
         order = torch.randperm(state["cases"], generator=generator)
         crops = draw_crops(order.shape, spare, generator)
-        for cases in order.split(state["batch_size"])[position:]:
+        for cases in map(ranks.share, order.split(state["batch_size"])[position:]):
             yield cases, crops.of(cases)
         epoch, position = epoch + 1, 0
 

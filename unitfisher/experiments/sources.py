@@ -12,6 +12,7 @@ from unitfisher.experiments.data import Dataset, probe
 from unitfisher.experiments.images import PAD, Batch, Crops, cropped, draw_crops
 from unitfisher.experiments.orders import Orders
 from unitfisher.experiments.photographs import PhotographSets, Stream
+from unitfisher.experiments.ranks import ALONE, Ranks
 
 EVALUATED = 2_000_000  # numbers of the input, at a time
 PROBE_SEED = 1  # the same probe set in every run
@@ -54,6 +55,7 @@ class Held:
         size: Of a batch.
         generators: One for each member, which draws its orders. Members of a seed share one.
         augment: One for each member, which draws its crops and flips; none: images as they are.
+        ranks: Which of the processes that share each batch this is.
     """
 
     def __init__(
@@ -62,8 +64,11 @@ class Held:
         size: int,
         generators: Sequence[torch.Generator],
         augment: Sequence[torch.Generator] = (),
+        *,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.data, self.augment = data, augment
+        _require_sharable(len(data.train_x), size, ranks)
+        self.data, self.augment, self.ranks = data, augment, ranks
         self.classes, self.shape = data.classes, data.train_x.shape[1:]
         self.device = data.train_x.device
         self.orders = Orders(len(data.train_x), size, generators)
@@ -72,9 +77,10 @@ class Held:
         return len(self.orders)
 
     def next(self) -> Batch:
-        cases = self.orders.next().to(self.device)
+        whole = self.orders.next()
+        cases = self.ranks.share(whole).to(self.device)
         x, y = self.data.train_x[cases], self.data.train_y[cases]
-        return Batch(self._augmented(x), y)
+        return Batch(self._augmented(x, whole.shape[1]) if self.augment else x, y)
 
     def probe(self, cases: int) -> Batch:
         return Batch(*probe(self.data, cases, torch.Generator().manual_seed(PROBE_SEED)))
@@ -93,11 +99,11 @@ class Held:
         for generator, drawn in zip(self.augment, state["augment"], strict=True):
             generator.set_state(drawn.cpu())
 
-    def _augmented(self, x: Float[Tensor, "m n ..."]) -> Float[Tensor, "m n ..."]:
-        if not self.augment:
-            return x
-        crops = {g: draw_crops(x.shape[1:2], 2 * PAD, g) for g in dict.fromkeys(self.augment)}
-        of_members = Crops(*map(torch.stack, zip(*(crops[g] for g in self.augment), strict=True)))
+    def _augmented(self, x: Float[Tensor, "m n ..."], whole: int) -> Float[Tensor, "m n ..."]:
+        """Crop and mirror; draws are for the whole batch, of which this may be a share."""
+        crops = {g: draw_crops((whole,), 2 * PAD, g) for g in dict.fromkeys(self.augment)}
+        drawn = map(torch.stack, zip(*(crops[g] for g in self.augment), strict=True))
+        of_members = Crops(*map(self.ranks.share, drawn))
         return cropped(F.pad(x, [PAD] * 4), of_members, x.shape[-2:])
 
 
@@ -105,12 +111,20 @@ class Read:
     """Photographs that workers read while the networks train; all members see the same ones."""
 
     def __init__(
-        self, sets: PhotographSets, size: int, seed: int, members: int, *, workers: int = 0
+        self,
+        sets: PhotographSets,
+        size: int,
+        seed: int,
+        members: int,
+        *,
+        workers: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
+        _require_sharable(len(sets.train), size, ranks)
         self.sets, self.members, self.workers = sets, members, workers
         self.classes = int(sets.train.files.labels.max()) + 1
         self.device = sets.train.mean.device
-        self.stream = Stream(sets.train, size, seed, workers=workers)
+        self.stream = Stream(sets.train, size, seed, workers=workers, ranks=ranks)
         self.shape = self.probe(1).x.shape[1:]
 
     def __len__(self) -> int:
@@ -136,3 +150,12 @@ class Read:
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.stream.load(state)  # type: ignore[arg-type]
+
+
+def _require_sharable(cases: int, size: int, ranks: Ranks) -> None:
+    last = cases % size or min(size, cases)
+    if last < ranks.size:
+        raise ValueError(
+            f"the last batch of an epoch, {last} of {cases} cases in batches of {size}, cannot be "
+            f"shared by {ranks.size} processes: choose another batch size"
+        )

@@ -9,7 +9,6 @@ runs/mnist/
         finished/                  one row, at the end
 """
 
-import io
 import math
 import time
 import warnings
@@ -19,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pyarrow as pa
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -31,12 +31,15 @@ from unitfisher.experiments.ensembles import Ensemble
 from unitfisher.experiments.models import mlp
 from unitfisher.experiments.photographs import PhotographSets
 from unitfisher.experiments.presets import Member, Phase, Preset
+from unitfisher.experiments.ranks import ALONE, Ranks
 from unitfisher.experiments.sources import Held, Read, Source
 from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.watching import Moment, Watch
 from unitfisher.parts import write_atomically
 
 CROPS = 2**32  # added to a seed, for the generator of crops and flips
+HE = 2.0  # variance of weights times fan-in, of networks that have no other
+DROPOUT = 2**33  # added for every further process, for its own dropout
 
 
 class DivergedError(ArithmeticError):
@@ -64,10 +67,12 @@ class Trainer:
         precision: Of products in training; parameters and measurements stay in float32.
         compiled: Train through ``torch.compile``.
         workers: Processes that read photographs.
+        ranks: Which of several processes this is. The first alone measures, records and writes.
 
     Raises:
         RecordExistsError: The folder holds these runs, and ``resume`` is not given.
-        ValueError: The runs there were configured differently.
+        ValueError: The runs there were configured differently, or several processes cannot share
+            the batches.
     """
 
     def __init__(
@@ -78,23 +83,29 @@ class Trainer:
         folder: Path,
         *,
         resume: bool = False,
-        checkpoint_every: float = 120,
+        checkpoint_every: float = 120.0,
         precision: Literal["float32", "bfloat16"] = "float32",
         compiled: bool = False,
         workers: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.preset, self.members = preset, list(members)
+        self.preset, self.members, self.ranks = preset, list(members), ranks
         self.task = TASKS[preset.task]
         self.checkpoint, self.checkpoint_every = folder / "checkpoint.pt", checkpoint_every
         by_seed = {member.seed: torch.Generator() for member in members}
         generators = [by_seed[member.seed] for member in members]
-        self.source = source_of(preset, data, members, generators, workers)
+        self.source = source_of(preset, data, members, generators, workers, ranks)
         networks = []
         for member, generator in zip(members, generators, strict=True):
             generator.manual_seed(member.seed)  # a seed's members start alike, and leave it alike
             networks.append(network(preset, member, self.source, generator))
         self.device = self.source.device
         self.ensemble = Ensemble(networks).to(self.device)
+        if ranks.size > 1 and next(self.ensemble.buffers(), None) is not None:
+            raise ValueError(
+                "batch normalisation would see shares of a batch, each process another one: "
+                "train without it, or in one process"
+            )
         self.parameters: list[Tensor] = list(self.ensemble.parameters())
         self.descent = Descent(
             self.parameters,
@@ -108,18 +119,24 @@ class Trainer:
         self._forward = torch.compile(self.ensemble) if compiled else self.ensemble
         self._phase: Phase | None = None
         self.iteration, self.seconds, self.monitoring = 0, 0.0, 0.0
+        self._clock = time.perf_counter()  # until when seconds are counted
         self.loss = torch.zeros(len(members), device=self.device)  # since the last evaluation
         self._diverged = torch.zeros(len(members), dtype=torch.bool)
-        torch.manual_seed(members[0].seed)  # of dropout, which draws from torch's own generator
+        # of dropout, which draws from torch's own generator
+        torch.manual_seed(members[0].seed + DROPOUT * ranks.rank)
         with ExitStack() as opened:
             self.watches = [
                 opened.enter_context(
                     Watch(preset, member, model, self.source, folder, resume=resume)
                 )
                 for member, model in zip(members, self.ensemble.members, strict=True)
+                if ranks.is_first
             ]
             if resume and self.checkpoint.exists():
                 self.load(torch.load(self.checkpoint, map_location=self.device, weights_only=True))
+            else:
+                for watch in self.watches:
+                    watch.clear()  # of a training that was killed before its first checkpoint
             self._opened = opened.pop_all()
 
     @property
@@ -143,16 +160,14 @@ class Trainer:
         Raises:
             DivergedError: No member's loss is finite any more. The last checkpoint is older.
         """
-        clock = saved = time.perf_counter()
+        self._clock = saved = time.perf_counter()
         if not self.iteration:
             self._evaluate()
         while self.iteration < self.iterations:
             self.step()
-            now = time.perf_counter()
-            self.seconds, clock = self.seconds + now - clock, now
             ended = self.iteration == self.iterations
             loss = self._evaluate() if ended or self.iteration % self.every == 0 else None
-            if ended or now - saved > self.checkpoint_every:
+            if self.ranks.agreed(ended or time.perf_counter() - saved > self.checkpoint_every):
                 self.save()
                 saved = time.perf_counter()
             yield Progress(self.epoch, self.iteration, loss)
@@ -164,8 +179,9 @@ class Trainer:
         with self._precision:
             losses = self._losses(self._forward(x), self.task.target(x, y))
         gradients = torch.autograd.grad(losses.sum(), self.parameters)
-        self.descent.step(gradients, phase.factor)
-        self.loss += losses.detach()
+        *averaged, loss = self.ranks.averaged([*gradients, losses.detach()], x.shape[1])
+        self.descent.step(averaged, phase.factor)
+        self.loss += loss
         self.iteration += 1
 
     def save(self) -> None:
@@ -174,9 +190,13 @@ class Trainer:
         Raises:
             DivergedError: There is nothing finite to keep.
         """
+        self._count_seconds()
         self._name_diverged()
-        content = io.BytesIO()
-        torch.save(self.state(), content)
+        state = self.state()
+        if not self.ranks.is_first:
+            return
+        content = pa.BufferOutputStream()  # which gives its bytes without a copy: they may be GiB
+        torch.save(state, content)
         try:
             unfinished = self.checkpoint.with_suffix(".unfinished")
             write_atomically(self.checkpoint, content.getvalue(), unfinished)
@@ -184,7 +204,7 @@ class Trainer:
             warnings.warn(f"no checkpoint was written ({error}); the last one stays", stacklevel=2)
 
     def state(self) -> dict[str, Any]:
-        """Return everything that the rest of the training depends on."""
+        """Return everything that the rest of the training depends on, of all processes."""
         return {
             "members": [tuple(member) for member in self.members],
             "iteration": self.iteration,
@@ -196,7 +216,7 @@ class Trainer:
             "loss": self.loss,
             "diverged": self._diverged,
             "watches": [watch.state() for watch in self.watches],
-            "random": [torch.get_rng_state(), *_cuda_states(self.device)],
+            "random": self.ranks.gathered(_random_states(self.device)),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -217,11 +237,21 @@ class Trainer:
         self.descent.load(state["descent"])
         self.source.load(state["source"])
         self.loss, self._diverged = state["loss"], state["diverged"].cpu()
-        for watch, of in zip(self.watches, state["watches"], strict=True):
+        for watch, of in zip(self.watches, state["watches"], strict=self.ranks.is_first):
             watch.load(of)
-        torch.set_rng_state(state["random"][0].cpu())
-        for drawn in state["random"][1:]:
-            torch.cuda.set_rng_state(drawn.cpu(), self.device)
+        self._load_random(state["random"])
+
+    def _load_random(self, drawn: Sequence[Tensor]) -> None:
+        each = len(_random_states(self.device))
+        if len(drawn) != each * self.ranks.size:
+            raise ValueError(
+                f"{self.checkpoint} is of {len(drawn) // each} processes on one kind of device, "
+                f"not of {self.ranks.size} on {self.device}: resume as it was begun"
+            )
+        own = drawn[each * self.ranks.rank :]
+        torch.set_rng_state(own[0].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(own[1].cpu(), self.device)
 
     def close(self) -> None:
         """Write what was recorded; safe to call twice."""
@@ -250,17 +280,22 @@ class Trainer:
 
         It is averaged over the members that have one.
         """
+        self._count_seconds()
         self._name_diverged()
         steps = (self.iteration - 1) % self.every + 1 if self.iteration else math.nan
         losses = (self.loss / steps).tolist()
         self.loss.zero_()
         self.ensemble.eval()
-        for watch, loss, diverged in zip(self.watches, losses, self._diverged, strict=True):
+        for watch, loss, diverged in zip(self.watches, losses, self._diverged, strict=False):
             when = Moment(self.epoch, self.iteration, self.seconds, self.monitoring)
             self.monitoring += watch.record(when, loss, measure=not diverged)
         self.ensemble.train()
         finite = [loss for loss in losses if math.isfinite(loss)]
         return sum(finite) / len(finite) if finite else math.nan
+
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.seconds, self._clock = self.seconds + now - self._clock, now
 
     def _name_diverged(self) -> None:
         """Warn of members that diverge; stop when none is left."""
@@ -273,7 +308,7 @@ class Trainer:
                 f"{self.checkpoint} holds the last finite state that was kept. "
                 "Train with a smaller rate, in another folder"
             )
-        if news.any():
+        if news.any() and self.ranks.is_first:
             warnings.warn(
                 f"{_named(m for m, new in zip(self.members, news, strict=True) if new)} diverged "
                 f"by step {self.iteration}: the loss is NaN or infinite, and is recorded so",
@@ -299,6 +334,7 @@ def network(
             weight_variance=preset.weight_variance,
         )
     norm = preset.norm if preset.norm != "none" else None
+    variance = preset.weight_variance if preset.weight_variance != HE else None
     built = build(
         preset.network,
         source.classes,
@@ -306,6 +342,7 @@ def network(
         generator,
         norm=norm,
         padding=preset.padding,
+        weight_variance=variance,
     )
     return built if isinstance(built, nn.Sequential) else nn.Sequential(OrderedDict(network=built))
 
@@ -316,20 +353,23 @@ def source_of(
     members: Sequence[Member],
     generators: Sequence[torch.Generator],
     workers: int,
+    ranks: Ranks,
 ) -> Source:
     """Open the members' batches; orders are drawn by their generators."""
     if isinstance(data, PhotographSets):
         seeds = {member.seed for member in members}
         if len(seeds) > 1:
             raise ValueError(f"photographs are read for one seed at a time, not for {seeds}")
-        return Read(data, preset.batch_size, members[0].seed, len(members), workers=workers)
+        seed, size = members[0].seed, preset.batch_size
+        return Read(data, size, seed, len(members), workers=workers, ranks=ranks)
     crops = {m.seed: torch.Generator().manual_seed(CROPS + m.seed) for m in members}
     augment = [crops[member.seed] for member in members] if preset.augmented else []
-    return Held(data, preset.batch_size, generators, augment)
+    return Held(data, preset.batch_size, generators, augment, ranks=ranks)
 
 
-def _cuda_states(device: torch.device) -> list[Tensor]:
-    return [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+def _random_states(device: torch.device) -> list[Tensor]:
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_device]
 
 
 def _named(members: Iterable[Member]) -> str:

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from unitfisher import Monitor, Run, UnitStatistics, activation_statistics
+from unitfisher import Monitor, Run, UnitStatistics
+from unitfisher.capture import UnitMeans, capture
 from unitfisher.experiments.presets import Member, Preset
 from unitfisher.experiments.sources import Source
 from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.training import evaluate
-from unitfisher.layers import Layers
 
 TABLES = ("training", "activations", "path", "finished")  # beside the Monitor's own
 
@@ -26,7 +26,7 @@ class Moment(NamedTuple):
     epoch: int
     iteration: int
     seconds: float  # of training all members, until then
-    monitoring: float  # seconds that their Monitors took meanwhile
+    monitoring: float  # of these: Fishers, and whole passes over the probe set for the means
 
 
 class Watch:
@@ -84,20 +84,23 @@ class Watch:
             measure: Measure Fishers too, if it is time: of finite networks.
         """
         x, y = self._probe
-        at_probe = evaluate(self.model, [(x, y)], self.task)
+        start = time.perf_counter()
+        with capture(self.monitor.layers) as seen:  # one pass gives both
+            at_probe = evaluate(self.model, [(x, y)], self.task)
+        then = {"epoch": when.epoch, "iteration": when.iteration}
+        record_activations(self.run, then, seen.means())
+        if measure and when.iteration in self._measured:
+            self.monitor.step = when.iteration
+            measured = self.monitor.measure(x, targets=self.task.target(x, y))
+            record_path(self.run, then, measured, self.preset.dampings)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)  # or what it still has to do would not be counted
+        spent = time.perf_counter() - start
         at_test = evaluate(self.model, self.source.test(self.preset.tested), self.task)
         scores = {"probe_loss": at_probe.loss, "probe_error": 100 * at_probe.error}
         scores |= {"test_loss": at_test.loss, "test_error": 100 * at_test.error}
         scores |= {"test_top5_error": 100 * at_test.top5_error}
         self.run.append("training", {**_columns(when), "train_loss": loss, **scores})
-        start = time.perf_counter()
-        then = {"epoch": when.epoch, "iteration": when.iteration}
-        record_activations(self.run, then, self.model, x, _hidden)
-        if measure and when.iteration in self._measured:
-            self.monitor.step = when.iteration
-            measured = self.monitor.measure(x, targets=self.task.target(x, y))
-            record_path(self.run, then, measured, self.preset.dampings)
-        spent = time.perf_counter() - start
         if when.iteration == self._steps:
             self.run.append("finished", _columns(when))
         return spent
@@ -112,6 +115,11 @@ class Watch:
         self.monitor.load_state_dict(state["monitor"])
         for table, rows in state["rows"].items():
             self.run.truncate(table, rows)
+
+    def clear(self) -> None:
+        """Drop all rows that the record has."""
+        for table in self.run.tables:
+            self.run.truncate(table, 0)
 
     def __enter__(self) -> "Watch":
         return self
@@ -138,10 +146,10 @@ def measured_epochs(epochs: int, measurements: int) -> list[int]:
 
 
 def record_activations(
-    record: Run, when: Mapping[str, int], model: nn.Module, x: Tensor, layers: Layers = "hidden*"
+    record: Run, when: Mapping[str, int], measured: Mapping[str, UnitMeans]
 ) -> None:
     """Record mean and variance of every hidden unit's output."""
-    for layer, of in activation_statistics(model, x, layers=layers).items():
+    for layer, of in measured.items():
         columns = {"unit": torch.arange(len(of.mean)), "mean": of.mean, "var": of.var}
         record.append("activations", {**when, "layer": layer, **columns})
 

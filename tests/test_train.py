@@ -1,0 +1,114 @@
+"""Every preset trains on real data through the one command, and goes on after it was killed."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+sys.path.append(str(Path(__file__).parents[1] / "analysis"))
+
+import train
+
+from unitfisher.experiments import Dataset
+from unitfisher.experiments.presets import PRESETS
+from unitfisher.experiments.trainer import Trainer
+
+CLOCKS = ("seconds", "monitoring")
+TABLES = ["activations", "finished", "path", "training", "units"]
+SHORT = "--measurements 2 --units 2 --rows 16 --probe 16 --tested 16 --batch-size 2 --threads 1"
+# whitening takes a minute of every process: test_images has it on real images
+CIFAR = "--preprocessing none --rates 1e-6 --phases.1.start 2 --phases.2.start 3 --every 4"
+# a test of its own has the 18-net, whose phases these are
+CIFAR18 = " ".join(["--network cifar11", *(f"--phases.{i}.dropout 0 0 0 0 0 .5" for i in range(4))])
+OVERRIDES = {
+    "mnist": "--seeds 0 1 --activations relu elu --iterations 60 --every 25",
+    "mnist-autoencoder": "--seeds 0 1 --rates 1e-4 1e-5 --activations elu --iterations 9 --every 4",
+    "cifar100-11": f"{CIFAR} --activations relu elu --norm batch --iterations 10",
+    "cifar10-11": f"{CIFAR} --activations prelu elu --iterations 10",
+    "cifar100-18": f"{CIFAR} {CIFAR18} --iterations 10",
+    "cifar10-18": f"{CIFAR} {CIFAR18} --iterations 10 --activations srelu",
+    "imagenet-15": "--network cifar11 --side 40 --crop 32 --iterations 10 --every 4",
+}
+
+
+def arguments(name: str, data_root: Path, out: Path, cache: Path) -> list[str]:
+    root = data_root / "imagenet10" if name.startswith("imagenet") else data_root
+    folders = ["--data-root", str(root), "--out", str(out), "--cache", str(cache)]
+    return ["--preset", name, *SHORT.split(), *OVERRIDES[name].split(), *folders]
+
+
+def killed(given: Sequence[str], checkpoint: Path, log: Path) -> None:
+    """Start the command, and kill it as soon as there is a checkpoint."""
+    command = [sys.executable, train.__file__, *given, "--checkpoint-every", "0"]
+    with log.open("w") as output, subprocess.Popen(command, stderr=output) as process:
+        while process.poll() is None and not checkpoint.exists():
+            time.sleep(0.001)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL, log.read_text()
+
+
+def assert_same_checkpoints(one: Path, other: Path) -> None:
+    states = [torch.load(path, weights_only=True) for path in (one, other)]
+    for state in states:
+        for clock in CLOCKS:
+            del state[clock]
+    (leaves, form), (others, other_form) = map(tree_flatten, states)
+    assert form == other_form
+    for a, b in zip(leaves, others, strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def assert_same_records(one: Path, other: Path) -> None:
+    for folder in sorted(path.parent for path in one.rglob("config.json")):
+        tables = sorted({part.parent.relative_to(one) for part in folder.rglob("*.parquet")})
+        assert [table.name for table in tables] == TABLES
+        for table in tables:
+            frames = [pd.read_parquet(run / table) for run in (one, other)]
+            frames = [frame.drop(columns=list(CLOCKS), errors="ignore") for frame in frames]
+            pd.testing.assert_frame_equal(*frames)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_training_that_was_killed_ends_bit_identical(
+    name: str, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut, cache = tmp_path / "whole", tmp_path / "cut", tmp_path / "cache"
+    given = arguments(name, data_root, cut, cache)
+    killed(given, cut / "checkpoint.pt", tmp_path / "log")
+    preset = train.parse(given)[1]
+    done = torch.load(cut / "checkpoint.pt", weights_only=True)["iteration"]
+    assert 0 < done < preset.iterations
+
+    data = train.opened(*train.parse(given)[1:], cache)
+    monkeypatch.setattr(train, "opened", lambda *_: data)  # seconds, to be spent once
+    assert train.main(*train.parse([*given, "--resume"])) == 0
+    assert train.main(*train.parse(arguments(name, data_root, whole, cache))) == 0
+    for checkpoint in whole.rglob("checkpoint.pt"):
+        assert_same_checkpoints(checkpoint, cut / checkpoint.relative_to(whole))
+    assert_same_records(whole, cut)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar100-18", "imagenet-15"])
+def test_the_largest_networks_of_the_presets_take_a_step(name: str, tmp_path: Path) -> None:
+    preset = replace(PRESETS[name], activations=("elu",), batch_size=2, probe=1)
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    data = Dataset(x, torch.arange(4), x[:1], torch.arange(1))
+    with Trainer(preset, preset.members, data, tmp_path) as trainer:
+        some = [p.flatten()[:10_000] for p in trainer.parameters]
+        before = [numbers.clone() for numbers in some]
+        trainer.step()
+        assert trainer.loss.isfinite().all()
+        moved = [not torch.equal(*pair) for pair in zip(some, before, strict=True)]
+    assert all(moved)
