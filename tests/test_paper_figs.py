@@ -25,6 +25,7 @@ import bias_shift_per_layer
 import cifar100
 import cifar100_norm
 import cifar_table
+import final_values
 import imagenet
 import mnist
 import significance
@@ -383,3 +384,13 @@ def test_dashed_lines_have_hollow_markers() -> None:
     _, ax = plt.subplots()
     (line,) = plotting.plot_over(ax, frame, "loss", x="epoch", style="--").values()
     assert (line.get_linestyle(), line.get_markerfacecolor()) == ("--", "white")
+
+
+def test_final_values_are_of_the_last_evaluation_of_all_seeds(tables: None) -> None:
+    text = final_values.markdown(Summary.read("cifar100-11"))
+    final = Summary.read("cifar100-11").final
+    errors = final.loc[final["activation"] == "elu", "test_error"]
+    row = next(line for line in text.splitlines() if line.startswith("| ELU |"))
+    assert f"{errors.mean():.3g} ± {errors.std():.2g}" in row
+    assert "top-5" not in text
+    assert "top-5 error (%)" in final_values.markdown(Summary.read("imagenet-15"))

@@ -1,0 +1,59 @@
+"""Where a training has got to, as a table in Markdown: mean ± sd over seeds.
+
+python paper_figs/final_values.py mnist
+"""
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import pandas as pd
+import tyro
+from summary import Summary
+
+from unitfisher import plotting
+
+COLUMNS = {
+    "train_loss": "training loss",
+    "test_loss": "test loss",
+    "test_error": "test error (%)",
+    "test_top5_error": "top-5 error (%)",
+    "mean_activation": "mean activation",
+}
+FIVE_OF = ("photographs",)  # data sets whose top-5 error is of interest
+
+
+def markdown(summary: Summary) -> str:
+    """A row per activation and rate; below, what was run where."""
+    final = summary.final
+    shown = [name for name in COLUMNS if name in final and final[name].notna().any()]
+    if summary.config["dataset"] not in FIVE_OF:
+        shown = [name for name in shown if name != "test_top5_error"]
+    head = ["network", "rate", *(COLUMNS[name] for name in shown)]
+    lines = [head, ["---"] * len(head), *_rows(final, shown)]
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", summary.conditions])
+
+
+def _rows(final: pd.DataFrame, shown: list[str]) -> Iterator[list[str]]:
+    for name in plotting.COLOURS:
+        of_activation = final[final["activation"] == name]
+        for rate, networks in of_activation.groupby("rate"):
+            label = plotting.ACTIVATIONS[name].label
+            yield [label, f"{rate:g}", *(_with_sd(networks[value]) for value in shown)]
+
+
+def _with_sd(values: pd.Series) -> str:
+    sd = f" ± {values.std():.2g}" if len(values) > 1 else ""
+    return f"{values.mean():.3g}{sd}"
+
+
+def main(name: Annotated[str, tyro.conf.Positional]) -> None:
+    """Print the table of committed tables.
+
+    Args:
+        name: Of the folder in paper_figs/tables.
+    """
+    print(markdown(Summary.read(name)))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
