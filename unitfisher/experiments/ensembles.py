@@ -17,8 +17,8 @@ class Ensemble(nn.Module):
 
     Members differ in their weights and in modules without parameters, such as the activation
     function. Linear layers are batched products; what has no parameters runs once for members in a
-    row that are alike; any other module is vmapped (``torch.func``, not on a CPU). Training the ensemble on the
-    sum of the members' losses trains each as if it were alone.
+    row that are alike; any other module is vmapped (``torch.func``), but on a CPU. Training the
+    ensemble on the sum of the members' losses trains each as if it were alone.
 
     Args:
         members: Sequential networks, of which this takes copies.
