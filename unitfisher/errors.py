@@ -13,12 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from unitfisher.capture import Seen
 from unitfisher.likelihoods import Likelihood, Output
+from unitfisher.memory import workspace
 
 FISHERS = ("exact", "mc", "rademacher", "empirical")
 SHARINGS = ("expand", "joint", "reduce")
+ROOT = 40  # bytes for each number of a root while it is formed
 MANY_COLUMNS = 1000  # exact, but slow enough to say so
-COLUMN_BYTES = 128 * 2**20  # what the errors of columns sent back together may take
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ class Estimator:
         require_choice("sharing", self.sharing, SHARINGS)
         if not isinstance(self.samples, int) or self.samples < 1:
             raise ValueError(f"samples must be a whole number from 1, got {self.samples!r}")
+
+    def count(self, z: Output) -> int:
+        """Count the columns."""
+        if self.fisher == "exact":
+            return self.likelihood.columns(z) * z.shape[1]
+        return 1 if self.fisher == "empirical" else self.samples
 
 
 def require_choice(option: str, value: object, valid: Sequence[str]) -> None:
@@ -91,11 +99,12 @@ def _exact(z: Output, likelihood: Likelihood, together: int) -> Iterator[Tensor]
 
 def _signed(z: Output, likelihood: Likelihood, generator: torch.Generator) -> Output:
     """A random ±1 for every column, sample and position: E v vᵀ = S Sᵀ, no label drawn."""
-    signed, total, together = torch.zeros_like(z), likelihood.columns(z), 64
-    for start in range(0, total, together):
-        root = likelihood.root(z, start, min(start + together, total))
-        coin = torch.empty(root.shape[:3], device=z.device).bernoulli_(0.5, generator=generator)
-        signed += (root * (2 * coin - 1).to(z.dtype).unsqueeze(-1)).sum(0)
+    signed, total = torch.zeros_like(z), likelihood.columns(z)
+    together = max(1, workspace() // (ROOT * z.numel()))
+    coins = torch.empty(total, *z.shape[:2], device=z.device).bernoulli_(0.5, generator=generator)
+    for start, coin in zip(range(0, total, together), coins.split(together), strict=True):
+        root = likelihood.root(z, start, start + len(coin))
+        signed += root.mul_((2 * coin - 1).to(z.dtype).unsqueeze(-1)).sum(0)
     return signed
 
 
@@ -134,11 +143,22 @@ def send_all_back(
             yield send_back(output, edges, column)
 
 
-def columns_together(output: Tensor, net_numbers: int, convolutional: bool) -> int:
-    """How many columns to send back at once.
+def bytes_of_column(z: Output, seen: Seen, estimator: Estimator) -> int:
+    """What a column takes on its way: its root, gradients at the layers and between, squares."""
+    roots = z if estimator.fisher == "rademacher" else z[:, :1]
+    item, largest = z.element_size(), seen.largest
+    return (
+        ROOT * roots.numel()
+        + item * (3 * z.numel() + seen.net_numbers + 3 * largest)
+        + 20 * largest
+    )
+
+
+def columns_together(output: Tensor, column: int, convolutional: bool) -> int:
+    """How many columns of so many bytes to send back at once.
 
     On a CPU a convolution's batched backward leaves the cache and loses to a loop.
     """
     if convolutional and output.device.type == "cpu":
         return 1
-    return max(1, COLUMN_BYTES // max(1, net_numbers * output.element_size()))
+    return max(1, workspace() // column)

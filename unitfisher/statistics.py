@@ -109,8 +109,12 @@ def statistics(
     step: int,
     units: Mapping[str, Int[Tensor, " u"]],
     damping: float,
+    spare: int,
 ) -> dict[str, UnitStatistics]:
-    """Compute every layer's statistics from what a pass showed of it."""
+    """Compute every layer's statistics from what a pass showed of it.
+
+    What was solved is kept for the gradient that may come, in so many bytes to spare.
+    """
     biased = [name for name in observations if layers[name].bias is not None]
     measured = {}
     for block in blocks(observations, units, biased):
@@ -119,6 +123,11 @@ def statistics(
         found, angles = theory(block, damping, gradient)
         of_units = {**found._asdict(), **angles._asdict(), "dead": cases.dead, "n_eff": cases.n_eff}
         parted = {key: block.split(x) for key, x in of_units.items()}
+        solved = bytes_of(cases.tensors)
+        if solved > spare:
+            block.forget()
+        else:
+            spare -= solved
         parted["mean"] = block.split_shared(cases.mean)
         parted["mean_share"] = block.split_shared(mean_share(cases.mean, cases.trace_variance))
         for i, (layer, own) in enumerate(zip(block.layers, block.split_cases(), strict=True)):
