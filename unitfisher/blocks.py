@@ -4,14 +4,14 @@ What a measurement of small layers costs is how many operations it takes, not ho
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from unitfisher.cases import Incoming, UnitCases
-from unitfisher.costs import layers_together
+from unitfisher.costs import DAMPED, layers_together
 from unitfisher.fisher import Gradient, Observation
 from unitfisher.memory import workspace
 from unitfisher.solvers import SingularFisherError
@@ -41,6 +41,13 @@ class Block:
         if mean.dim() == 1:
             return mean.unsqueeze(0)
         return mean[:: len(self.units[0])] if len(self.layers) > 1 else mean[part]
+
+    def damped(self, damping: float) -> "Block":
+        """Solve from sums instead of more rows than inputs, if damping will not make up for it."""
+        cases = self.cases
+        if damping >= DAMPED or not isinstance(cases, UnitCases) or cases.rows <= cases.inputs:
+            return self
+        return replace(self, cases=replace(cases, solver="sums")) if cases.route == "rows" else self
 
     def forget(self) -> None:
         """Drop what was solved."""

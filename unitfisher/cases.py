@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unitfisher.costs import Sizes, route_of, units_together
+from unitfisher.costs import Sizes, engine, route_of, units_together
 from unitfisher.memory import workspace
 from unitfisher.moments import UnitMoments
 from unitfisher.products import Moments, UnitProducts
@@ -184,6 +184,7 @@ class UnitCases:
             groups=len(self.a),
             joined=self.a.shape[1] * self.a.shape[2] if joint else 0,
             itemsize=self.a.element_size(),
+            engine=engine(self.a.device),
         )
 
     @property

@@ -39,7 +39,7 @@ def bytes_in(memory: object) -> int:
     return int(float(written[1]) * (1024 if written[3] else 1000) ** power)
 
 
-def readable(size: float) -> str:
+def readable(size: int | float) -> str:
     """Write 1.5 * 2**30 as "1.5 GiB"."""
     power = 0
     while abs(size) >= 999.5 and power < len(UNITS) - 1:

@@ -31,7 +31,7 @@ from unitfisher.attachment import (
 from unitfisher.capture import Seen, capture
 from unitfisher.errors import Estimator, require_choice
 from unitfisher.fisher import Gradient, Observation, Observer, observe_now, require_finite
-from unitfisher.history import ACTIVATIONS, UNITS, History, columns_of_activations
+from unitfisher.history import ACTIVATIONS, PLAN, UNITS, History, columns_of_activations
 from unitfisher.layers import Layers, select
 from unitfisher.likelihoods import Likelihood, likelihood_of
 from unitfisher.memory import DEFAULT, bytes_in, within
@@ -154,7 +154,7 @@ class Monitor:
         require_unobserved(chosen)
         if layers is None:
             name_uncovered(self.model, chosen)
-        planner = Planner(budget, rows, window, solver, aloud=memory is not None)
+        planner = Planner(budget, rows, window, solver, float(damping), aloud=memory is not None)
         self._observer = Observer(
             chosen, estimator, sample_units(chosen, units, seed), Chance(seed), output, planner
         )
@@ -254,9 +254,10 @@ class Monitor:
         """Return everything measured, one row per step, layer and unit.
 
         Args:
-            table: "units", or "activations" for the outputs' mean and variance of more steps.
+            table: "units", "activations" for the outputs' mean and variance of more steps, or
+                "plan": how each layer was measured, in how much memory, whenever that changed.
         """
-        require_choice("table", table, (UNITS, ACTIVATIONS))
+        require_choice("table", table, (UNITS, ACTIVATIONS, PLAN))
         return self._history.frame(table)
 
     def flush(self) -> None:
@@ -419,6 +420,7 @@ class Monitor:
             )
         self.latest = measured
         self._history.hold(measured, phase)
+        self._history.note(self.plan.rows(), step)
         return measured
 
     def _name_uncalled(self, observations: Collection[str]) -> None:

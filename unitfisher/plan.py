@@ -16,9 +16,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from unitfisher.capture import Seen
-from unitfisher.costs import Sizes, bytes_of_group, least, route_of, units_together
+from unitfisher.costs import Sizes, bytes_of_group, engine, least, route_of, units_together
 from unitfisher.errors import Estimator
-from unitfisher.gram import compiled
 from unitfisher.layers import at_units
 from unitfisher.likelihoods import Output
 from unitfisher.memory import AMPLE, DEFAULT, readable, within
@@ -42,6 +41,7 @@ class Shape(NamedTuple):
     itemsize: int
     columns: int  # of errors that are kept apart; 0 where they fold
     averaged: bool  # over positions: sharing="reduce"
+    engine: str
 
     @property
     def cases(self) -> int:
@@ -62,6 +62,11 @@ class Shape(NamedTuple):
         errors = self.columns * self.itemsize if self.columns else 8
         return every * (self.itemsize * self.inputs * self.groups + errors * self.units)
 
+    @property
+    def bytes_of_results(self) -> int:
+        """E_q(a) and the corrected mean of every unit."""
+        return 16 * self.units * self.inputs
+
     def sizes(self, cases: int) -> Sizes:
         return Sizes(
             rows=cases * max(1, self.columns),
@@ -70,7 +75,7 @@ class Shape(NamedTuple):
             groups=self.groups,
             joined=cases * self.positions if self.columns else 0,
             itemsize=8 if self.averaged else self.itemsize,
-            compiled=compiled(),
+            engine=self.engine,
         )
 
 
@@ -85,6 +90,12 @@ class LayerPlan:
     kept: int  # cases and results, this measurement's and the newest one's
     solving: int  # beside the workspace
     least: int  # of workspace
+
+    def parted(self) -> "LayerPlan":
+        """Treat as many units together as the workspace allows."""
+        if not self.route:
+            return self
+        return replace(self, together=units_together(self.sizes, self.route))
 
     @property
     def parts(self) -> int:
@@ -108,7 +119,7 @@ class Plan:
 
     @property
     def least_workspace(self) -> int:
-        return max(self.column, *(of.least for of in self.layers))
+        return max(-(-self.column // PIECES), *(of.least for of in self.layers))
 
     @property
     def least(self) -> int:
@@ -118,6 +129,11 @@ class Plan:
     @property
     def total(self) -> int:
         return self.held + PIECES * self.workspace
+
+    @property
+    def known(self) -> bool:
+        """Whether there was a pass to read the shapes from."""
+        return all(of.route for of in self.layers)
 
     def rows(self) -> dict[str, Any]:
         """Lay the plan out as columns of a table."""
@@ -138,9 +154,8 @@ class Plan:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        known = all(of.route for of in self.layers)
-        means = "" if known else ", cases not known before the first pass"
-        yield f"memory plan: {readable(self.total)} of {readable(self.memory)}{means}"
+        means = "" if self.known else ", cases not known before the first pass"
+        yield f"memory plan: up to {readable(self.total)} of {readable(self.memory)}{means}"
         width = max(5, *(len(of.layer) for of in self.layers))
         yield f"  {'layer':{width}}    cases  inputs  units route    parts      kept"
         for of in self.layers:
@@ -159,6 +174,7 @@ class Planner:
     rows: int | None = None
     window: int = 1
     solver: str = "auto"
+    damping: float = 0.0
     aloud: bool = False
     beside: int | None = None  # what is held of earlier measurements; None: one like this
     summed: bool = False  # are sums kept over batches?
@@ -166,7 +182,7 @@ class Planner:
 
     def over_batches(self, beside: int) -> "Planner":
         """Plan sums over batches, beside so many bytes."""
-        return Planner(self.memory, solver="sums", beside=beside, summed=True, newest=self.newest)
+        return replace(self, rows=None, window=1, solver="sums", beside=beside, summed=True)
 
     @property
     def workspace(self) -> int:
@@ -178,6 +194,7 @@ class Planner:
         """Plan what is known before the first pass."""
         shapes = {name: _bare(layer, units.get(name)) for name, layer in layers.items()}
         self.newest = self._within_budget(shapes, column=0)
+        self._tell()
 
     def plan(self, shapes: Mapping[str, Shape], column: int) -> Plan:
         """Plan a measurement.
@@ -185,53 +202,59 @@ class Planner:
         Raises:
             MemoryBudgetError: It needs more than it may take; names the layers that need most.
         """
-        first = self.newest is None or not all(of.route for of in self.newest.layers)
+        first = self.newest is None or not self.newest.known
         self.newest = plan = self._within_budget(shapes, column)
         if first:
-            self.tell()
+            self._tell()
         return plan
 
     def solver_of(self, layer: str) -> str:
-        """Say how a layer's systems are to be solved; iterations that were asked for never end."""
+        """Say how a layer's systems are to be solved."""
         assert self.newest is not None
-        routes = {of.layer: of.route for of in self.newest.layers}
-        return self.solver if self.solver == "iterative" else routes[layer]
+        if self.solver == "iterative" or self.window > 1:  # until it is filled there are fewer
+            return self.solver
+        return next(of.route for of in self.newest.layers if of.layer == layer)
 
-    def tell(self) -> None:
+    def _tell(self) -> None:
         """Log the plan; who asked for a budget sees it without having configured logging."""
         LOG.log(logging.WARNING if self.aloud else logging.INFO, "%s", self.newest)
 
     def _within_budget(self, shapes: Mapping[str, Shape], column: int) -> Plan:
         alike = Counter(shapes.values())
-        bare = [self._of_layer(name, s, alike[s] > 1) for name, s in shapes.items()]
-        plan = Plan(self.memory, tuple(bare), self.beside or 0, 0, column)
+        kept = {name: self._kept(s, alike[s] > 1) for name, s in shapes.items()}
+        left = self.memory - (self.beside or 0) - sum(kept.values())
+        with within(min(AMPLE, left // (2 * PIECES))):  # half of it for what was solved
+            bare = tuple(self._of_layer(name, s, kept[name]) for name, s in shapes.items())
+        plan = Plan(self.memory, bare, self.beside or 0, 0, column)
         if plan.least > self.memory:
             raise _too_large(plan)
-        pieces = min(AMPLE, (self.memory - plan.held) // (2 * PIECES))
-        room = max(pieces, plan.least_workspace)
-        with within(room):
-            layers = tuple(
-                replace(of, together=units_together(of.sizes, of.route)) if of.route else of
-                for of in bare
-            )
-        return replace(plan, layers=layers, workspace=room)
+        room = min(AMPLE, (self.memory - plan.held) // (2 * PIECES))
+        plan = replace(plan, workspace=max(room, plan.least_workspace))
+        with within(plan.workspace):
+            return replace(plan, layers=tuple(of.parted() for of in bare))
 
-    def _of_layer(self, name: str, shape: Shape, alike: bool) -> LayerPlan:
-        pooled = self.window * shape.cases
-        solved = pooled if self.rows is None else min(self.rows, pooled)
-        sizes = shape.sizes(solved)
-        results = 16 * shape.units * shape.inputs
-        copies = (self.window > 1) + (solved < pooled)  # pooled, drawn
-        cases = shape.bytes_of_case * (self.window * shape.cases + copies * pooled)
-        blocked = shape.bytes_of_case * solved * alike  # side by side with others of its form
-        previous = shape.bytes_of_case * solved + results if self.beside is None else 0
+    def _kept(self, shape: Shape, alike: bool) -> int:
+        """Bytes of a layer's cases and results, until the next measurement is complete."""
+        pooled, solved = self.window * shape.cases, self._solved(shape)
+        copies = (self.window > 1) + (solved < pooled) + 1  # pooled, drawn, held
+        cases = copies * pooled + solved * alike  # side by side with others of its form
+        results = 3 * shape.bytes_of_results
+        if self.beside is None:
+            cases, results = cases + solved, results + shape.bytes_of_results
         sums = 8 * shape.units * shape.inputs * (shape.inputs + 3) * self.summed
-        kept = shape.bytes_observing + cases + blocked + previous + 2 * results + sums
-        if not solved:
-            return LayerPlan(name, sizes, "", shape.units, kept, results, 0)
-        route = route_of(sizes, self.solver)
-        solving = bytes_of_group(sizes, route) + 2 * results
-        return LayerPlan(name, sizes, route, shape.units, kept, solving, least(sizes, route))
+        return shape.bytes_observing + cases * shape.bytes_of_case + results + sums
+
+    def _solved(self, shape: Shape) -> int:
+        pooled = self.window * shape.cases
+        return pooled if self.rows is None else min(self.rows, pooled)
+
+    def _of_layer(self, name: str, shape: Shape, kept: int) -> LayerPlan:
+        sizes, units = shape.sizes(self._solved(shape)), shape.units
+        if not sizes.rows:
+            return LayerPlan(name, sizes, "", units, kept, shape.bytes_of_results, 0)
+        route = route_of(sizes, self.solver, self.damping)
+        solving = bytes_of_group(sizes, route) + 2 * shape.bytes_of_results
+        return LayerPlan(name, sizes, route, units, kept, solving, least(sizes, route))
 
 
 def shapes_of(
@@ -262,7 +285,7 @@ def _bare(layer: nn.Module, units: Int[Tensor, " u"] | None) -> Shape:
     weight, groups = layer.get_parameter("weight"), getattr(layer, "groups", 1)
     observed = len(weight) if units is None else len(units)
     own = observed if groups > 1 and units is not None else groups
-    return Shape(0, 1, weight[0].numel(), observed, own, 4, 0, False)
+    return Shape(0, 1, weight[0].numel(), observed, own, 4, 0, False, engine(weight.device))
 
 
 def _too_large(plan: Plan) -> MemoryBudgetError:

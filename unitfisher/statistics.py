@@ -54,6 +54,7 @@ class UnitStatistics:
         Tensor, " u"
     ]  # relative, that conjugate gradients left; 0 where solved directly
     converged: Bool[Tensor, " u"]  # whether that is within the tolerance
+    route: str  # how systems were solved: "rows", "sums" or "products"
     mean_share: Float[Tensor, "*g"]  # ‖E_p(a)‖² / E_p‖a‖²
     mean_share_q: Float[Tensor, " u"]  # ‖E_q(a)‖² / E_q‖a‖²
     output_mean: Float[Tensor, " u"]  # after the nonlinearity
@@ -93,7 +94,7 @@ class UnitStatistics:
 
     def damped(self, damping: float) -> "UnitStatistics":
         """Return the same measurement at another relative damping."""
-        found, angles = theory(self.alone, damping, self.gradient)
+        found, angles = theory(self.alone.damped(damping), damping, self.gradient)
         return replace(self, damping=damping, **found._asdict(), **angles._asdict())
 
     @property
@@ -138,6 +139,7 @@ def statistics(
                 step=step,
                 units=block.units[i],
                 damping=damping,
+                route=cases.route,
                 output_mean=means.mean if every else means.mean[block.units[i]],
                 output_var=means.var if every else means.var[block.units[i]],
                 nonlinearity=means.nonlinearity,

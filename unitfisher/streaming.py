@@ -53,6 +53,8 @@ class UnitSums:
     def damped_parts(self, damping: float) -> Iterator[tuple[slice, UnitMoments]]:
         return ((part, m.damped(damping)) for part, m in self.held)
 
+    route = "sums"
+
     @property
     def units(self) -> int:
         return len(self.weight)
