@@ -128,7 +128,7 @@ def heavy_cases(n: int, d: int, u: int) -> UnitCases:
     """Activations with a mean and unequal scales, errors as heavy-tailed as trained nets have."""
     chance = torch.Generator().manual_seed(0)
     a = torch.randn(1, n, 1, d, generator=chance) * torch.logspace(0, -1, d) + 0.5
-    delta = torch.randn(1, n, 1, u, generator=chance, dtype=torch.float64) ** 3
+    delta = torch.randn(1, n, 1, u, generator=chance, dtype=torch.float64) ** 2
     return UnitCases(a, delta, n)
 
 

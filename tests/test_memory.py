@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 from unitfisher import MemoryBudgetError, Monitor
 from unitfisher.memory import bytes_in, readable, within, workspace
@@ -33,13 +33,13 @@ IMAGES = (16, 8, 8, 8)
 SETTINGS = {
     "fewer-cases": (lambda: dense(700, 96), (64, 700), {}),
     "more-cases": (lambda: dense(48, 64), (400, 48), {}),
-    "thousand-classes": (lambda: dense(32, 32, 1000), (128, 32), {}),
-    "thousand-classes-signs": (lambda: dense(32, 32, 1000), (128, 32), {"fisher": "rademacher"}),
+    "many-classes": (lambda: dense(16, 16, 300), (64, 16), {}),
+    "many-classes-signs": (lambda: dense(16, 16, 300), (64, 16), {"fisher": "rademacher"}),
     "convolution": (convolutional, IMAGES, {}),
     "iterations": (convolutional, IMAGES, {"solver": "iterative"}),
     "groups": (lambda: convolutional(8), IMAGES, {}),
     "joint": (convolutional, IMAGES, {"sharing": "joint"}),
-    "window": (lambda: dense(100, 64), (64, 100), {"window": 3}),
+    "window": (lambda: dense(60, 32), (64, 60), {"window": 3}),
     "drawn-rows": (convolutional, IMAGES, {"rows": 128}),
 }
 per_setting = pytest.mark.parametrize(("make", "size", "options"), SETTINGS.values(), ids=SETTINGS)
@@ -47,9 +47,9 @@ per_setting = pytest.mark.parametrize(("make", "size", "options"), SETTINGS.valu
 
 def peak(run: Callable[[], object]) -> tuple[int, int]:
     """The most bytes that torch held beyond those at the start, and those held at the end."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
+    with profile(profile_memory=True) as seen:  # of autograd: its events are read when asked for
         result = run()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [e for e in seen.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
@@ -72,22 +72,33 @@ def bytes_used(model: nn.Module, x: Tensor, **options: object) -> tuple[int, Mon
     return max(before + measuring - of_pass, between + solving), monitor
 
 
+def least(model: nn.Module, x: Tensor, **options: object) -> int:
+    """A twentieth more than the least that can be planned."""
+    with Monitor(model, every=1, **options) as monitor:
+        model(x)
+    return monitor.plan.least * 21 // 20
+
+
 def held_by(monitor: Monitor) -> int:
     usage = monitor.memory_usage()
     return usage["latest"] + usage["window"]
 
 
-@pytest.mark.slow
 @per_setting
 def test_what_a_measurement_holds_at_one_time_is_within_the_budget(make, size, options):
     torch.manual_seed(0)
     model, x = make(), torch.randn(size)
-    ample, monitor = bytes_used(model, x, **options)
-    budget = monitor.plan.least * 21 // 20
-    used, tight = bytes_used(model, x, memory=budget, **options)
-    assert used <= tight.plan.total <= budget
-    assert used < ample
-    assert used > budget // 4  # what is planned is not far from what is used
+    used, monitor = bytes_used(model, x, memory=least(model, x, **options), **options)
+    assert used <= monitor.plan.total <= monitor.plan.memory
+    assert used > monitor.plan.memory // 4  # what is planned is not far from what is used
+
+
+@pytest.mark.parametrize("name", ["more-cases", "many-classes-signs", "joint"])
+def test_the_same_takes_more_where_it_may(name):
+    make, size, options = SETTINGS[name]
+    model, x = make(), torch.randn(size)
+    used, _ = bytes_used(model, x, **options)
+    assert used > 1.5 * least(model, x, **options)
 
 
 def test_a_loader_is_measured_within_the_budget():

@@ -15,7 +15,7 @@ from unitfisher.memory import workspace
 
 ROUTES = ("rows", "sums", "products")
 DAMPED = 1e-6  # relative damping with which rows may be more than inputs, and sums of fewer cases
-HEAVY = 3.0  # times more cases than inputs does it take for iterations to converge at all
+HEAVY = 5.0  # times more cases than inputs it takes for iterations to converge at all
 
 
 class Rates(NamedTuple):
@@ -106,7 +106,7 @@ def seconds(s: Sizes, route: str) -> float:
         return (
             2 * u * n * d**2 * triangle / (rates.double if s.joint else gemm)
             + 2 * s.itemsize * u * n * d / rates.moved
-            + u * (d**3 / 3 / rates.cubic + d**2 / rates.square + 100 * d**2 / rates.moved)
+            + u * (d**3 / 3 / rates.cubic + d**2 / rates.square + 400 * d**2 / rates.moved)
             + 80 * rates.call
         )
     once = g * (4 * n * d**2 / gemm + 3 * d**3 / rates.double)
