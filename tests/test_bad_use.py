@@ -94,6 +94,10 @@ OPTIONS = {
     "samples-fraction": ({"fisher": "mc", "samples": 1.5}, "samples must be .*1.*got 1.5"),
     "overhead-zero": ({"overhead": 0}, "overhead must be above 0.*5 %.*got 0"),
     "overhead-text": ({"overhead": "5%"}, "overhead must be above 0.*got '5%'"),
+    "memory-zero": ({"memory": 0}, "memory must be a number of bytes or as '2 GiB', got 0"),
+    "memory-none": ({"memory": "0 GiB"}, "memory must be .*'0 GiB'"),
+    "memory-text": ({"memory": "much"}, "memory must be .*'much'"),
+    "memory-fraction": ({"memory": 1.5}, "memory must be .*got 1.5"),
     "solver-unknown": (
         {"solver": "lu"},
         "solver must be one of 'auto', 'direct', 'iterative'.*'lu'",

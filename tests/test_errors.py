@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-import unitfisher.errors
 from unitfisher import Bernoulli, Categorical, Gaussian, Monitor, OutputError, unit_fisher
 from unitfisher.errors import Estimator, columns, columns_together, send_all_back
 from unitfisher.likelihoods import Likelihood
+from unitfisher.memory import within
 
 SHARINGS = ["expand", "joint", "reduce"]
 all_sharings = pytest.mark.parametrize("sharing", SHARINGS)
@@ -288,11 +288,18 @@ def test_columns_sent_back_together_equal_columns_one_by_one(together):
     assert_close(delta, torch.stack(expected), **TOL)
 
 
-def test_memory_that_columns_may_take_does_not_change_the_fisher(monkeypatch):
+def test_memory_that_columns_may_take_does_not_change_the_fisher():
     model, x = vectors(outputs=6), inputs(4, 2)
     together = unit_fisher(model, x)
-    monkeypatch.setattr(unitfisher.errors, "COLUMN_BYTES", 1)
-    assert_same_blocks(unit_fisher(model, x), together)
+    with within(1):
+        assert_same_blocks(unit_fisher(model, x), together)
+
+
+def test_memory_that_roots_may_take_does_not_change_random_signs():
+    model, x = vectors(outputs=70), inputs(4, 2)
+    together = unit_fisher(model, x, fisher="rademacher")
+    with within(3 * 40 * 4 * 70):  # three columns of the root
+        assert_same_blocks(unit_fisher(model, x, fisher="rademacher"), together)
 
 
 @all_sharings
@@ -317,7 +324,7 @@ def test_checkpointed_segments_give_the_same_fisher(sharing, segment, x):
 
 def test_columns_that_fit_in_memory_go_together_and_at_least_one_goes():
     output = torch.zeros(4, 3, dtype=torch.float32)
-    megabyte = 2**20 // 4
-    assert columns_together(output, megabyte, convolutional=False) == 128
-    assert columns_together(output, 10**12, convolutional=False) == 1
-    assert columns_together(output, megabyte, convolutional=True) == 1
+    with within(128 * 2**20):
+        assert columns_together(output, 2**20, convolutional=False) == 128
+        assert columns_together(output, 10**12, convolutional=False) == 1
+        assert columns_together(output, 2**20, convolutional=True) == 1

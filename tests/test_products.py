@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-import unitfisher.cases
+import unitfisher.plan
 import unitfisher.products
 from unitfisher import Monitor, UnconvergedWarning
 from unitfisher.cases import UnitCases
@@ -127,12 +127,12 @@ def convolution() -> tuple[nn.Module, Tensor]:
     return model, torch.randn(10, 2, 6, 6, dtype=torch.float64)
 
 
-def test_a_monitor_iterates_where_there_are_many_cases_of_many_inputs(monkeypatch):
+def test_a_monitor_iterates_where_that_was_planned(monkeypatch):
     model, x = convolution()
     with Monitor(model, layers="0", solver="direct") as monitor:
         direct = monitor.measure(x)["0"]
     assert direct.cases.route == "sums"
-    monkeypatch.setattr(unitfisher.cases, "MANY_INPUTS", 18)
+    monkeypatch.setattr(unitfisher.plan, "route_of", lambda *_: "products")
     with Monitor(model, layers="0") as monitor:
         found = monitor.measure(x)["0"]
         assert found.cases.route == "products"
@@ -142,7 +142,7 @@ def test_a_monitor_iterates_where_there_are_many_cases_of_many_inputs(monkeypatc
         assert 0 < found.residual.max() <= 1e-9
         assert direct.residual.eq(0).all()
         assert_close(found.damped(0.1).s, direct.damped(0.1).s, **TOL)
-    monkeypatch.setattr(unitfisher.cases, "MOMENTS_BYTES", 2 * (16 * 360 + 1800))  # parts
+    monkeypatch.setattr(UnitCases, "per_part", 2)
     with Monitor(model, layers="0") as monitor:
         assert_close(monitor.measure(x)["0"].k, direct.k, **TOL)
 

@@ -15,9 +15,9 @@ from torch.linalg import vector_norm
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-import unitfisher.cases
 from unitfisher import Gaussian, Monitor, SingularFisherError, UnitStatistics
 from unitfisher.cases import UnitCases
+from unitfisher.memory import within
 
 all_sharings = pytest.mark.parametrize("sharing", ["expand", "joint", "reduce"])
 
@@ -295,11 +295,11 @@ def test_parts_of_the_units_give_what_all_at_once_give(monkeypatch, setting, sha
 
 
 @pytest.mark.parametrize("name", ["more-cases-than-inputs", "fewer-cases", "groups"])
-def test_memory_decides_how_many_units_are_taken_at_a_time(monkeypatch, name):
+def test_memory_decides_how_many_units_are_taken_at_a_time(name):
     cases = measured(SETTINGS[name]).cases
     assert len(list(cases.parts())) == 1
-    monkeypatch.setattr(unitfisher.cases, "MOMENTS_BYTES", 1)
-    assert len(list(cases.parts())) == 4
+    with within(1):
+        assert len(list(cases.parts())) == 4
 
 
 @each_sharing

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-import unitfisher.cases
-import unitfisher.streaming
-from unitfisher import Monitor
+from unitfisher import MemoryBudgetError, Monitor
+from unitfisher.cases import UnitCases
 from unitfisher.fisher import NonFiniteError
 from unitfisher.operator import unit_fisher_operator
 
@@ -52,14 +51,15 @@ def test_a_loader_measures_its_batches_as_one(of, sharing):
     monitor.detach()
     again = Monitor(model, sharing=sharing)
     again.measure(x, targets=y)
-    assert_frame_equal(found, again.to_pandas(), rtol=1e-6)
+    expected = again.to_pandas().assign(route="sums")  # which of the one batch may be another
+    assert_frame_equal(found, expected, rtol=1e-6)
 
 
 def test_units_in_parts_stream_as_all_together(monkeypatch):
     model, x, _ = prepared("mlp")
     monitor = Monitor(model)
     whole = monitor.measure([x])["2"]
-    monkeypatch.setattr(unitfisher.cases, "MOMENTS_BYTES", 2 * 24 * 6**2)  # of two units
+    monkeypatch.setattr(UnitCases, "per_part", 2)
     parts = monitor.measure([x[:100], x[100:]])["2"]
     assert len(list(parts.cases.parts())) == 3
     for name in ("c", "s", "k", "mean_q", "n_eff", "damping_share"):
@@ -111,10 +111,14 @@ def test_a_loader_without_batches_is_told():
         Monitor(mlp()).measure([])
 
 
-def test_sums_that_do_not_fit_are_told_with_the_layers(monkeypatch):
-    monkeypatch.setattr(unitfisher.streaming, "SUMS_BYTES", 2000)
-    with pytest.raises(ValueError, match=r"most of it '2' .*units=.*layers="):
-        Monitor(mlp()).measure([torch.randn(9, 4)])
+def test_sums_that_do_not_fit_are_told_with_the_layers():
+    model = nn.Sequential(nn.Linear(4, 300), nn.ELU(), nn.Linear(300, 40))
+    monitor = Monitor(model, memory="16 MiB")
+    monitor.measure(torch.randn(9, 4))
+    before = monitor.latest
+    with pytest.raises(MemoryBudgetError, match=r"most of it '2' .*units=.*layers=.*memory="):
+        monitor.measure([torch.randn(9, 4)])
+    assert monitor.latest is before
 
 
 def test_targets_beside_a_loader_are_refused():
@@ -137,7 +141,7 @@ def test_a_units_operator_is_that_of_one_batch(of, monkeypatch):
     monitor = Monitor(model)
     whole = unit_fisher_operator(monitor.measure(x)["0"], unit=2).dense()
     assert_close(unit_fisher_operator(monitor.measure([x])["0"], unit=2).dense(), whole, **TOL)
-    monkeypatch.setattr(unitfisher.cases, "MOMENTS_BYTES", 30_000)  # parts
+    monkeypatch.setattr(UnitCases, "per_part", 3)
     found = unit_fisher_operator(monitor.measure([x[:50], x[50:]])["0"], unit=2)
     assert_close(found.dense(), whole, **TOL)
     assert_close(found.solve(whole[0]), whole.new_tensor([1.0] + [0.0] * (len(whole) - 1)), **TOL)

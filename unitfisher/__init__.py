@@ -15,6 +15,8 @@ from unitfisher.operator import UnitFisherOperator as UnitFisherOperator
 from unitfisher.operator import unit_fisher_operator as unit_fisher_operator
 from unitfisher.passes import activation_statistics as activation_statistics
 from unitfisher.per_sample import per_sample_gradients as per_sample_gradients
+from unitfisher.plan import MemoryBudgetError as MemoryBudgetError
+from unitfisher.plan import Plan as Plan
 from unitfisher.products import UnconvergedWarning as UnconvergedWarning
 from unitfisher.record import RecordExistsError as RecordExistsError
 from unitfisher.record import Run as Run

@@ -10,8 +10,10 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from unitfisher.cases import MOMENTS_BYTES, Incoming, UnitCases
+from unitfisher.cases import Incoming, UnitCases
+from unitfisher.costs import DAMPED, layers_together
 from unitfisher.fisher import Gradient, Observation
+from unitfisher.memory import workspace
 from unitfisher.solvers import SingularFisherError
 from unitfisher.streaming import Cases, Streamed
 
@@ -39,6 +41,18 @@ class Block:
         if mean.dim() == 1:
             return mean.unsqueeze(0)
         return mean[:: len(self.units[0])] if len(self.layers) > 1 else mean[part]
+
+    def damped(self, damping: float) -> "Block":
+        """Solve from sums instead of more rows than inputs, if damping will not make up for it."""
+        cases = self.cases
+        if damping >= DAMPED or not isinstance(cases, UnitCases) or cases.rows <= cases.inputs:
+            return self
+        return replace(self, cases=replace(cases, solver="sums")) if cases.route == "rows" else self
+
+    def forget(self) -> None:
+        """Drop what was solved."""
+        if isinstance(self.cases, UnitCases):
+            self.cases.forget()
 
     def split_cases(self) -> Sequence[Cases]:
         if isinstance(self.cases, UnitCases) and len(self.layers) > 1:
@@ -99,7 +113,8 @@ def _form(of: Observation | Streamed) -> object:
 def _together(cases: Cases) -> int:
     assert isinstance(cases, UnitCases)
     copied = 4 * (cases.a.nbytes + cases.delta.nbytes)
-    return max(1, min(cases.per_part // cases.units, MOMENTS_BYTES // copied))
+    most = layers_together(cases.sizes, cases.route)
+    return max(1, min(most, workspace() // copied))
 
 
 def _joined(cases: Sequence[Cases]) -> Cases:

@@ -173,6 +173,11 @@ class Seen:
         """Count the preactivations of the pass: what one column of errors takes."""
         return sum(call.shape.numel() for call in self.calls)
 
+    @property
+    def largest(self) -> int:
+        """Count the numbers of the largest tensor that goes into a layer or comes out of it."""
+        return max(n for of in self.calls for n in (of.activations.numel(), of.shape.numel()))
+
     def means(self) -> dict[str, UnitMeans]:
         """Join each layer's calls."""
         joined: dict[str, UnitMeans] = {}

@@ -13,14 +13,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from unitfisher.costs import Sizes, engine, route_of, units_together
+from unitfisher.memory import workspace
 from unitfisher.moments import UnitMoments
 from unitfisher.products import Moments, UnitProducts
 from unitfisher.rows import UnitRows
-
-MANY_CASES = 8  # times the inputs: then iterations converge soon
-MANY_INPUTS = 256  # then some tens of iterations cost less than second moments
-MOMENTS_BYTES = 128 * 2**20  # what the second moments held at one time may take
-ROOT_BYTES = 32 * 2**20  # what the rows may take from which Fishers are multiplied
 
 
 class Incoming(NamedTuple):
@@ -66,6 +63,11 @@ class UnitCases:
         moments = [*vars(self).get("_damped", {}).values(), vars(self).get("_moments")]
         cached = [t for m in moments if m is not None for t in vars(m).values()]
         return [t for t in [*vars(self).values(), *cached] if isinstance(t, Tensor)]
+
+    def forget(self) -> None:
+        """Drop what was solved; it is formed again when it is asked for."""
+        self._damped.clear()
+        vars(self).pop("_moments", None)
 
     @property
     def rows(self) -> int:
@@ -124,10 +126,7 @@ class UnitCases:
 
     def split(self) -> list[slice]:
         """Choose which units to treat together."""
-        if self.per_part >= self.units:
-            return [slice(None)]
-        starts = range(0, self.units, self.per_part)
-        return [slice(start, start + self.per_part) for start in starts]
+        return parts(self.units, self.per_part)
 
     def sums(self, origin: Float[Tensor, "*u d"] | None = None) -> UnitMoments:
         """Form the second moments of all units at once, u·d² numbers, about an origin near them."""
@@ -151,9 +150,9 @@ class UnitCases:
         """Materialise the Fishers, bias last, in the precision of the activations."""
         e = self.inputs + biased
         F = self.a.new_empty(self.units, e, e)
-        together = max(1, ROOT_BYTES // (16 * self.rows * e))
-        for start in range(0, self.units, together):
-            part = slice(start, start + together)
+        parted = max(1, workspace() // (64 * self.rows * e))
+        for start in range(0, self.units, parted):
+            part = slice(start, start + parted)
             Z = self.of_units(part)._root(biased=biased)
             torch.matmul(Z.mT, Z, out=F[part])
         return F
@@ -180,15 +179,22 @@ class UnitCases:
         return mean.flatten(0, 1)
 
     @property
+    def sizes(self) -> Sizes:
+        joint = self.delta.shape[2] > 1
+        return Sizes(
+            rows=self.rows,
+            inputs=self.inputs,
+            units=self.units,
+            groups=len(self.a),
+            joined=self.a.shape[1] * self.a.shape[2] if joint else 0,
+            itemsize=self.a.element_size(),
+            engine=engine(self.a.device),
+        )
+
+    @property
     def route(self) -> str:
         """How systems are solved: "rows" or "sums", by Cholesky, or "products", by iteration."""
-        d, joint = self.inputs, self.delta.shape[2] > 1
-        if self.rows <= d:
-            return "rows"
-        if joint or self.solver == "direct":
-            return "sums"
-        pays = self.rows >= MANY_CASES * d and d >= MANY_INPUTS
-        return "products" if pays or self.solver == "iterative" else "sums"
+        return route_of(self.sizes, self.solver)
 
     @cached_property
     def _moments(self) -> Moments:
@@ -199,15 +205,8 @@ class UnitCases:
 
     @property
     def per_part(self) -> int:
-        """Units at a time: their weighted copies of the cases and their second moments."""
-        d, joint = self.inputs, self.delta.shape[2] > 1
-        copies = 24 * self.rows * d if joint else 0
-        if self.route == "sums":
-            return max(1, MOMENTS_BYTES // (copies + 24 * d**2))
-        if self.route == "products":
-            return max(1, MOMENTS_BYTES // (16 * self.rows + 100 * d))
-        own = copies + 24 * self.rows**2 if joint else 0  # else the units share the cases
-        return max(1, MOMENTS_BYTES // (own + 64 * (d + self.rows)))
+        """Units at a time, as the workspace allows."""
+        return units_together(self.sizes, self.route)
 
     def by_group(self) -> list["UnitCases"]:
         """The cases of each group's units."""
@@ -297,3 +296,10 @@ class UnitCases:
         groups = len(self.a)
         origin = self._origin if groups == 1 else self._origin[:: self.units // groups]
         return origin.reshape(groups, 1, 1, -1)
+
+
+def parts(units: int, together: int) -> list[slice]:
+    """Part so many units; the whole is one part that has no bounds."""
+    if together >= units:
+        return [slice(None)]
+    return [slice(start, start + together) for start in range(0, units, together)]

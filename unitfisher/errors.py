@@ -15,13 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from unitfisher.capture import Seen
 from unitfisher.likelihoods import Classes, Likelihood, Output, OutputError, Signed
+from unitfisher.memory import workspace
 
 DRAWN = ("mc", "rademacher", "top-rademacher")
 FISHERS = ("exact", *DRAWN, "empirical")
 SHARINGS = ("expand", "joint", "reduce")
+ROOT = 40  # bytes for each number of a root while it is formed
 MANY_COLUMNS = 1000  # exact, but slow enough to say so
-COLUMN_BYTES = 128 * 2**20  # what the errors of columns sent back together may take
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ class Estimator:
     def replicates(self) -> int:
         """How many columns, the last ones, estimate D each on its own; 0: nothing is drawn."""
         return self.samples if self.fisher in DRAWN else 0
+
+    def count(self, z: Output) -> int:
+        """Count the columns."""
+        if self.fisher == "exact":
+            return self.likelihood.columns(z) * z.shape[1]
+        return self.samples + 1 if self.fisher == "top-rademacher" else max(1, self.replicates)
 
 
 def require_choice(option: str, value: object, valid: Sequence[str]) -> None:
@@ -128,7 +136,7 @@ def _signed(z: Output, likelihood: Likelihood, signs: Float[Tensor, "r n t"]) ->
     if isinstance(likelihood, Signed):
         return likelihood.signed(z, signs)
     signed, start = torch.zeros_like(z), 0
-    for part in signs.split(64):
+    for part in signs.split(max(1, workspace() // (ROOT * z.numel()))):
         root = likelihood.root(z, start, start + len(part))
         signed += (root * part.unsqueeze(-1)).sum(0)
         start += len(part)
@@ -178,11 +186,22 @@ def send_all_back(
             yield send_back(output, edges, column)
 
 
-def columns_together(output: Tensor, net_numbers: int, convolutional: bool) -> int:
-    """How many columns to send back at once.
+def bytes_of_column(z: Output, seen: Seen, estimator: Estimator) -> int:
+    """What a column takes on its way: its root, gradients at the layers and between, squares."""
+    roots = z if estimator.fisher == "rademacher" else z[:, :1]
+    item, largest = z.element_size(), seen.largest
+    return (
+        ROOT * roots.numel()
+        + item * (3 * z.numel() + seen.net_numbers + 3 * largest)
+        + 20 * largest
+    )
+
+
+def columns_together(output: Tensor, column: int, convolutional: bool) -> int:
+    """How many columns of so many bytes to send back at once.
 
     On a CPU a convolution's batched backward leaves the cache and loses to a loop.
     """
     if convolutional and output.device.type == "cpu":
         return 1
-    return max(1, COLUMN_BYTES // max(1, net_numbers * output.element_size()))
+    return max(1, workspace() // column)

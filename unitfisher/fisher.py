@@ -5,6 +5,7 @@ the graph is left for the user's backward.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,12 +16,21 @@ from torch.autograd.graph import GradientEdge
 
 from unitfisher.capture import Call, Seen, UnitMeans, capture, one_look
 from unitfisher.cases import UnitCases
-from unitfisher.errors import Estimator, columns, columns_together, send_all_back, send_back
+from unitfisher.errors import (
+    Estimator,
+    bytes_of_column,
+    columns,
+    columns_together,
+    send_all_back,
+    send_back,
+)
 from unitfisher.layers import Layers, LayerSelectionError, match, supported
-from unitfisher.likelihoods import Likelihood, OutputError, likelihood_of
+from unitfisher.likelihoods import Likelihood, Output, OutputError, likelihood_of
+from unitfisher.memory import AMPLE, within
 from unitfisher.observed import Folding, Observed
 from unitfisher.passes import Chance, Pick, arguments, pick_output, undisturbed
 from unitfisher.per_sample import unit_fisher_per_sample
+from unitfisher.plan import Planner, shapes_of
 
 
 class NonFiniteError(FloatingPointError):
@@ -56,6 +66,7 @@ class Observer:
     units: Mapping[str, Int[Tensor, " u"]]
     chance: Chance
     output: Pick = None
+    planner: Planner | None = None
 
     def observe(self, result: Any, seen: Seen, targets: Tensor | None) -> dict[str, Observation]:
         """Turn a pass into the cases of every layer that took part in it.
@@ -77,10 +88,29 @@ class Observer:
         fault = seen.fault() or (None if z.isfinite().all() else "the logits after the last layer")
         z = z if fault is None else z.nan_to_num(0.0, 0.0, 0.0)  # so that labels can be drawn
         edges = _edges(output, seen)
+        with self._planned(seen, z):
+            cases, gradients = self._sent_back(output, z, edges, seen, targets)
+        means = seen.means()
+        faults = dict.fromkeys(cases, fault) if fault else _faulty_errors(cases)
+        return {
+            name: Observation(cases[name], means[name], gradients.get(name), faults.get(name))
+            for name in cases
+        }
+
+    def _sent_back(
+        self,
+        output: Tensor,
+        z: Output,
+        edges: Sequence[GradientEdge],
+        seen: Seen,
+        targets: Tensor | None,
+    ) -> tuple[dict[str, UnitCases], dict[str, Gradient]]:
+        """Send the columns back, and the score of the targets; return cases and gradients."""
         observed = self._observed(seen, samples=len(z))
         replicates = self.estimator.replicates
         foldings = {name: Folding(layer, replicates) for name, layer in observed.items()}
-        together = columns_together(output, seen.net_numbers, self._convolutional)
+        column = bytes_of_column(z, seen, self.estimator)
+        together = columns_together(output, column, self._convolutional)
         blocks = columns(z, self.estimator, self.chance.on(z.device), targets, together)
         for grads in send_all_back(output, edges, blocks):
             for name, by_call in _by_layer(seen.calls, grads).items():
@@ -91,12 +121,19 @@ class Observer:
             for name, by_call in _by_layer(seen.calls, send_back(output, edges, score)).items():
                 g, g0 = observed[name].gradient(observed[name].errors(by_call))
                 gradients[name] = Gradient(g, None if self.layers[name].bias is None else g0)
-        means, cases = seen.means(), {name: folded.cases() for name, folded in foldings.items()}
-        faults = dict.fromkeys(cases, fault) if fault else _faulty_errors(cases)
-        return {
-            name: Observation(cases[name], means[name], gradients.get(name), faults.get(name))
-            for name in foldings
-        }
+        return {name: folded.cases() for name, folded in foldings.items()}, gradients
+
+    @property
+    def workspace(self) -> int:
+        return AMPLE if self.planner is None else self.planner.workspace
+
+    def _planned(self, seen: Seen, z: Output) -> AbstractContextManager[None]:
+        """Refuse what would take too much memory; else share it out."""
+        if self.planner is None:
+            return nullcontext()
+        shapes = shapes_of(seen, self.layers, self.units, self.estimator, z)
+        column = bytes_of_column(z, seen, self.estimator)
+        return within(self.planner.plan(shapes, column).workspace)
 
     def _observed(self, seen: Seen, samples: int) -> dict[str, Observed]:
         sharing = self.estimator.sharing

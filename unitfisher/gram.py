@@ -22,12 +22,12 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from unitfisher.memory import workspace
 from unitfisher.solvers import outer
 
 SOURCE = Path(__file__).parent / "native" / "gram.c"
 # generic: tuned for some processors, gcc 12 reads operands from memory again and again
 FLAGS = ["-O3", "-march=native", "-mtune=generic", "-fno-math-errno", "-fPIC", "-shared"]
-PART_BYTES = 128 * 2**20  # what the matrices held at one time may take
 FLOP_PER_THREAD = 2**21  # less is done before another thread has woken up
 PROCESS = os.getpid()
 
@@ -139,7 +139,7 @@ def _torch_threads() -> Callable[..., None] | None:
 
 def _by_torch(system: System) -> GramSolution:
     u, n, _ = system.rhs.shape
-    units = max(1, PART_BYTES // (24 * max(1, n) ** 2))
+    units = max(1, workspace() // (24 * max(1, n) ** 2))
     parts = (slice(start, start + units) for start in range(0, max(1, u), units))
     found = [_part_by_torch(system.of_units(part)) for part in parts]
     return GramSolution(*(torch.cat(x) for x in zip(*found, strict=True)))

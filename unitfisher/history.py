@@ -13,7 +13,7 @@ from unitfisher.capture import UnitMeans
 from unitfisher.record import Run
 from unitfisher.statistics import UnitStatistics
 
-UNITS, ACTIVATIONS = "units", "activations"
+UNITS, ACTIVATIONS, PLAN = "units", "activations", "plan"
 Columns = dict[str, Any]  # each a value for every unit of every layer, or one for all
 
 
@@ -56,6 +56,7 @@ def _columns_of_layer(measured: UnitStatistics, phase: str) -> Columns:
         "damping_share": measured.damping_share,
         "residual": measured.residual,
         "converged": measured.converged,
+        "route": measured.route,
         "mean_share": measured.mean_share.expand_as(measured.c),
         "mean_share_q": measured.mean_share_q,
         "cosine": measured.cosine,
@@ -97,9 +98,10 @@ class History:
 
     def __init__(self, run: Run | None, owned: bool) -> None:
         self.run, self.owned = run, owned
-        self.rows: dict[str, list[Columns]] = {UNITS: [], ACTIVATIONS: []}
+        self.rows: dict[str, list[Columns]] = {UNITS: [], ACTIVATIONS: [], PLAN: []}
         self.newest: dict[str, UnitStatistics] = {}
         self.phase = "train"
+        self.plan: Columns = {}
         if run is not None:
             run.before_closing(self.commit)
 
@@ -125,6 +127,12 @@ class History:
         newest, self.newest = self.newest, {}
         if newest:
             self.append(UNITS, columns_of(newest.values(), self.phase))
+
+    def note(self, plan: Columns, step: int) -> None:
+        """Record a plan that is not the newest one's."""
+        if plan != self.plan:
+            self.append(PLAN, {"step": step, **plan})
+        self.plan = plan
 
     def append(self, table: str, columns: Columns) -> None:
         if self.run is None:

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unitfisher.gram import solve_grams
+from unitfisher.memory import workspace
 from unitfisher.solvers import dot, outer, require_regular
 
-COPIES_BYTES = 32 * 2**20  # of the cases, weighted for a unit, at one time
 BLOCK = 128  # rows of a symmetric product, of which only one triangle is formed
 
 
@@ -85,7 +85,7 @@ class UnitMoments:
             origin = center[0] if len(center) == 1 else _repeated(center, units)
         scale = D.detach().amax(0).clamp_min(torch.finfo(D.dtype).tiny)
         weight = (D / scale).to(a.dtype).T  # tiny D keeps digits
-        together = max(1, COPIES_BYTES // (2 * grouped[0].nbytes))
+        together = max(1, workspace() // (8 * grouped[0].nbytes))
         parts = [
             _sums(grouped, origin, weight, slice(start, start + together))
             for start in range(0, units, together)

@@ -31,10 +31,12 @@ from unitfisher.attachment import (
 from unitfisher.capture import Seen, capture
 from unitfisher.errors import Estimator, require_choice
 from unitfisher.fisher import Gradient, Observation, Observer, observe_now, require_finite
-from unitfisher.history import ACTIVATIONS, UNITS, History, columns_of_activations
+from unitfisher.history import ACTIVATIONS, PLAN, UNITS, History, columns_of_activations
 from unitfisher.layers import Layers, select
 from unitfisher.likelihoods import Likelihood, likelihood_of
+from unitfisher.memory import DEFAULT, bytes_in, within
 from unitfisher.passes import Chance, Pick, device_of, exactly, kept
+from unitfisher.plan import Plan, Planner
 from unitfisher.record import Run
 from unitfisher.schedule import Overhead, Schedule, due
 from unitfisher.statistics import (
@@ -94,12 +96,17 @@ class Monitor:
         units: Observe a fixed random sample of this many units per layer; None: all.
         output: Picks the logits from what forward returns: index, key, attribute or callable.
         on_nonfinite: "raise", or "record": a pass with NaN or infinity is kept as such.
+        memory: Bytes, or text as "2 GiB", that a measurement may hold at one time, beside the pass
+            that it measures; what is recorded without a ``record`` is not counted. None: 4 GiB.
+            See ``plan``.
         record: Folder or Run that receives what is measured; None: kept in memory.
         seed: Of drawn labels, signs and units.
 
     Raises:
         LayerSelectionError: No layer to observe, or they are observed already.
         ValueError: An unknown name or impossible number for an option.
+        MemoryBudgetError: The results alone would take more than ``memory``; in a pass or in
+            `measure`, before anything is allocated: the measurement would.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 2))
     >>> monitor = Monitor(model, every=1)
@@ -131,6 +138,7 @@ class Monitor:
         units: int | None = None,
         output: Pick = None,
         on_nonfinite: str = "raise",
+        memory: int | str | None = None,
         record: str | Path | Run | None = None,
         seed: int = 0,
     ) -> None:
@@ -138,6 +146,7 @@ class Monitor:
         require_numbers(damping=damping, every=every, overhead=overhead)
         require_choice("solver", solver, ("auto", "direct", "iterative"))
         require_counts(window=window, rows=rows, units=units, activations=activations)
+        budget = DEFAULT if memory is None else bytes_in(memory)
         every = every if overhead is None else Overhead(overhead)
         self.model = unwrapped(model)
         self.damping, self.every, self.on_nonfinite = damping, every, on_nonfinite
@@ -147,9 +156,11 @@ class Monitor:
         require_unobserved(chosen)
         if layers is None:
             name_uncovered(self.model, chosen)
+        planner = Planner(budget, rows, window, solver, float(damping), aloud=memory is not None)
         self._observer = Observer(
-            chosen, estimator, sample_units(chosen, units, seed), Chance(seed), output
+            chosen, estimator, sample_units(chosen, units, seed), Chance(seed), output, planner
         )
+        planner.attached(chosen, self._observer.units)
         self.latest, self.targets, self.step = {}, None, 0
         config: dict[str, Any] = {"layers": list(chosen), "units": units, "every": every}
         config |= {
@@ -157,10 +168,11 @@ class Monitor:
             "rows": rows,
             "estimator": estimator,
             "damping": damping,
+            "memory": budget,
             "seed": seed,
         }
         self._history = History.opened(record, config)
-        self._window, self._rows, self._solver = Window(window), rows, solver
+        self._window = Window(window)
         self._paused = False
         self._pass: tuple[ExitStack, Seen, int, bool] | None = None  # is it measured whole?
         self._uncalled: set[str] = set()
@@ -170,6 +182,20 @@ class Monitor:
     def layers(self) -> Mapping[str, nn.Module]:
         """The observed layers by name."""
         return self._observer.layers
+
+    @property
+    def plan(self) -> Plan:
+        """How the newest measurement was made, and what it held; the attributes' bytes add up.
+
+        Before the first one, what is known of it. ``print(monitor.plan)`` shows a table.
+        """
+        assert self._planner.newest is not None
+        return self._planner.newest
+
+    @property
+    def _planner(self) -> Planner:
+        assert self._observer.planner is not None
+        return self._observer.planner
 
     def measure(self, inputs: Any, targets: Tensor | None = None) -> dict[str, UnitStatistics]:
         """Measure now on this input, in eval mode, and leave the model exactly as it was.
@@ -184,13 +210,16 @@ class Monitor:
         Returns:
             Statistics by layer, also in ``latest`` and in the record.
         """
+        self._forget_solved()
         with exactly(device_of(self.model)):
             if not is_loader(inputs):
                 observations = observe_now(self.model, inputs, self._observer, targets)
                 return self._keep(self._prepared(observations), self.step, "measure")
             if targets is not None:
                 raise ValueError("with a loader targets come in its batches: (inputs, targets)")
-            streamed = observe_all(self.model, inputs, self._observer)
+            planner = self._planner.over_batches(self.memory_usage()["latest"])
+            streamed = observe_all(self.model, inputs, replace(self._observer, planner=planner))
+            self._planner.newest = planner.newest
             return self._keep(streamed, self.step, "measure")
 
     def natural_gradient(self) -> dict[str, LayerStep]:
@@ -217,7 +246,7 @@ class Monitor:
         }
         if not gradients:
             raise ValueError("no observed layer has a gradient: call loss.backward() first")
-        with exactly(device_of(self.model)):
+        with exactly(device_of(self.model)), within(self._planner.workspace):
             steps, completed = with_gradients(self.latest, gradients)
         self._history.complete(completed)
         self.latest = completed
@@ -227,9 +256,10 @@ class Monitor:
         """Return everything measured, one row per step, layer and unit.
 
         Args:
-            table: "units", or "activations" for the outputs' mean and variance of more steps.
+            table: "units", "activations" for the outputs' mean and variance of more steps, or
+                "plan": how each layer was measured, in how much memory, whenever that changed.
         """
-        require_choice("table", table, (UNITS, ACTIVATIONS))
+        require_choice("table", table, (UNITS, ACTIVATIONS, PLAN))
         return self._history.frame(table)
 
     def flush(self) -> None:
@@ -339,25 +369,30 @@ class Monitor:
                 self._history.append(ACTIVATIONS, columns_of_activations(seen.means(), step))
             if not whole:
                 return
+            self._forget_solved()
             try:
                 with kept(model):
                     observations = self._observer.observe(result, seen, targets)
             finally:
                 seen.forget_gradients()
-            observations = self._window.pooled(observations)
-            self._keep(self._prepared(observations), step, "train")
+            self._keep(self._prepared(self._window.pooled(observations)), step, "train")
 
     def _prepared(self, observations: dict[str, Observation]) -> dict[str, Observation]:
-        """Draw the rows asked for, and say how their systems are to be solved."""
+        """Draw the rows asked for, and solve their systems as planned."""
         prepared = {}
         for name, of in observations.items():
             cases = of.cases
-            if self._rows is not None:
-                cases = cases.drawn(self._rows, self._observer.chance.on(cases.a.device))
-            if self._solver != "auto":
-                cases = replace(cases, solver=self._solver)
-            prepared[name] = replace(of, cases=cases)
+            if self._planner.rows is not None:
+                cases = cases.drawn(self._planner.rows, self._observer.chance.on(cases.a.device))
+            solver = self._planner.solver_of(name)
+            prepared[name] = replace(of, cases=replace(cases, solver=solver))
         return prepared
+
+    def _forget_solved(self) -> None:
+        """Make room for a new measurement: what the newest one has solved it can solve again."""
+        for measured in self.latest.values():
+            measured.block.forget()
+            measured.alone.forget()
 
     def _concerned(self) -> bool:
         return self.model.training and torch.is_grad_enabled() and not elsewhere()
@@ -376,15 +411,18 @@ class Monitor:
         if self.on_nonfinite == "raise":
             require_finite(of.fault for of in observations.values())
         self._name_uncalled(observations)
-        measured = statistics(
-            observations,
-            self.layers,
-            step=step,
-            units=self._observer.units,
-            damping=self.damping,
-        )
+        with within(self._planner.workspace):
+            measured = statistics(
+                observations,
+                self.layers,
+                step=step,
+                units=self._observer.units,
+                damping=self.damping,
+                spare=self.plan.memory - self.plan.total,
+            )
         self.latest = measured
         self._history.hold(measured, phase)
+        self._history.note(self.plan.rows(), step)
         return measured
 
     def _name_uncalled(self, observations: Collection[str]) -> None:

@@ -63,6 +63,7 @@ class UnitStatistics:
         Tensor, " u"
     ]  # relative, that conjugate gradients left; 0 where solved directly
     converged: Bool[Tensor, " u"]  # whether that is within the tolerance
+    route: str  # how systems were solved: "rows", "sums" or "products"
     c_error: Float[Tensor, " u"]  # standard error
     mean_q_error: Float[Tensor, "u d"]
     s_error: Float[Tensor, " u"]
@@ -106,7 +107,7 @@ class UnitStatistics:
 
     def damped(self, damping: float) -> "UnitStatistics":
         """Return the same measurement at another relative damping."""
-        found = theory(self.alone, damping, self.gradient)
+        found = theory(self.alone.damped(damping), damping, self.gradient)
         return replace(self, damping=damping, **found)
 
     @property
@@ -122,8 +123,12 @@ def statistics(
     step: int,
     units: Mapping[str, Int[Tensor, " u"]],
     damping: float,
+    spare: int,
 ) -> dict[str, UnitStatistics]:
-    """Compute every layer's statistics from what a pass showed of it."""
+    """Compute every layer's statistics from what a pass showed of it.
+
+    What was solved is kept for the gradient that may come, in so many bytes to spare.
+    """
     biased = [name for name in observations if layers[name].bias is not None]
     measured = {}
     for block in blocks(observations, units, biased):
@@ -132,6 +137,11 @@ def statistics(
         found = theory(block, damping, gradient)
         of_units = {**found, "dead": cases.dead, "n_eff": cases.n_eff}
         parted = {key: block.split(x) for key, x in of_units.items()}
+        solved = bytes_of(cases.tensors)
+        if solved > spare:
+            block.forget()
+        else:
+            spare -= solved
         parted["mean"] = block.split_shared(cases.mean)
         parted["mean_share"] = block.split_shared(mean_share(cases.mean, cases.trace_variance))
         for i, (layer, own) in enumerate(zip(block.layers, block.split_cases(), strict=True)):
@@ -142,6 +152,7 @@ def statistics(
                 step=step,
                 units=block.units[i],
                 damping=damping,
+                route=cases.route,
                 output_mean=means.mean if every else means.mean[block.units[i]],
                 output_var=means.var if every else means.var[block.units[i]],
                 nonlinearity=means.nonlinearity,

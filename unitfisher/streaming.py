@@ -11,18 +11,17 @@ from torch.utils._pytree import tree_map_only
 from unitfisher.capture import UnitMeans
 from unitfisher.cases import UnitCases
 from unitfisher.fisher import Gradient, Observation, Observer, observe_now
+from unitfisher.memory import within
 from unitfisher.moments import UnitMoments
 from unitfisher.passes import device_of
 from unitfisher.uncertainty import variance_of_sum
 
-SUMS_BYTES = 4 * 2**30  # what the second moments of all layers may take
 
-
-@dataclass(frozen=True)
+@dataclass
 class UnitSums:
     """What `UnitCases` says of a layer, as sums over batches: u·d² numbers, cases not kept."""
 
-    held: tuple[tuple[slice, UnitMoments], ...]  # part after part of the units
+    held: list[tuple[slice, UnitMoments]]  # part after part of the units
     mean: Float[Tensor, "*g d"]
     trace_variance: Float[Tensor, "*g"]
     weight: Float[Tensor, " u"]  # Σ D
@@ -32,32 +31,32 @@ class UnitSums:
 
     @classmethod
     def of(cls, cases: UnitCases) -> "UnitSums":
-        held = tuple((part, cases.of_units(part).sums()) for part in cases.split())
+        held = [(part, cases.of_units(part).sums()) for part in cases.split()]
         D = cases.D
         moments = cases.mean, cases.trace_variance, D.sum(0), (D**2).sum(0)
         return cls(held, *moments, variance_of_sum(cases), _count(cases))
 
-    def joined(self, cases: UnitCases) -> "UnitSums":
-        """Add a batch, about the origins that the first one chose."""
-        held = tuple((part, m + cases.of_units(part).sums(m.origin)) for part, m in self.held)
+    def add(self, cases: UnitCases) -> None:
+        """Add a batch, about the origins that the first one chose; part after part in place."""
+        for i, (part, m) in enumerate(self.held):
+            self.held[i] = part, m + cases.of_units(part).sums(m.origin)
         total = self.count + _count(cases)
         q, shift = _count(cases) / total, cases.mean - self.mean
         variance = (1 - q) * self.trace_variance + q * cases.trace_variance
-        return UnitSums(
-            held=held,
-            mean=self.mean + q * shift,
-            trace_variance=variance + q * (1 - q) * (shift**2).sum(-1),
-            weight=self.weight + cases.D.sum(0),
-            weight_squared=self.weight_squared + (cases.D**2).sum(0),
-            variance=self.variance + variance_of_sum(cases),
-            count=total,
-        )
+        self.mean = self.mean + q * shift
+        self.trace_variance = variance + q * (1 - q) * (shift**2).sum(-1)
+        self.weight = self.weight + cases.D.sum(0)
+        self.weight_squared = self.weight_squared + (cases.D**2).sum(0)
+        self.variance = self.variance + variance_of_sum(cases)
+        self.count = total
 
     def parts(self) -> Iterator[tuple[slice, UnitMoments]]:
         return iter(self.held)
 
     def damped_parts(self, damping: float) -> Iterator[tuple[slice, UnitMoments]]:
         return ((part, m.damped(damping)) for part, m in self.held)
+
+    route = "sums"
 
     @property
     def units(self) -> int:
@@ -85,7 +84,7 @@ class UnitSums:
 Cases = UnitCases | UnitSums
 
 
-@dataclass(frozen=True)
+@dataclass
 class Streamed:
     """What all batches say of one layer; as `Observation` for one pass."""
 
@@ -100,17 +99,16 @@ class Streamed:
         cases = UnitSums.of(first.cases)
         return cls(cases, first.cases.samples, first.means, first.gradient, first.fault)
 
-    def joined(self, other: Observation) -> "Streamed":
-        if self.fault or other.fault:
-            return replace(self, fault=self.fault or other.fault)
-        samples = self.samples + other.cases.samples
-        return Streamed(
-            cases=self.cases.joined(other.cases),
-            samples=samples,
-            means=self.means.joined(other.means),
-            gradient=_averaged(self.gradient, other.gradient, other.cases.samples / samples),
-            fault=self.fault or other.fault,
-        )
+    def add(self, other: Observation) -> None:
+        """Add a batch; after one with NaN or infinity nothing counts any more."""
+        self.fault = self.fault or other.fault
+        if self.fault:
+            return
+        self.samples += other.cases.samples
+        self.cases.add(other.cases)
+        self.means = self.means.joined(other.means)
+        share = other.cases.samples / self.samples
+        self.gradient = _averaged(self.gradient, other.gradient, share)
 
 
 def is_loader(inputs: Any) -> bool:
@@ -130,33 +128,23 @@ def observe_all(
         observer: Which layers, units and Fisher.
 
     Raises:
-        ValueError: There is no batch, or the sums of these layers would take too much memory.
+        ValueError: There is no batch.
+        MemoryBudgetError: The sums of these layers would take too much.
     """
     total: dict[str, Streamed] = {}
     for batch in batches:
         batch = tree_map_only(Tensor, lambda t: t.to(device_of(model)), batch)
         inputs, targets = batch if _is_pair(batch) else (batch, None)
-        observations = observe_now(model, inputs, observer, targets)
-        if not total:
-            require_memory(observations)
-        for name, one in observations.items():
-            total[name] = total[name].joined(one) if name in total else Streamed.of(one)
+        for name, one in observe_now(model, inputs, observer, targets).items():
+            one = replace(one, cases=replace(one.cases, solver="sums"))
+            with within(observer.workspace):
+                if name in total:
+                    total[name].add(one)
+                else:
+                    total[name] = Streamed.of(one)
     if not total:
         raise ValueError("the loader yields no batch (an iterator that was used up?)")
     return total
-
-
-def require_memory(observations: Mapping[str, Observation]) -> None:
-    """Refuse sums that do not fit, naming the layers that take most."""
-    takes = {n: 8 * o.cases.units * o.cases.inputs**2 for n, o in observations.items()}
-    if sum(takes.values()) > SUMS_BYTES:
-        largest = sorted(takes, key=lambda name: -takes[name])[:3]
-        named = ", ".join(f"{name!r} {takes[name] / 2**30:.1f} GiB" for name in largest)
-        raise ValueError(
-            f"second moments over a loader would take {sum(takes.values()) / 2**30:.1f} GiB of at "
-            f"most {SUMS_BYTES / 2**30:.0f}, most of it {named}: observe fewer units "
-            f"(units=...), leave layers out (layers=...), or measure one large batch"
-        )
 
 
 def _is_pair(batch: Any) -> bool:

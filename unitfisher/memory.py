@@ -1,0 +1,47 @@
+"""How many bytes a measurement may take at one time, and how many a piece of its work."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+DEFAULT = 4 * 2**30
+AMPLE = 192 * 2**20  # larger pieces of work are no faster
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", re.IGNORECASE)
+
+_workspace = ContextVar("workspace", default=AMPLE)
+
+
+def workspace() -> int:
+    """Bytes for what is held while units, columns or systems are treated together."""
+    return _workspace.get()
+
+
+@contextmanager
+def within(size: int) -> Iterator[None]:
+    """Let pieces of work take so many bytes; those that cannot be parted take what they must."""
+    before = _workspace.set(size)
+    try:
+        yield
+    finally:
+        _workspace.reset(before)
+
+
+def bytes_in(memory: object) -> int:
+    """Read a budget: bytes, or text as "2 GiB", "500 MB"."""
+    if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 1:
+        return memory
+    written = WRITTEN.fullmatch(memory) if isinstance(memory, str) else None
+    if written is None or not float(written[1]):
+        raise ValueError(f"memory must be a number of bytes or as '2 GiB', got {memory!r}")
+    power = "kmgt".index(written[2].lower()) + 1 if written[2] else 0
+    return int(float(written[1]) * (1024 if written[3] else 1000) ** power)
+
+
+def readable(size: int | float) -> str:
+    """Write 1.5 * 2**30 as "1.5 GiB"."""
+    power = 0
+    while abs(size) >= 999.5 and power < len(UNITS) - 1:
+        size, power = size / 1024, power + 1
+    return f"{size:.3g} {UNITS[power]}"

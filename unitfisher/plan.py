@@ -1,0 +1,307 @@
+"""What a measurement will hold in memory, known from shapes before anything is allocated.
+
+The budget covers what is held beside the pass itself: beside the model's activations and graph.
+Everything here is of known size but the gradients inside operations that are no observed layers,
+which are taken to be as large as the largest observed input or output.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from unitfisher.capture import Seen
+from unitfisher.costs import Sizes, bytes_of_group, engine, least, route_of, units_together
+from unitfisher.errors import Estimator
+from unitfisher.layers import at_units
+from unitfisher.likelihoods import Output
+from unitfisher.memory import AMPLE, DEFAULT, readable, within
+
+LOG = logging.getLogger("unitfisher")
+PIECES = 3  # workspaces in use at one time: of the units treated together, of copies, of systems
+
+
+class MemoryBudgetError(ValueError):
+    """A measurement needs more memory than it may take."""
+
+
+class Shape(NamedTuple):
+    """What one pass shows of a layer."""
+
+    samples: int
+    positions: int
+    inputs: int
+    units: int
+    groups: int
+    itemsize: int
+    columns: int  # of errors that are kept apart, position by position; 0 where they fold
+    averaged: bool  # over positions: sharing="reduce"
+    engine: str
+    replicates: int = 0  # columns kept to tell their spread
+
+    @property
+    def cases(self) -> int:
+        return self.samples * (1 if self.columns or self.averaged else self.positions)
+
+    @property
+    def bytes_of_case(self) -> int:
+        """Activations, errors and D."""
+        positions = self.positions if self.columns else 1
+        item = 8 if self.averaged else self.itemsize
+        errors = positions * self.bytes_of_errors
+        return item * positions * self.inputs * self.groups + (errors + 8) * self.units
+
+    @property
+    def bytes_of_errors(self) -> int:
+        """Of a unit at one position: columns, or the square root of their sum of squares."""
+        return self.itemsize * (self.columns or self.replicates) or 8
+
+    @property
+    def bytes_observing(self) -> int:
+        """What a pass holds beside its cases until its last error has come back."""
+        every = self.samples * self.positions
+        activations = self.itemsize * self.inputs * self.groups
+        return every * (activations + self.bytes_of_errors * self.units)
+
+    @property
+    def bytes_of_results(self) -> int:
+        """E_q(a) and the corrected mean of every unit."""
+        return 16 * self.units * self.inputs
+
+    def sizes(self, cases: int) -> Sizes:
+        return Sizes(
+            rows=cases * max(1, self.columns),
+            inputs=self.inputs,
+            units=self.units,
+            groups=self.groups,
+            joined=cases * self.positions if self.columns else 0,
+            itemsize=8 if self.averaged else self.itemsize,
+            engine=self.engine,
+        )
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one layer is measured, and the bytes that takes."""
+
+    layer: str
+    sizes: Sizes
+    route: str  # "rows", "sums" or "products"; "" while the cases are not known
+    together: int  # units
+    kept: int  # cases and results, this measurement's and the newest one's
+    solving: int  # beside the workspace
+    least: int  # of workspace
+
+    def parted(self) -> "LayerPlan":
+        """Treat as many units together as the workspace allows."""
+        if not self.route:
+            return self
+        return replace(self, together=units_together(self.sizes, self.route))
+
+    @property
+    def parts(self) -> int:
+        return -(-self.sizes.units // self.together)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A measurement's memory, layer by layer."""
+
+    memory: int
+    layers: tuple[LayerPlan, ...]
+    beside: int
+    workspace: int
+    column: int  # bytes of one column of errors on its way back
+
+    @property
+    def held(self) -> int:
+        kept = sum(of.kept for of in self.layers) + self.beside
+        return kept + max(of.solving for of in self.layers)
+
+    @property
+    def least_workspace(self) -> int:
+        return max(-(-self.column // PIECES), *(of.least for of in self.layers))
+
+    @property
+    def least(self) -> int:
+        """Bytes without which the measurement cannot be made."""
+        return self.held + PIECES * self.least_workspace
+
+    @property
+    def total(self) -> int:
+        return self.held + PIECES * self.workspace
+
+    @property
+    def known(self) -> bool:
+        """Whether there was a pass to read the shapes from."""
+        return all(of.route for of in self.layers)
+
+    def rows(self) -> dict[str, Any]:
+        """Lay the plan out as columns of a table."""
+        return {
+            "layer": [of.layer for of in self.layers],
+            "cases": [of.sizes.rows for of in self.layers],
+            "inputs": [of.sizes.inputs for of in self.layers],
+            "units": [of.sizes.units for of in self.layers],
+            "route": [of.route for of in self.layers],
+            "parts": [of.parts for of in self.layers],
+            "kept": [of.kept for of in self.layers],
+            "solving": [of.solving for of in self.layers],
+            "workspace": self.workspace,
+            "memory": self.memory,
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        means = "" if self.known else ", cases not known before the first pass"
+        yield f"memory plan: up to {readable(self.total)} of {readable(self.memory)}{means}"
+        width = max(5, *(len(of.layer) for of in self.layers))
+        yield f"  {'layer':{width}}    cases  inputs  units route    parts      kept"
+        for of in self.layers:
+            rows, route = (str(of.sizes.rows), of.route) if of.route else ("?", "?")
+            yield (
+                f"  {of.layer:{width}} {rows:>8} {of.sizes.inputs:>7} {of.sizes.units:>6} "
+                f"{route:8} {of.parts:>5} {readable(of.kept):>9}"
+            )
+
+
+@dataclass
+class Planner:
+    """Plans each measurement within a budget, and remembers the newest plan."""
+
+    memory: int = DEFAULT
+    rows: int | None = None
+    window: int = 1
+    solver: str = "auto"
+    damping: float = 0.0
+    aloud: bool = False
+    beside: int | None = None  # what is held of earlier measurements; None: one like this
+    summed: bool = False  # are sums kept over batches?
+    newest: Plan | None = None
+
+    def over_batches(self, beside: int) -> "Planner":
+        """Plan sums over batches, beside so many bytes."""
+        return replace(self, rows=None, window=1, solver="sums", beside=beside, summed=True)
+
+    @property
+    def workspace(self) -> int:
+        return AMPLE if self.newest is None else self.newest.workspace
+
+    def attached(
+        self, layers: Mapping[str, nn.Module], units: Mapping[str, Int[Tensor, " u"]]
+    ) -> None:
+        """Plan what is known before the first pass."""
+        shapes = {name: _bare(layer, units.get(name)) for name, layer in layers.items()}
+        self.newest = self._within_budget(shapes, column=0)
+        self._tell()
+
+    def plan(self, shapes: Mapping[str, Shape], column: int) -> Plan:
+        """Plan a measurement.
+
+        Raises:
+            MemoryBudgetError: It needs more than it may take; names the layers that need most.
+        """
+        first = self.newest is None or not self.newest.known
+        self.newest = plan = self._within_budget(shapes, column)
+        if first:
+            self._tell()
+        return plan
+
+    def solver_of(self, layer: str) -> str:
+        """Say how a layer's systems are to be solved."""
+        assert self.newest is not None
+        if self.solver == "iterative" or self.window > 1:  # until it is filled there are fewer
+            return self.solver
+        return next(of.route for of in self.newest.layers if of.layer == layer)
+
+    def _tell(self) -> None:
+        """Log the plan; who asked for a budget sees it without having configured logging."""
+        LOG.log(logging.WARNING if self.aloud else logging.INFO, "%s", self.newest)
+
+    def _within_budget(self, shapes: Mapping[str, Shape], column: int) -> Plan:
+        alike = Counter(shapes.values())
+        kept = {name: self._kept(s, alike[s] > 1) for name, s in shapes.items()}
+        left = self.memory - (self.beside or 0) - sum(kept.values())
+        with within(min(AMPLE, left // (2 * PIECES))):  # half of it for what was solved
+            bare = tuple(self._of_layer(name, s, kept[name]) for name, s in shapes.items())
+        plan = Plan(self.memory, bare, self.beside or 0, 0, column)
+        if plan.least > self.memory:
+            raise _too_large(plan)
+        room = min(AMPLE, (self.memory - plan.held) // (2 * PIECES))
+        plan = replace(plan, workspace=max(room, plan.least_workspace))
+        with within(plan.workspace):
+            return replace(plan, layers=tuple(of.parted() for of in bare))
+
+    def _kept(self, shape: Shape, alike: bool) -> int:
+        """Bytes of a layer's cases and results, until the next measurement is complete."""
+        pooled, solved = self.window * shape.cases, self._solved(shape)
+        copies = (self.window > 1) + (solved < pooled) + 1  # pooled, drawn, held
+        cases = copies * pooled + solved * alike  # side by side with others of its form
+        results = 3 * shape.bytes_of_results
+        if self.beside is None:
+            cases, results = cases + solved, results + shape.bytes_of_results
+        sums = 8 * shape.units * shape.inputs * (shape.inputs + 3) * self.summed
+        return shape.bytes_observing + cases * shape.bytes_of_case + results + sums
+
+    def _solved(self, shape: Shape) -> int:
+        pooled = self.window * shape.cases
+        return pooled if self.rows is None else min(self.rows, pooled)
+
+    def _of_layer(self, name: str, shape: Shape, kept: int) -> LayerPlan:
+        sizes, units = shape.sizes(self._solved(shape)), shape.units
+        if not sizes.rows:
+            return LayerPlan(name, sizes, "", units, kept, shape.bytes_of_results, 0)
+        route = route_of(sizes, self.solver, self.damping)
+        solving = bytes_of_group(sizes, route) + 2 * shape.bytes_of_results
+        return LayerPlan(name, sizes, route, units, kept, solving, least(sizes, route))
+
+
+def shapes_of(
+    seen: Seen,
+    layers: Mapping[str, nn.Module],
+    units: Mapping[str, Int[Tensor, " u"]],
+    estimator: Estimator,
+    z: Output,
+) -> dict[str, Shape]:
+    """Read off a pass what its measurement will have to hold."""
+    shapes = {}
+    for name, calls in seen.by_layer().items():
+        samples = len(z)
+        nets = [at_units(call.module, call.net) for call in calls]
+        positions = sum(net.shape[0] * net.shape[1] for net in nets) // samples
+        several, sharing = positions > 1, estimator.sharing
+        shapes[name] = _bare(layers[name], units.get(name))._replace(
+            samples=samples,
+            positions=positions,
+            itemsize=8 if calls[0].activations.dtype == torch.float64 else 4,
+            columns=estimator.count(z) if several and sharing == "joint" else 0,
+            averaged=sharing == "reduce",
+            replicates=estimator.count(z) if estimator.replicates > 1 else 0,
+        )
+    return shapes
+
+
+def _bare(layer: nn.Module, units: Int[Tensor, " u"] | None) -> Shape:
+    weight, groups = layer.get_parameter("weight"), getattr(layer, "groups", 1)
+    observed = len(weight) if units is None else len(units)
+    own = observed if groups > 1 and units is not None else groups
+    return Shape(0, 1, weight[0].numel(), observed, own, 4, 0, False, engine(weight.device))
+
+
+def _too_large(plan: Plan) -> MemoryBudgetError:
+    takes = {of.layer: of.kept + of.solving + PIECES * of.least for of in plan.layers}
+    largest: Sequence[str] = sorted(takes, key=lambda name: -takes[name])[:3]
+    named = ", ".join(f"{name!r} {readable(takes[name])}" for name in largest)
+    return MemoryBudgetError(
+        f"a measurement would hold {readable(plan.least)} at least, and may hold "
+        f"{readable(plan.memory)}; most of it {named}: observe fewer units (units=...), solve "
+        f"from fewer cases (rows=...), leave layers out (layers=...), measure smaller batches, or "
+        f"allow more (memory=...)"
+    )
