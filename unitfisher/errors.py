@@ -2,7 +2,7 @@
 
 Columns are those of the output Fisher's root S, drawn labels, random signs through S, the most
 probable class exactly and random signs through the rest of S, or the observed label.
-Several at once go through one vmapped backward of the graph that the forward pass has built.
+Several at once go through one backward pass of the graph that the forward pass has built.
 """
 
 import warnings
@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge
 from unitfisher.capture import Seen
 from unitfisher.likelihoods import Classes, Likelihood, Output, OutputError, Signed
 from unitfisher.memory import workspace
+from unitfisher.stack import Stack, unstacked
 
 DRAWN = ("mc", "rademacher", "top-rademacher")
 FISHERS = ("exact", *DRAWN, "empirical")
@@ -151,39 +152,60 @@ def _require_one_label(z: Output) -> None:
         )
 
 
+Grads = tuple[Tensor | None, ...]
+
+
 def send_back(
-    output: Tensor, edges: Sequence[GradientEdge], column: Float[Tensor, "r n t y"]
-) -> tuple[Tensor | None, ...]:
-    """Return ∂/∂net at each edge for r columns, (r, *net.shape); None where z does not depend."""
-    cotangent = column.reshape(len(column), *output.shape).to(output.dtype)
-    if len(column) == 1:
-        grads = torch.autograd.grad(
-            output, edges, cotangent[0], retain_graph=True, allow_unused=True
-        )
-        return tuple(None if g is None else g.unsqueeze(0) for g in grads)
-    return torch.autograd.grad(
-        output, edges, cotangent, retain_graph=True, allow_unused=True, is_grads_batched=True
-    )
+    output: Tensor, edges: Sequence[GradientEdge], column: Float[Tensor, "1 n t y"]
+) -> Grads:
+    """Return ∂/∂net at each edge for one column, (1, *net.shape); None where z does not depend."""
+    grads = _back(output, edges, _cotangent(output, column)[0])
+    return tuple(None if g is None else g.unsqueeze(0) for g in grads)
 
 
 def send_all_back(
     output: Tensor, edges: Sequence[GradientEdge], blocks: Iterator[Float[Tensor, "r n t y"]]
-) -> Iterator[tuple[Tensor | None, ...]]:
-    """Send block after block of columns back, together where the graph can be vmapped.
+) -> Iterator[Grads]:
+    """Send block after block of columns back, together where the graph allows it.
 
-    Operations without a batching rule (checkpointed segments, custom functions) take their
-    columns one by one, with the same result.
+    Operations that a stack of columns does not know are vmapped; those without a batching rule
+    (checkpointed segments, custom functions) take their columns one by one, with the same result.
     """
-    vmapped = True
+    ways = [_stacked, _vmapped]
     for block in blocks:
-        if vmapped and len(block) > 1:
+        while ways and len(block) > 1:
             try:
-                yield send_back(output, edges, block)
-                continue
-            except RuntimeError:
-                vmapped = False
-        for column in block.split(1):
-            yield send_back(output, edges, column)
+                yield ways[0](output, edges, block)
+                break
+            except (RuntimeError, TypeError):
+                ways.pop(0)
+        else:
+            for column in block.split(1):
+                yield send_back(output, edges, column)
+
+
+def _stacked(output: Tensor, edges: Sequence[GradientEdge], block: Tensor) -> Grads:
+    grads = _back(output, edges, Stack(_cotangent(output, block)))
+    return tuple(unstacked(g, len(block)) for g in grads)
+
+
+def _vmapped(output: Tensor, edges: Sequence[GradientEdge], block: Tensor) -> Grads:
+    return _back(output, edges, _cotangent(output, block), is_grads_batched=True)
+
+
+def _back(
+    output: Tensor, edges: Sequence[GradientEdge], S: Tensor, *, is_grads_batched: bool = False
+) -> Grads:
+    return torch.autograd.grad(
+        *(output, edges, S),
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=is_grads_batched,
+    )
+
+
+def _cotangent(output: Tensor, column: Float[Tensor, "r n t y"]) -> Tensor:
+    return column.reshape(len(column), *output.shape).to(output.dtype)
 
 
 def bytes_of_column(z: Output, seen: Seen, estimator: Estimator) -> int:

@@ -39,12 +39,12 @@ def at_units(layer: nn.Module, y: Tensor) -> Float[Tensor, "n t u"]:
 
 @incoming.register
 def _(layer: nn.Linear, x: Tensor) -> Float[Tensor, "g n t d"]:
-    return x.reshape(1, len(x), -1, x.shape[-1])
+    return x.reshape(1, x.shape[0], -1, x.shape[-1])  # len(x) costs as much as the rest
 
 
 @at_units.register
 def _(layer: nn.Linear, y: Tensor) -> Float[Tensor, "n t u"]:
-    return y.reshape(len(y), -1, y.shape[-1])
+    return y.reshape(y.shape[0], -1, y.shape[-1])
 
 
 @incoming.register(nn.Conv1d)
@@ -58,8 +58,9 @@ def _(layer: Conv, x: Tensor) -> Float[Tensor, "g n t d"]:
         x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
     s = len(layer.kernel_size)
     x = x.unflatten(1, (layer.groups, -1))  # n g c, s axes of positions, s axes of taps
-    x = x.permute(1, 0, *range(3, 3 + s), 2, *range(3 + s, 3 + 2 * s))
-    return x.flatten(2 + s).flatten(2, 1 + s)
+    x = x.permute(1, 2, *range(3 + s, 3 + 2 * s), 0, *range(3, 3 + s))
+    x = x.flatten(1, 1 + s).flatten(3)  # g d n t: copied a row of positions at a time
+    return x.permute(0, 2, 3, 1)
 
 
 @at_units.register(nn.Conv1d)

@@ -274,7 +274,7 @@ def shapes_of(
     shapes = {}
     for name, calls in seen.by_layer().items():
         samples = len(z)
-        nets = [at_units(call.module, call.net) for call in calls]
+        nets = [at_units(call.module, call.y) for call in calls]
         positions = sum(net.shape[0] * net.shape[1] for net in nets) // samples
         several, sharing = positions > 1, estimator.sharing
         shapes[name] = _bare(layers[name], units.get(name))._replace(

@@ -8,11 +8,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from unitfisher.capture import UnitMeans
 from unitfisher.cases import UnitCases
 from unitfisher.fisher import Gradient, Observation, Observer, observe_now
 from unitfisher.memory import within
 from unitfisher.moments import UnitMoments
+from unitfisher.outputs import UnitMeans
 from unitfisher.passes import device_of
 from unitfisher.uncertainty import variance_of_sum
 

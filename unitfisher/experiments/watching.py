@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from unitfisher import Monitor, Run, UnitStatistics
-from unitfisher.capture import UnitMeans, capture
+from unitfisher.capture import capture
 from unitfisher.experiments.presets import Member, Preset
 from unitfisher.experiments.sources import Source
 from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.training import evaluate
+from unitfisher.outputs import UnitMeans
 
 TABLES = ("training", "activations", "path", "finished")  # beside the Monitor's own
 

@@ -1,0 +1,91 @@
+"""Several columns of error sent back in one pass: a tensor that stands for a stack of them.
+
+torch's own vmap takes elu's backward column by column. Here a stack goes through a nonlinearity
+by one product with its derivative, and through a linear layer by one product with its weight.
+"""
+
+from collections.abc import Callable, Iterable
+from types import MappingProxyType
+from typing import Any, Final
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+aten = torch.ops.aten
+Rule = Callable[..., Tensor]
+
+
+class Stack(Tensor):
+    """To autograd a tensor of a column's shape; inside r columns.
+
+    It knows only what keeps columns apart. Any other operation raises NotImplementedError.
+    """
+
+    columns: Tensor
+
+    @staticmethod
+    def __new__(cls, columns: Shaped[Tensor, "r ..."]) -> "Stack":
+        stack: Stack = Tensor._make_wrapper_subclass(
+            cls, columns.shape[1:], dtype=columns.dtype, device=columns.device
+        )
+        stack.columns = columns
+        return stack
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> "Stack":
+        first, *others = args
+        if kwargs or func not in RULES or not isinstance(first, Stack):
+            raise NotImplementedError(f"{func} of a stack of columns")
+        return cls(RULES[func](first.columns, *others))
+
+
+def _through(backward: Any) -> Rule:
+    """Send columns through an elementwise function by its derivative, which they share."""
+
+    def rule(columns: Tensor, *saved: Any) -> Tensor:
+        at = next(x for x in saved if isinstance(x, Tensor))
+        derivative: Tensor = backward(torch.ones_like(at), *saved)
+        return columns * derivative
+
+    return rule
+
+
+def _times(columns: Tensor, other: Tensor | float) -> Tensor:
+    own = isinstance(other, Tensor) and other.dim() < columns.dim()
+    if isinstance(other, Stack) or not (own or isinstance(other, float | int)):
+        raise NotImplementedError("product of a stack with what is not one column's")
+    return columns * other
+
+
+def _mm(columns: Tensor, weight: Tensor) -> Tensor:
+    return columns @ weight
+
+
+NONLINEAR = (
+    *(aten.elu_backward, aten.gelu_backward, aten.hardsigmoid_backward, aten.hardswish_backward),
+    *(aten.hardtanh_backward, aten.leaky_relu_backward, aten.mish_backward, aten.silu_backward),
+    *(aten.sigmoid_backward, aten.softplus_backward, aten.tanh_backward, aten.threshold_backward),
+)
+RULES: Final = MappingProxyType(
+    {each.default: _through(each.default) for each in NONLINEAR}
+    | {
+        aten.detach.default: Tensor.detach,
+        aten.mm.default: _mm,
+        aten.mul.Tensor: _times,
+        aten.view.default: lambda columns, size: columns.reshape(len(columns), *size),
+    }
+)
+
+
+def unstacked(grad: Tensor | None, r: int) -> Tensor | None:
+    """Return the columns of what came back; what does not depend on them is the same for all."""
+    if grad is None or not isinstance(grad, Stack):
+        return grad if grad is None else grad.expand(r, *grad.shape)
+    return grad.columns
