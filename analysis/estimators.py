@@ -3,7 +3,7 @@
     python analysis/estimators.py
 
 measures the same cases again and again by each estimator of D, beside the exact one: a network on
-the digits before and after training, and a small problem of few cases (40, of 5 inputs). Under a
+the digits before and after training, and a small problem of few cases (40, of 5 inputs). About a
 minute on one core. Writes table.md, table.csv and config.json to ``<out>``; feeds no figure.
 """
 
@@ -79,15 +79,13 @@ class Problem(NamedTuple):
 def main(config: Config) -> int:
     """Measure, print and save the table."""
     torch.set_num_threads(1)
-    start = time.perf_counter()
     rows = [row for problem in problems(config) for row in compared(problem, config)]
     table = pd.DataFrame(rows)
     made = provenance({**vars(config), "out": None})
-    seconds = time.perf_counter() - start
     conditions = (
         f"seed {config.seed}, {config.repetitions} repetitions; {made['device']}; "
         f"torch {made['versions']['torch']}, unitfisher {made['versions']['unitfisher']}; "
-        f"{seconds:.0f} s.\n\n{GUIDE}\n"
+        f"{time.process_time():.0f} s of one core.\n\n{GUIDE}\n"
     )
     written = f"{conditions}\n{markdown(readable(table))}"
     config.out.mkdir(parents=True, exist_ok=True)
@@ -175,7 +173,7 @@ def readable_row(row: dict[str, Any]) -> dict[str, str]:
     first = {"problem": row["problem"], "estimator": NAMES[row["fisher"]]}
     first["columns"] = str(row["columns"])
     if row["fisher"] == "exact":
-        exact = f"|k| = {row['size_of_k']:.2g}", f"n_eff = {row['n_eff']:.0f}"
+        exact = f"k of size {row['size_of_k']:.2g}", f"n_eff = {row['n_eff']:.0f}"
         return first | {"spread of c": "0", "E(s) / s": exact[1], "E(k) - k": exact[0]}
     told = {f"told / true: {name}": f"{row[f'told_{name}']:.2f}" for name in ("c", "s", "k")}
     return first | {
