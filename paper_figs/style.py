@@ -17,10 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import (
+    AsinhLocator,
     EngFormatter,
     LogLocator,
     MaxNLocator,
     NullFormatter,
+    NullLocator,
     StrMethodFormatter,
 )
 from numpy.typing import NDArray
@@ -96,6 +98,14 @@ def logarithmic(ax: Axes) -> None:
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.yaxis.set_minor_locator(LogLocator(subs=tuple(range(1, 10))))
     ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def logarithmic_both_ways(ax: Axes) -> None:
+    """Let the y axis be logarithmic on both sides of 0, and linear near it."""
+    ax.set_yscale("asinh")
+    ax.yaxis.set_major_locator(AsinhLocator(1, numticks=5, base=10))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def mark(ax: Axes, x: float, y: float, activation: str) -> None:
