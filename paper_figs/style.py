@@ -12,13 +12,14 @@ import matplotlib
 matplotlib.use("Agg")  # files only; a display may be absent
 
 import matplotlib.pyplot as plt
+import numpy as np
 import summary
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import (
-    AsinhLocator,
     EngFormatter,
+    FixedLocator,
     LogLocator,
     MaxNLocator,
     NullFormatter,
@@ -101,9 +102,12 @@ def logarithmic(ax: Axes) -> None:
 
 
 def logarithmic_both_ways(ax: Axes) -> None:
-    """Let the y axis be logarithmic on both sides of 0, and linear near it."""
+    """Let the y axis, after drawing, be logarithmic on both sides of 0, and linear near it."""
     ax.set_yscale("asinh")
-    ax.yaxis.set_major_locator(AsinhLocator(1, numticks=5, base=10))
+    limit = max(map(abs, ax.get_ylim()))
+    first, step = int(limit > 30), 1 + int(limit > 1000)
+    powers = 10.0 ** np.arange(first, 12, step)
+    ax.yaxis.set_major_locator(FixedLocator([*-powers, 0, *powers]))
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.yaxis.set_minor_locator(NullLocator())
 
