@@ -95,14 +95,14 @@ def _over_time(
     for norm, of_all in layers.items():
         rows = of_all[of_all["damping"] == damping]
         mean = rows.groupby(["activation", "seed", time])[value].mean().reset_index()
-        drawn = plotting.plot_over(ax, mean, value, x=time, style=style.NORMS[norm])
-        lines = drawn | lines
+        lines = plotting.plot_over(ax, mean, value, x=time, style=style.NORMS[norm]) | lines
     if value in LOGARITHMIC:
         style.logarithmic(ax)
     elif value in SHARES:
         ax.set_ylim(0, 1)
     elif value == "k":
         ax.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+        style.logarithmic_both_ways(ax)
     return lines
 
 

@@ -40,8 +40,8 @@ def draw(name: str) -> Figure:
         for row, value in zip(axes, VALUES, strict=True):
             for ax, time in zip(row, chosen, strict=True):
                 at = layers[layers[first.time] == time]
-                drawn = plotting.plot_over(ax, at, value, x="place", style=style.NORMS[norm])
-                lines = drawn | lines
+                look = style.NORMS[norm]
+                lines = plotting.plot_over(ax, at, value, x="place", style=look) | lines
     for row, label in zip(axes, VALUES.values(), strict=True):
         row[0].set_ylabel(label)
     for ax, time in zip(axes[0], chosen, strict=True):

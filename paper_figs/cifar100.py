@@ -50,7 +50,8 @@ def _mark_rates(ax: Axes, summary: Summary) -> None:
 def _published(ax: Axes, summary: Summary) -> list[str]:
     """Mark published errors where our training is as long as theirs; else give them in words."""
     dataset, network = summary.config["dataset"], summary.config["network"]
-    rows = [r for r in style.published()["cifar"] if r.get("network") == network and dataset in r]
+    same = [r for r in style.published()["cifar"] if r.get("network") == network]
+    rows = [r for r in same if dataset in r and "iterations" in r]
     said = [f"{plotting.ACTIVATIONS[r['activation']].label} {r[dataset]:.2f}" for r in rows]
     if not rows:
         return []

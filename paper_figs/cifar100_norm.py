@@ -28,11 +28,10 @@ def draw(name: str = "cifar100-11") -> Figure:
     lines: plotting.Lines = {}
     for row, (value, label) in zip(axes, VALUES.items(), strict=True):
         for ax, other in zip(row, others, strict=False):
-            for norm, summary in reversed(found.items()):  # the legend shows what is drawn last
+            for norm, summary in found.items():
                 shown = summary.training[summary.training["activation"].isin(["elu", other])]
-                lines |= plotting.plot_over(
-                    ax, shown, value, x="iteration", style=style.NORMS[norm]
-                )
+                look = style.NORMS[norm]
+                lines = plotting.plot_over(ax, shown, value, x="iteration", style=look) | lines
         row[0].set_ylabel(label)
     for ax, other in zip(axes[0], others, strict=False):
         ax.set_title(f"ELU, {plotting.ACTIVATIONS[other].label}", fontsize=9)
@@ -51,8 +50,7 @@ def _tested(found: Mapping[str, Summary]) -> str:
         for norm, summary in found.items()
         for label, errors in significance.final_errors(summary).items()
     }
-    elu = f"ELU {NORMS[0]}"
-    return significance.told(elu, finals)
+    return significance.told(f"ELU {NORMS[0]}", finals)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def draw(name: str = "imagenet-15") -> Figure:
         ax.set_ylabel(label)
         style.count(ax, "iteration")
     for ax in axes[1:]:
-        ax.set_ylim(0, 100)
+        ax.set_ylim(0, 104)  # whole markers
     notes = [summary.conditions, summary.spread, _published(axes[1], summary.done)]
     return style.finish(figure, lines, "; ".join(notes))
 
@@ -44,8 +44,8 @@ def _published(ax: Axes, done: int) -> str:
         return "red, hollow: published, where these curves reach a top-5 error of 20 %"
     told = f"ELU after {at['elu']:,} iterations, ReLU after {at['relu']:,}"
     return (
-        f"published, for 1,000 classes at full size and beyond this axis: a top-5 error of "
-        f"{at['error']} % is reached by {told}"
+        f"published, of 1,000 classes at full size and beyond this axis: {at['error']} % top-5 "
+        f"error is reached by {told}"
     )
 
 

@@ -12,15 +12,18 @@ import matplotlib
 matplotlib.use("Agg")  # files only; a display may be absent
 
 import matplotlib.pyplot as plt
+import numpy as np
 import summary
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import (
     EngFormatter,
+    FixedLocator,
     LogLocator,
     MaxNLocator,
     NullFormatter,
+    NullLocator,
     StrMethodFormatter,
 )
 from numpy.typing import NDArray
@@ -96,6 +99,17 @@ def logarithmic(ax: Axes) -> None:
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.yaxis.set_minor_locator(LogLocator(subs=tuple(range(1, 10))))
     ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def logarithmic_both_ways(ax: Axes) -> None:
+    """Let the y axis, after drawing, be logarithmic on both sides of 0, and linear near it."""
+    ax.set_yscale("asinh")
+    limit = max(map(abs, ax.get_ylim()))
+    first, step = int(limit > 30), 1 + int(limit > 1000)
+    powers = 10.0 ** np.arange(first, 12, step)
+    ax.yaxis.set_major_locator(FixedLocator([*-powers, 0, *powers]))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def mark(ax: Axes, x: float, y: float, activation: str) -> None:

@@ -137,11 +137,14 @@ class Summary:
         return f"{self.done:,} of {planned:,} {unit}, preset {whole:,}"
 
     def _losses(self) -> Iterator[str]:
-        for (activation, rate), of in self.diverged.groupby(["activation", "rate"]):
-            yield (
-                f"{ACTIVATIONS[activation].label} at rate {rate:g} diverged by {self.time} "
-                f"{of[self.time].max():,} ({len(of)} of {self.seeds})"
-            )
+        """Who diverged at each rate: of how many seeds, and when that was seen last."""
+        for rate, at in self.diverged.groupby("rate"):
+            told = [
+                f"{ACTIVATIONS[name].label} ({len(of)} of {self.seeds} "
+                f"by {self.time} {of[self.time].max():,})"
+                for name, of in at.groupby("activation")
+            ]
+            yield f"diverged at rate {rate:g}: {', '.join(told)}"
 
 
 def with_and_without_norm(name: str) -> tuple[dict[str, Summary], list[str]]:

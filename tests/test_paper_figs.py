@@ -175,8 +175,8 @@ def test_summaries_need_records(empty: Path) -> None:
         (
             "mnist-autoencoder",
             "mnist, hidden 1000-500-250-30-250-500-1000, batch 64, rates 0.01, 0.001, "
-            "250 of 500 epochs, 3 seeds, ELU at rate 0.01 diverged by epoch 1 (2 of 3), "
-            "SReLU at rate 0.01 diverged by epoch 1 (1 of 3); ",
+            "250 of 500 epochs, 3 seeds, diverged at rate 0.01: ELU (2 of 3 by epoch 1), "
+            "SReLU (1 of 3 by epoch 1); ",
         ),
     ],
 )
