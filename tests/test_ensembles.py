@@ -56,6 +56,38 @@ def convolutional(seed: int, activation: type[nn.Module]) -> nn.Sequential:
     )
 
 
+class Residual(nn.Module):
+    """A module of modules that is no nn.Sequential, as models of other packages are."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.inner = convolutional(seed, nn.ELU)
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * self.scale + x.mean((1, 2, 3), keepdim=True).flatten(1)
+
+
+def test_members_may_be_modules_of_modules_that_are_no_sequence() -> None:
+    alone = [nn.Sequential(Residual(i)) for i in range(2)]
+    ensemble = Ensemble([nn.Sequential(Residual(i)) for i in range(2)])
+    x = torch.randn(2, 10, 1, 8, 8, generator=seeded(0))
+    assert_close(ensemble(x), torch.stack([m(x[i]) for i, m in enumerate(alone)]))
+    for i, (member, model) in enumerate(zip(ensemble.members, alone, strict=True)):
+        assert_close(member.eval()(x[i]), model.eval()(x[i]))
+
+
+def test_products_in_half_precision_are_sent_back_so() -> None:
+    ensemble = Ensemble([mlp([4, 3, 2], "elu", seeded(i)) for i in range(2)])
+    x = torch.randn(2, 5, 4, generator=seeded(0))
+    exact = outputs_and_gradients(ensemble, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = ensemble(x)
+    found = torch.autograd.grad(outputs.float().square().sum(), list(ensemble.parameters()))
+    for gradient, expected in zip(found, exact[1:], strict=True):
+        assert_close(gradient, expected, rtol=0.05, atol=0.05)
+
+
 def outputs_and_gradients(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     outputs = model(x)
     return outputs, *torch.autograd.grad(outputs.square().sum(), list(model.parameters()))

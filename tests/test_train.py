@@ -1,5 +1,6 @@
 """Every preset trains on real data through the one command, and goes on after it was killed."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ sys.path.append(str(Path(__file__).parents[1] / "analysis"))
 import train
 
 from unitfisher.experiments import Dataset
+from unitfisher.experiments.images import DamagedDataError
 from unitfisher.experiments.presets import PRESETS
 from unitfisher.experiments.trainer import Trainer
 
@@ -112,3 +114,39 @@ def test_the_largest_networks_of_the_presets_take_a_step(name: str, tmp_path: Pa
         assert trainer.loss.isfinite().all()
         moved = [not torch.equal(*pair) for pair in zip(some, before, strict=True)]
     assert all(moved)
+
+
+TINY = (
+    "--preset mnist --dataset digits --hidden 8 --seeds 0 --activations relu elu --iterations 6 "
+    "--every 3 --probe 50 --measurements 2 --units 2 --threads 1"
+)
+
+
+def losses(out: Path) -> list[float]:
+    return pd.read_parquet(out / "elu-lr0.01-s0" / "training")["train_loss"].tolist()[1:]
+
+
+def test_half_precision_trains_as_well(tmp_path: Path) -> None:
+    for out, more in {"plain": [], "half": ["--precision", "bfloat16"]}.items():
+        given = [*TINY.split(), *more, "--out", str(tmp_path / out)]
+        assert train.main(*train.parse(given)) == 0
+    found = losses(tmp_path / "half")
+    assert found == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
+    assert found != losses(tmp_path / "plain")
+
+
+def test_the_end_says_how_fast_it_was_and_what_the_monitors_took(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(*train.parse([*TINY.split(), "--out", str(tmp_path)])) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"2 networks, 6 steps in \d+ s: .* steps/s; Monitors .*% of the time", said)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    given = [*TINY.split(), "--out", str(tmp_path)]
+    assert train.main(*train.parse(given)) == 0
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(DamagedDataError, match=r"checkpoint.pt cannot be read .*delete"):
+        train.main(*train.parse([*given, "--resume"]))

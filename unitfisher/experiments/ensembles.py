@@ -104,8 +104,9 @@ class _BatchedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.bmm(x, weight.mT)
+        y = torch.bmm(x, weight.mT)
+        ctx.save_for_backward(x.to(y.dtype), weight.to(y.dtype))  # autocast is off in backward
+        return y
 
     @staticmethod
     @once_differentiable
@@ -161,6 +162,17 @@ class Vmapped(nn.Module):
 def _take_parameters(stack: nn.Module, modules: Sequence[nn.Module]) -> None:
     parameters, buffers = stack_module_state(list(modules))
     for name, parameter in parameters.items():
-        stack.register_parameter(name, nn.Parameter(parameter.detach()))
+        _holder(stack, name).register_parameter(
+            name.rpartition(".")[2], nn.Parameter(parameter.detach())
+        )
     for name, buffer in buffers.items():
-        stack.register_buffer(name, buffer)
+        _holder(stack, name).register_buffer(name.rpartition(".")[2], buffer)
+
+
+def _holder(stack: nn.Module, name: str) -> nn.Module:
+    """Find the part of a stack that a dotted name says, or make it: an empty module."""
+    for part in name.split(".")[:-1]:
+        if part not in dict(stack.named_children()):
+            stack.add_module(part, nn.Module())
+        stack = stack.get_submodule(part)
+    return stack

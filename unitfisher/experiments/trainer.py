@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -28,6 +29,7 @@ from unitfisher.experiments.convnets import set_dropout
 from unitfisher.experiments.data import Dataset
 from unitfisher.experiments.descent import Descent
 from unitfisher.experiments.ensembles import Ensemble
+from unitfisher.experiments.images import DamagedDataError
 from unitfisher.experiments.models import mlp
 from unitfisher.experiments.photographs import PhotographSets
 from unitfisher.experiments.presets import Member, Phase, Preset
@@ -70,6 +72,7 @@ class Trainer:
         ranks: Which of several processes this is. The first alone measures, records and writes.
 
     Raises:
+        DamagedDataError: The checkpoint cannot be read.
         RecordExistsError: The folder holds these runs, and ``resume`` is not given.
         ValueError: The runs there were configured differently, or several processes cannot share
             the batches.
@@ -133,7 +136,7 @@ class Trainer:
                 if ranks.is_first
             ]
             if resume and self.checkpoint.exists():
-                self.load(torch.load(self.checkpoint, map_location=self.device, weights_only=True))
+                self.load(_read(self.checkpoint, self.device))
             else:
                 for watch in self.watches:
                     watch.clear()  # of a training that was killed before its first checkpoint
@@ -365,6 +368,17 @@ def source_of(
     crops = {m.seed: torch.Generator().manual_seed(CROPS + m.seed) for m in members}
     augment = [crops[member.seed] for member in members] if preset.augmented else []
     return Held(data, preset.batch_size, generators, augment, ranks=ranks)
+
+
+def _read(checkpoint: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(checkpoint, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise DamagedDataError(
+            f"{checkpoint} cannot be read as a checkpoint ({error}); bring back a copy, or delete "
+            "it to begin anew"
+        ) from error
+    return state
 
 
 def _random_states(device: torch.device) -> list[Tensor]:
