@@ -43,6 +43,7 @@ class UnitCases:
     samples: int
     incoming: Incoming | None = None  # of all cases, where these are drawn from more
     solver: str = "auto"
+    whole: "UnitCases | None" = None  # of whose units these are some
 
     @property
     def units(self) -> int:
@@ -62,6 +63,7 @@ class UnitCases:
         """What is kept, caches too."""
         moments = [*vars(self).get("_damped", {}).values(), vars(self).get("_moments")]
         cached = [t for m in moments if m is not None for t in vars(m).values()]
+        cached += vars(self).get("_shared_rows", ())
         return [t for t in [*vars(self).values(), *cached] if isinstance(t, Tensor)]
 
     @property
@@ -239,11 +241,19 @@ class UnitCases:
         if len(a) > 1:  # keep only the groups of these units, one each
             a = a.repeat_interleave(self.units // len(a), 0)[part]
             incoming = incoming and Incoming(*(x[part] for x in incoming))
-        return UnitCases(a, self.delta[..., part], self.samples, incoming, self.solver)
+        return UnitCases(a, self.delta[..., part], self.samples, incoming, self.solver, self)
+
+    @cached_property
+    def _shared_rows(self) -> tuple[Float[Tensor, "g n d"], Float[Tensor, "g n n"]]:
+        """Cases about their mean, and their products: as long as all units see the same, once."""
+        if self.whole is not None and len(self.whole.a) == 1:
+            return self.whole._shared_rows
+        about = self._about(self.mean).squeeze(2)
+        return about, about @ about.mT
 
     def _weighted_rows(self) -> UnitRows:
         if self.delta.shape[2] == 1:
-            about, groups = self._about(self.mean).squeeze(2), len(self.a)
+            groups, (about, gram) = len(self.a), self._shared_rows
             center = self.mean[None] if groups == 1 else self.mean[:: self.units // groups]
             total = self.D.sum(0)
             v = w = (self.D / torch.where(total > 0, total, 1.0)).sqrt().T.contiguous()
@@ -252,9 +262,11 @@ class UnitCases:
             total = (S**2).sum(0)
             scale = torch.where(total > 0, total, 1.0).rsqrt()[:, None]
             about, w = G.transpose(0, 1), S.T * scale
+            gram = about @ about.mT
             center = self.mean.expand(self.units, -1)  # every unit is its own group
             v = scale.expand_as(w)
-        return UnitRows.of(total / self.samples, center, about, v, w)
+        rows = UnitRows.of(total / self.samples, center, about, gram, v, w)
+        return replace(rows, iterates=self.solver != "direct")
 
     def _products(self) -> UnitProducts:
         groups, total = len(self.a), self.D.sum(0)
