@@ -3,7 +3,7 @@
 A factor costs n³/3 multiplications a unit, an iteration 4n² a right-hand side in products that the
 units share. Each unit's system is scaled to a diagonal of ones; what is left differs by how a
 unit's weights differ from the units' mean, whose inverse preconditions them all. Where activations
-are nearly of lower rank that takes too long: whoever is not on the way in time is given to Cholesky.
+are nearly of lower rank that takes too long: who is not on the way in time is given to Cholesky.
 """
 
 from typing import NamedTuple
