@@ -290,7 +290,7 @@ class UnitCases:
         delta = self.delta.unflatten(-1, (groups, -1)).movedim(2, -1)  # r m g v t
         G = (delta.to(about.dtype) @ about).double().flatten(2, 3).flatten(0, 1)
         S = self.delta.sum(2, dtype=torch.float64).flatten(0, 1)
-        return G - S.unsqueeze(-1) * (origin - self._origin.double()), S
+        return G.addcmul_(S.unsqueeze(-1), origin - self._origin.double(), value=-1), S
 
     def _about(self, origin: Float[Tensor, "*g d"]) -> Float[Tensor, "g m t d"]:
         """Activations about an origin that the units of a group share, in double precision."""

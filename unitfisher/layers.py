@@ -47,12 +47,22 @@ def _(layer: nn.Linear, y: Tensor) -> Float[Tensor, "n t u"]:
     return y.reshape(len(y), -1, y.shape[-1])
 
 
-@incoming.register(nn.Conv1d)
-@incoming.register(nn.Conv2d)
-@incoming.register(nn.Conv3d)
-def _(layer: Conv, x: Tensor) -> Float[Tensor, "g n t d"]:
+def _padded(layer: Conv, x: Tensor) -> Tensor:
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode)
+
+
+@incoming.register
+def _(layer: nn.Conv2d, x: Tensor) -> Float[Tensor, "g n t d"]:
+    taps = layer.kernel_size, layer.dilation, 0, layer.stride
+    patches = F.unfold(_padded(layer, x), *taps)  # twice as fast as copying a view
+    return patches.unflatten(1, (layer.groups, -1)).movedim(1, 0).mT
+
+
+@incoming.register(nn.Conv1d)
+@incoming.register(nn.Conv3d)
+def _(layer: nn.Conv1d | nn.Conv3d, x: Tensor) -> Float[Tensor, "g n t d"]:
+    x = _padded(layer, x)
     taps = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
     for axis, (size, stride, dilation) in enumerate(taps, start=2):
         x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
