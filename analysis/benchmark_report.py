@@ -68,9 +68,9 @@ def conditions(seconds: float) -> dict[str, Any]:
 
 def compiled_kernel() -> bool:
     """Whether the package has a compiled kernel here, and uses it."""
-    if find_spec("unitfisher.gram") is None:
+    if find_spec("unitfisher.native") is None:
         return False
-    return import_module("unitfisher.gram").compiled()
+    return import_module("unitfisher.native").compiled()
 
 
 def sentence(record: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from strategies import mostly_ones, normal, seeds
 from torch import Generator, Tensor, nan
 
-from unitfisher import gram
+from unitfisher import gram, native
 from unitfisher.gram import GramSolution, System, solve_grams
 from unitfisher.memory import within
 
@@ -42,14 +42,20 @@ def system(
     generator: Generator | None = None,
     ridge: float = 1e-2,
 ) -> System:
-    """Draw one with duplicated cases, and with about a fifth of the weights zero."""
+    """Draw one with duplicated cases, and with about a fifth of the weights zero.
+
+    What is subtracted, x xᵀ, is at most half of the first unit vector's part of diag(v) K diag(v).
+    """
     generator = generator or Generator()
     a = normal(generator, groups, n, rank or n)
     a[:, n // 2] = a[:, 0]
     K = a @ a.mT / n
-    v = normal(generator, n, u) * mostly_ones(generator, n, u)
+    v = (normal(generator, n, u) * mostly_ones(generator, n, u)).T.contiguous()
     epsilon = ridge * (1 + torch.rand(u, generator=generator, dtype=torch.float64))
-    return System(K, v.T, epsilon, normal(generator, u, n, r))
+    share = torch.rand(u, generator=generator, dtype=torch.float64) / 2
+    first = a[..., 0].repeat_interleave(u // groups, 0) / n**0.5
+    x = share[:, None] ** 0.5 * v * first
+    return System(K, v, epsilon, normal(generator, u, n, r), x)
 
 
 @st.composite
@@ -64,12 +70,13 @@ def systems(draw) -> System:
 def matrix(s: System, unit: int) -> Tensor:
     one = s.of_units(slice(unit, unit + 1))
     v = one.v[0]
-    return v[:, None] * one.K[0] * v + one.epsilon * torch.eye(len(v), dtype=v.dtype)
+    weighted = v[:, None] * one.K[0] * v - one.x[0].outer(one.x[0])
+    return weighted + one.epsilon * torch.eye(len(v), dtype=v.dtype)
 
 
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(gram, "FLOP_PER_THREAD", 1)
+    monkeypatch.setattr(native, "FLOP_PER_THREAD", 1)
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
@@ -78,9 +85,9 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    gram._kernel.cache_clear()
+    native._library.cache_clear()
     yield tmp_path / "cache"
-    gram._kernel.cache_clear()
+    native._library.cache_clear()
 
 
 def forked(act: Callable[[], bool]) -> int:
@@ -124,7 +131,7 @@ def test_a_condition_of_1e8_costs_the_digits_it_must(solve):
 def test_no_ridge_is_needed_where_the_gram_matrix_is_regular(solve):
     s = system(9, 13, 2)
     K = s.K + torch.eye(13, dtype=torch.float64)
-    s = s._replace(K=K, v=1 + s.v**2, epsilon=0 * s.epsilon)
+    s = s._replace(K=K, v=1 + s.v**2, epsilon=0 * s.epsilon, x=0 * s.x)
     found = solve(*s)
     assert found.regular.all()
     assert_solves(found, s, rtol=1e-11)
@@ -133,13 +140,17 @@ def test_no_ridge_is_needed_where_the_gram_matrix_is_regular(solve):
 @per_route
 def test_a_unit_without_errors_divides_by_its_ridge(solve):
     s = system(9, 13, 2)
-    s.v[4] = 0
+    s.v[4] = s.x[4] = 0
     assert torch.allclose(solve(*s).Y[4], s.rhs[4] / s.epsilon[4], rtol=1e-14)
 
 
 SPOILS = {
-    "no ridge for a zero weight": lambda s, unit: s.v[unit, 3:4].zero_() + s.epsilon[unit].zero_(),
-    "no ridge for duplicates": lambda s, unit: s.v[unit].fill_(1) + s.epsilon[unit].zero_(),
+    "no ridge for a zero weight": lambda s, unit: (
+        s.v[unit, 3:4].zero_() + s.x[unit, 3:4].zero_() + s.epsilon[unit].zero_()
+    ),
+    "no ridge for duplicates": lambda s, unit: (
+        s.v[unit].fill_(1).mul(s.x[unit].zero_()) + s.epsilon[unit].zero_()
+    ),
     "negative ridge": lambda s, unit: s.epsilon[unit].fill_(-1),
     "NaN weight": lambda s, unit: s.v[unit, 5].fill_(nan),
     "NaN ridge": lambda s, unit: s.epsilon[unit].fill_(nan),
@@ -163,7 +174,8 @@ def test_irregular_units_are_named_and_leave_the_others_alone(solve, spoil):
 def test_both_routes_draw_the_line_of_singular_at_the_same_pivot():
     K = torch.ones(1, 2, 2, dtype=torch.float64)
     epsilon = torch.tensor([2.0**-44, 2.0**-46, 2.0**-48], dtype=torch.float64)
-    s = System(K, torch.ones(3, 2, dtype=torch.float64), epsilon, normal(Generator(), 3, 2, 1))
+    one, none = torch.ones(3, 2, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
+    s = System(K, one, epsilon, normal(Generator(), 3, 2, 1), none)
     assert by_torch(*s).regular.tolist() == [True, True, False]
     assert solve_grams(*s).regular.tolist() == [True, True, False]
 
@@ -172,7 +184,7 @@ def test_both_routes_draw_the_line_of_singular_at_the_same_pivot():
 def test_threads_change_no_bit(two_threads, monkeypatch, pool):
     s = system(33, 65, 3)
     if pool == "python's":
-        monkeypatch.setattr(gram, "_torch_threads", lambda: None)
+        monkeypatch.setattr(native, "_torch_threads", lambda: None)
     together = solve_grams(*s)
     torch.set_num_threads(1)
     assert torch.equal(together.Y, solve_grams(*s).Y)
@@ -225,36 +237,36 @@ def test_what_is_not_plain_doubles_in_memory_goes_by_torch(monkeypatch):
 def test_the_environment_can_switch_the_kernel_off(monkeypatch):
     monkeypatch.setenv("UNITFISHER_NATIVE", "0")
     s = system(9, 13, 2)
-    assert not gram.compiled()
+    assert not native.compiled()
     assert torch.equal(solve_grams(*s).Y, by_torch(*s).Y)
 
 
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler", " "])
 def test_a_compiler_that_fails_is_done_without(cache, monkeypatch, compiler):
     monkeypatch.setenv("CC", compiler)
-    assert not gram.compiled()
+    assert not native.compiled()
     assert_solves(solve_grams(*system(9, 13, 2)), system(9, 13, 2), rtol=1e-11)
 
 
 def test_no_compiler_is_needed(cache, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(cache))
-    assert not gram.compiled()
+    assert not native.compiled()
     assert_solves(solve_grams(*system(9, 13, 2)), system(9, 13, 2), rtol=1e-11)
 
 
 @needs_compiler
 def test_a_compiler_is_made_use_of():
-    assert gram.compiled()
+    assert native.compiled()
 
 
 @needs_compiler
 def test_the_kernel_is_compiled_once_and_kept(cache):
-    assert gram.compiled()
+    assert native.compiled()
     (kept,) = (cache / "unitfisher").iterdir()
     before = kept.stat().st_mtime_ns
-    gram._kernel.cache_clear()
-    assert gram.compiled()
+    native._library.cache_clear()
+    assert native.compiled()
     assert kept.stat().st_mtime_ns == before
 
 
@@ -264,18 +276,18 @@ def test_a_cache_that_cannot_be_used_is_done_without(cache, spoil):
     if spoil == "not a folder":
         cache.write_text("")
     else:
-        assert gram.compiled()
+        assert native.compiled()
         (kept,) = (cache / "unitfisher").iterdir()
         kept.unlink()  # or what this process has loaded would lose its file
         kept.write_text("")
-        gram._kernel.cache_clear()
-    assert gram.compiled()
+        native._library.cache_clear()
+    assert native.compiled()
     assert_solves(solve_grams(*system(9, 13, 2)), system(9, 13, 2), rtol=1e-11)
 
 
 @needs_compiler
 @pytest.mark.filterwarnings("ignore:.*fork")
 def test_two_processes_may_compile_at_the_same_time(cache):
-    children = [forked(gram.compiled) for _ in range(2)]
+    children = [forked(native.compiled) for _ in range(2)]
     assert all(map(succeeded, children))
     assert len(list((cache / "unitfisher").iterdir())) == 1

@@ -43,6 +43,7 @@ class UnitCases:
     solver: str = "auto"
     replicates: int = 0  # the last so many columns are estimates of D that average; 0: exact
     population: int = 0  # of how many cases these are drawn; 0: they are all
+    whole: "UnitCases | None" = None  # of whose units these are some
 
     @property
     def units(self) -> int:
@@ -62,12 +63,14 @@ class UnitCases:
         """What is kept, caches too."""
         moments = [*vars(self).get("_damped", {}).values(), vars(self).get("_moments")]
         cached = [t for m in moments if m is not None for t in vars(m).values()]
+        cached += vars(self).get("_shared_rows", ())
         return [t for t in [*vars(self).values(), *cached] if isinstance(t, Tensor)]
 
     def forget(self) -> None:
         """Drop what was solved; it is formed again when it is asked for."""
         self._damped.clear()
-        vars(self).pop("_moments", None)
+        for kept in ("_moments", "_shared_rows"):
+            vars(self).pop(kept, None)
 
     @property
     def rows(self) -> int:
@@ -239,11 +242,20 @@ class UnitCases:
         if len(a) > 1:  # keep only the groups of these units, one each
             a = a.repeat_interleave(self.units // len(a), 0)[part]
             incoming = incoming and Incoming(*(x[part] for x in incoming))
-        return replace(self, a=a, delta=self.delta[..., part], incoming=incoming)
+        delta = self.delta[..., part]
+        return replace(self, a=a, delta=delta, incoming=incoming, whole=self)
+
+    @cached_property
+    def _shared_rows(self) -> tuple[Float[Tensor, "g n d"], Float[Tensor, "g n n"]]:
+        """Cases about their mean, and their products: as long as all units see the same, once."""
+        if self.whole is not None and len(self.whole.a) == 1:
+            return self.whole._shared_rows
+        about = self._about(self.mean).squeeze(2)
+        return about, about @ about.mT
 
     def _weighted_rows(self) -> UnitRows:
         if self.delta.shape[2] == 1:
-            about, groups = self._about(self.mean).squeeze(2), len(self.a)
+            groups, (about, gram) = len(self.a), self._shared_rows
             center = self.mean[None] if groups == 1 else self.mean[:: self.units // groups]
             total = self.D.sum(0)
             v = w = (self.D / torch.where(total > 0, total, 1.0)).sqrt().T.contiguous()
@@ -252,9 +264,11 @@ class UnitCases:
             total = (S**2).sum(0)
             scale = torch.where(total > 0, total, 1.0).rsqrt()[:, None]
             about, w = G.transpose(0, 1), S.T * scale
+            gram = about @ about.mT
             center = self.mean.expand(self.units, -1)  # every unit is its own group
             v = scale.expand_as(w)
-        return UnitRows.of(total / self.samples, center, about, v, w)
+        rows = UnitRows.of(total / self.samples, center, about, gram, v, w)
+        return replace(rows, iterates=self.solver != "direct")
 
     def _products(self) -> UnitProducts:
         groups, total = len(self.a), self.D.sum(0)
@@ -278,7 +292,7 @@ class UnitCases:
         delta = self.delta.unflatten(-1, (groups, -1)).movedim(2, -1)  # r m g v t
         G = (delta.to(about.dtype) @ about).double().flatten(2, 3).flatten(0, 1)
         S = self.delta.sum(2, dtype=torch.float64).flatten(0, 1)
-        return G - S.unsqueeze(-1) * (origin - self._origin.double()), S
+        return G.addcmul_(S.unsqueeze(-1), origin - self._origin.double(), value=-1), S
 
     def _about(self, origin: Float[Tensor, "*g d"]) -> Float[Tensor, "g m t d"]:
         """Activations about an origin that the units of a group share, in double precision."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from unitfisher.gram import compiled
+from unitfisher.native import compiled
 from unitfisher.memory import workspace
 
 ROUTES = ("rows", "sums", "products")

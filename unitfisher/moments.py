@@ -12,15 +12,12 @@ from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unitfisher.gram import solve_grams
-from unitfisher.memory import workspace
+from unitfisher.scatter import scatter
 from unitfisher.solvers import dot, outer, require_regular
-
-BLOCK = 128  # rows of a symmetric product, of which only one triangle is formed
 
 
 class ConstantFit(NamedTuple):
@@ -80,27 +77,20 @@ class UnitMoments:
         """
         units = D.shape[1]
         grouped = a.unsqueeze(0) if a.dim() == 2 else a
+        center = grouped.detach().mean(1)
         if origin is None:
-            center = grouped.detach().mean(1)
             origin = center[0] if len(center) == 1 else _repeated(center, units)
-        scale = D.detach().amax(0).clamp_min(torch.finfo(D.dtype).tiny)
-        weight = (D / scale).to(a.dtype).T  # tiny D keeps digits
-        together = max(1, workspace() // (8 * grouped[0].nbytes))
-        parts = [
-            _sums(grouped, origin, weight, slice(start, start + together))
-            for start in range(0, units, together)
-        ]
-        sum_a, sum_Da, sum_Daa = (torch.cat(sums).to(D.dtype) for sums in zip(*parts, strict=True))
+        sum_Da, sum_Daa = scatter(grouped, D, origin)
         return cls(
             origin=origin.to(D.dtype),
             cases=D.new_tensor(len(D)),
             samples=D.new_tensor(len(D) if samples is None else samples),
-            sum_a=sum_a[0] if origin.dim() == 1 else sum_a,
+            sum_a=_sum_about(origin.to(D.dtype), grouped, center),
             sum_D=D.sum(0),
             sum_DD=(D**2).sum(0),
             support=(D > 0).sum(0).to(D.dtype),
-            sum_Da=sum_Da * scale[:, None],
-            sum_Daa=sum_Daa * scale[:, None, None],
+            sum_Da=sum_Da,
+            sum_Daa=sum_Daa,
             ridge=D.new_zeros(units),
         )
 
@@ -194,11 +184,11 @@ class UnitMoments:
     def mu_p(self) -> Float[Tensor, "*g d"]:
         return self.origin + self.sum_a / self.cases
 
-    @property
+    @cached_property
     def mu_q(self) -> Float[Tensor, "u d"]:
         return self.origin + self._mean
 
-    @property
+    @cached_property
     def mu_q_squared(self) -> Float[Tensor, " u"]:
         return dot(self.mu_q, self.mu_q)
 
@@ -230,7 +220,7 @@ class UnitMoments:
         ridge = (self.ridge / self._safe(self.c))[:, None, None]
         return self.sum_Daa / weight - outer(self._mean, self._mean) + ridge * eye
 
-    @property
+    @cached_property
     def trace_Var_q(self) -> Float[Tensor, " u"]:
         trace = self.sum_Daa.diagonal(dim1=-2, dim2=-1).sum(-1) / self._safe(self.sum_D)
         d = self.sum_Da.shape[-1]
@@ -257,8 +247,8 @@ class UnitMoments:
 
     def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
         """Return Var_q⁻¹ rhs; zero where a unit is dead."""
-        one, zero = torch.ones_like(self.sum_Da), torch.zeros_like(self.sum_D)
-        solved = solve_grams(self._regular, one, zero, rhs.unsqueeze(-1).to(one.dtype))
+        K, v, epsilon, mean = self._system
+        solved = solve_grams(K, v, epsilon, rhs.unsqueeze(-1).to(K.dtype), mean)
         require_regular(solved.regular)
         return solved.Y.squeeze(-1).to(rhs.dtype) * self.alive[:, None]
 
@@ -270,15 +260,17 @@ class UnitMoments:
         return ConstantFit(gain, dot(self.mean_shift, x), epsilon * dot(x, x) / gain)
 
     @cached_property
-    def _regular(self) -> Float[Tensor, "u d d"]:
-        """Var_q; the identity where a unit is idle, whose answer is 0 at any rate."""
+    def _system(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Var_q as `solve_grams` takes it; the identity where a unit is idle, whose answer is 0."""
         d = self.sum_Da.shape[-1]
-        eye = torch.eye(d, dtype=self.c.dtype, device=self.c.device)
         idle_units = idle(self.alive, self.trace_Var_q, self.mu_q_squared)
         require_regular((self.support > d) | (self.ridge > 0) | idle_units)
-        return torch.where(idle_units[:, None, None], eye, self.Var_q)
+        scale = torch.where(idle_units, 0.0, self._safe(self.sum_D).rsqrt())
+        epsilon = torch.where(idle_units, 1.0, self.ridge / self._safe(self.c))
+        mean = torch.where(idle_units[:, None], 0.0, self._mean)
+        return self.sum_Daa, scale[:, None].expand_as(mean), epsilon, mean
 
-    @property
+    @cached_property
     def _mean(self) -> Float[Tensor, "u d"]:
         return self.sum_Da / self._safe(self.sum_D)[:, None]
 
@@ -293,34 +285,15 @@ def idle(
     return ~alive | (trace_Var_q == 0) & (mu_q_squared == 0)
 
 
-def _sums(
-    a: Float[Tensor, "g n d"],
-    origin: Float[Tensor, "*u d"],
-    weight: Float[Tensor, "u n"],
-    part: slice,
-) -> tuple[Float[Tensor, "v d"], Float[Tensor, "w d"], Float[Tensor, "w d d"]]:
-    """Σ (a - origin), Σ D (a - origin) and Σ D (a - origin)(a - origin)ᵀ of some units."""
+def _sum_about(
+    origin: Float[Tensor, "*u d"], a: Float[Tensor, "g n d"], center: Float[Tensor, "g d"]
+) -> Float[Tensor, "*u d"]:
+    """Σ (a - origin), in the origin's precision though the activations have less."""
+    rest = (a - center.unsqueeze(1)).sum(1).to(origin.dtype)
+    center = center.to(origin.dtype)
     if origin.dim() == 1:
-        about = a - origin
-    else:
-        group = torch.arange(len(weight), device=a.device)[part] * len(a) // len(weight)
-        about = (a if len(a) == 1 else a[group]) - origin[part].unsqueeze(1)
-    own = weight[part].unsqueeze(1)
-    return about.sum(1), (own @ about).squeeze(1), _symmetric(own * about.mT, about)
-
-
-def _symmetric(x: Float[Tensor, "u d n"], y: Float[Tensor, "v n d"]) -> Float[Tensor, "u d d"]:
-    """The product x y, one point's y for all units or each its own, where it is symmetric."""
-    d = x.shape[1]
-    if d <= 2 * BLOCK:
-        return x @ y if len(y) > 1 else (x.flatten(0, 1) @ y[0]).unflatten(0, x.shape[:2])
-    stops = [min(start + BLOCK, d) for start in range(0, d, BLOCK)]
-    lower = [
-        F.pad(x[:, start:stop] @ y[..., :stop], (0, d - stop))
-        for start, stop in zip([0, *stops], stops, strict=False)
-    ]
-    L = torch.cat(lower, 1).tril()
-    return L + L.tril(-1).mT
+        return rest[0] + a.shape[1] * (center[0] - origin)
+    return _repeated(rest, len(origin)) + a.shape[1] * (_repeated(center, len(origin)) - origin)
 
 
 def _repeated(x: Float[Tensor, "g ..."], units: int) -> Float[Tensor, "u ..."]:

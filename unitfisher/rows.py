@@ -5,6 +5,7 @@ the cases' side is small, and in double precision loses nothing. The theorems' s
 one ridge regression of the constant 1 on the rows, without any vector as long as a unit's inputs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from unitfisher import conjugate
 from unitfisher.gram import solve_grams
 from unitfisher.moments import ConstantFit, idle
 from unitfisher.solvers import dot, require_regular
@@ -37,6 +39,7 @@ class UnitRows:
     mu_q_squared: Float[Tensor, " u"]
     trace_Var_q: Float[Tensor, " u"]
     ridge: Float[Tensor, " u"]
+    iterates: bool = True  # where there are many cases
 
     @classmethod
     def of(
@@ -44,12 +47,12 @@ class UnitRows:
         c: Float[Tensor, " u"],
         center: Float[Tensor, "g d"],
         about: Float[Tensor, "g n d"],
+        gram: Float[Tensor, "g n n"],
         v: Float[Tensor, "u n"],
         w: Float[Tensor, "u n"],
     ) -> "UnitRows":
         """Take rows as they are, without damping."""
         groups = len(about)
-        gram = about @ about.mT
         mean_rows = v.unflatten(0, (groups, -1)) * (about @ center.unsqueeze(-1)).mT
         shares = (v * w).unflatten(0, (groups, -1))
         shift_squared = dot(shares @ gram, shares)  # ‖μ_q - μ_p‖²
@@ -76,12 +79,12 @@ class UnitRows:
     def alive(self) -> Bool[Tensor, " u"]:
         return self.c > 0
 
-    tolerance: ClassVar[float] = 0.0
+    tolerance: ClassVar[float] = conjugate.ROUNDING * conjugate.ENOUGH
 
     @property
     def residual(self) -> Float[Tensor, " u"]:
-        """Nothing is left to iterate."""
-        return torch.zeros_like(self.c)
+        """What conjugate gradients left of the systems for s and k, relative; or nothing."""
+        return self._constant[-1]
 
     @property
     def mu_q_double(self) -> Float[Tensor, "u d"]:
@@ -113,10 +116,10 @@ class UnitRows:
         (Zᵀ Z + ε I)⁻¹ rhs = (rhs - Zᵀ (Z Zᵀ + ε I)⁻¹ Z rhs) / ε, and one rank more for the mean
         that Var_q is about (Sherman and Morrison).
         """
-        y, _, e = self._constant
+        y, _, e, _ = self._constant
         grouped = rhs.unflatten(0, (len(self.about), -1))
         z = self.v * (grouped @ self.about.mT).flatten(0, 1)  # Z rhs
-        (solved,) = self._solve(z)
+        (solved,), _ = self._solve(z)
         z = self.v * (solved - y * (self.epsilon * dot(y, z) / e)[:, None])
         x = torch.baddbmm(grouped, z.unflatten(0, grouped.shape[:2]), self.about, alpha=-1)
         return x.flatten(0, 1).mul_((self.alive / self.epsilon)[:, None])
@@ -128,7 +131,7 @@ class UnitRows:
         With α = (Zᵀ Z + ε I)⁻¹ (μ_q - μ_p) and β the same of μ_p, Var_q⁻¹ μ_q = r α + β where
         r = (1 + μ_pᵀ α) / e and e = 1 - (μ_q - μ_p)ᵀ α is what the fit leaves of the constant.
         """
-        epsilon, (y, t, e) = self.epsilon, self._constant
+        epsilon, (y, t, e, _) = self.epsilon, self._constant
         center_squared = dot(self.center, self.center).unsqueeze(-1)
         mean_squared = center_squared.expand(-1, len(self.c) // len(self.center)).flatten()
         h = dot(self.mean_rows, y)  # μ_pᵀ α
@@ -140,13 +143,17 @@ class UnitRows:
         return ConstantFit(gain, r - 1, squared / gain)
 
     @cached_property
-    def _constant(self) -> tuple[Float[Tensor, "u n"], Float[Tensor, "u n"], Float[Tensor, " u"]]:
-        """Return y and t, solved for w and Z μ_p, so that α = Zᵀ y, and e = ε wᵀ y > 0."""
-        y, t = self._solve(self.w, self.mean_rows)
-        return y, t, torch.where(self.alive, self.epsilon * dot(self.w, y), 1.0)
+    def _constant(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return y and t, solved for w and Z μ_p, so that α = Zᵀ y; e = ε wᵀ y > 0; residuals."""
+        (y, t), residual = self._solve(self.w, self.mean_rows)
+        return y, t, torch.where(self.alive, self.epsilon * dot(self.w, y), 1.0), residual
 
-    def _solve(self, *rhs: Float[Tensor, "u n"]) -> tuple[Float[Tensor, "u n"], ...]:
+    def _solve(self, *rhs: Float[Tensor, "u n"]) -> tuple[Sequence[Tensor], Float[Tensor, " u"]]:
         """Return (Z Zᵀ + ε I)⁻¹ rhs, from the one product that the units of a group share."""
-        solved = solve_grams(self.gram, self.v, self.epsilon, torch.stack(rhs, -1))
+        system = self.gram, self.v, self.epsilon, torch.stack(rhs, -1)
+        if self.iterates and conjugate.pays(self.gram, len(self.v)):
+            Y, residual = conjugate.solve_by_iterations(*system)
+            return Y.unbind(-1), residual
+        solved = solve_grams(*system)
         require_regular(solved.regular)
-        return solved.Y.unbind(-1)
+        return solved.Y.unbind(-1), torch.zeros_like(self.c)

@@ -1,4 +1,4 @@
-/* Solve (diag(v_u) K diag(v_u) + epsilon_u I) Y_u = rhs_u for many units u that share a K.
+/* Solve (diag(v_u) K diag(v_u) - x_u x_u' + epsilon_u I) Y_u = rhs_u for units u that share a K.
  *
  * One unit's system is too small to fill a processor. So every lane of a vector is another unit,
  * and each operation below is on LANES units at once. Lanes never mix: what a unit gets depends
@@ -29,14 +29,14 @@ typedef double lanes __attribute__((vector_size(8 * LANES)));
 typedef int64_t mask __attribute__((vector_size(8 * LANES)));
 
 typedef struct { /* as in gram.py */
-    const double *K, *v, *epsilon, *rhs;
+    const double *K, *v, *epsilon, *rhs, *x;
     double *Y;
     bool *regular;
     int64_t u, n, r, group, taken; /* units that share a K, units that threads have taken */
 } Task;
 
 typedef struct { /* up to LANES units: weights, solutions, factor */
-    lanes epsilon, *v, *y, *L;
+    lanes epsilon, *v, *x, *y, *L;
     mask regular;
     const double *K[LANES];
     int64_t n, panels, first, units;
@@ -57,10 +57,14 @@ INLINE lanes gram(const Block *b, int64_t i, int64_t j) {
     return K;
 }
 
+INLINE lanes entry(const Block *b, int64_t i, int64_t j) {
+    return b->v[i] * b->v[j] * gram(b, i, j) - b->x[i] * b->x[j];
+}
+
 INLINE void build(lanes C[T][T], const Block *b, int64_t I, int64_t J) {
     EACH(i, 0, T) {
         int64_t row = T * I + i;
-        EACH(j, 0, T) C[i][j] = b->v[row] * b->v[T * J + j] * gram(b, row, T * J + j);
+        EACH(j, 0, T) C[i][j] = entry(b, row, T * J + j);
         if (I == J) C[i][i] += row < b->n ? b->epsilon : (lanes){} + 1;
     }
 }
@@ -79,7 +83,7 @@ APART void factor_tile(Block *b, int64_t J) {
     lanes C[T][T], root, *at = tile(b, J, J);
     EACH(j, 0, T) {
         int64_t row = T * J + j;
-        lanes diagonal = b->v[row] * b->v[row] * gram(b, row, row) + b->epsilon;
+        lanes diagonal = entry(b, row, row) + b->epsilon;
         EACH(i, j, T) C[i][j] = at[T * j + i];
         EACH(k, 0, j) EACH(i, j, T) C[i][j] -= C[i][k] * C[j][k];
         EACH(l, 0, LANES) root[l] = __builtin_sqrt(C[j][j][l]);
@@ -162,6 +166,7 @@ static void solve_block(Block *b, const Task *t) {
     EACH(l, 0, LANES)
         b->K[l] = t->K + t->n * t->n * (least(b->first + l, t->u - 1) / t->group);
     gather(b->v, b, t->v + b->first * t->n, 1, 1);
+    gather(b->x, b, t->x + b->first * t->n, 1, 1);
     factor(b);
     for (int64_t l = 0; l < b->units; l++) t->regular[b->first + l] = b->regular[l];
     for (; column + 1 < t->r; column += 2) solve(b, t, column, 2);
@@ -170,11 +175,11 @@ static void solve_block(Block *b, const Task *t) {
 
 /* What every thread runs until no units are left; one without memory leaves them to the others. */
 void solve_grams(Task *t) {
-    int64_t panels = (t->n + T - 1) / T, size = above(panels) + 3 * T * panels;
+    int64_t panels = (t->n + T - 1) / T, size = above(panels) + 4 * T * panels;
     lanes *memory = aligned_alloc(sizeof(lanes), (size + 1) * sizeof(lanes));
     if (!memory) return;
     Block b = {.epsilon = (lanes){} + 1, .n = t->n, .panels = panels, .L = memory};
-    b.v = tile(&b, panels, 0), b.y = b.v + T * panels;
+    b.v = tile(&b, panels, 0), b.x = b.v + T * panels, b.y = b.x + T * panels;
     while ((b.first = __atomic_fetch_add(&t->taken, LANES, __ATOMIC_RELAXED)) < t->u)
         solve_block(&b, t);
     free(memory);

@@ -1,0 +1,152 @@
+"""Many cases: conjugate gradients give what Cholesky gives, and leave to it what they cannot."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import mostly_ones, normal, seeds
+from torch import nn
+from torch.testing import assert_close
+
+from unitfisher import Monitor, conjugate
+from unitfisher.conjugate import solve_by_iterations
+from unitfisher.gram import System, solve_grams
+from unitfisher.memory import within
+from unitfisher.rows import UnitRows
+from unitfisher.solvers import SingularFisherError
+
+U, N = 6, 40
+
+
+@pytest.fixture(autouse=True)
+def any_number(monkeypatch):
+    monkeypatch.setattr(conjugate, "MANY_CASES", 2)
+    monkeypatch.setattr(conjugate, "MANY_UNITS", 1)
+    monkeypatch.setattr(conjugate, "PACE", 1)  # as many iterations as cases
+
+
+@st.composite
+def systems(draw) -> System:
+    """Weights of heavy tails, a fifth of them zero; duplicates; all conditions up to 1e8."""
+    generator, groups = draw(seeds), draw(st.sampled_from([1, 2]))
+    a = normal(generator, groups, N, draw(st.sampled_from([3, N, 4 * N])))
+    a[:, 7] = a[:, 3]
+    v = (normal(generator, N, U) ** 3 * mostly_ones(generator, N, U)).T.contiguous()
+    K = a @ a.mT / a.shape[-1]
+    largest = torch.linalg.eigvalsh(K).amax() * (v**2).amax(1)
+    epsilon = largest * draw(st.sampled_from([1e-8, 1e-4, 1.0]))
+    return System(K, v, epsilon, normal(generator, U, N, 2), torch.zeros_like(v))
+
+
+@given(system=systems())
+def test_iterations_solve_as_cholesky_does(system):
+    found = solve_by_iterations(*system[:4])
+    expected = solve_grams(*system).Y
+    size = torch.linalg.vector_norm(expected, dim=1, keepdim=True)
+    assert_close(found.Y / size, expected / size, rtol=0, atol=1e-7)
+    assert (found.residual <= conjugate.ROUNDING * conjugate.ENOUGH).all()
+
+
+def benign() -> System:
+    generator = torch.Generator().manual_seed(3)
+    a = normal(generator, 1, N, 4 * N)
+    v = 1 + torch.rand(U, N, generator=generator, dtype=torch.float64)
+    rhs = normal(generator, U, N, 2)
+    return System(a @ a.mT / a.shape[-1], v, torch.full_like(v[:, 0], 0.1), rhs, 0 * v)
+
+
+def test_what_converges_needs_no_factor(monkeypatch):
+    system = benign()
+    expected = solve_grams(*system).Y
+    monkeypatch.setattr(conjugate, "solve_grams", None)
+    found = solve_by_iterations(*system[:4])
+    assert (found.residual > 0).all()
+    assert_close(found.Y, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_only_who_is_late_gets_a_factor(monkeypatch):
+    system, taken = benign(), []
+    system.v[2] = torch.logspace(-8, 4, N, dtype=torch.float64)  # far from the others
+
+    def counted(K, v, epsilon, rhs):
+        taken.append(len(v))
+        return solve_grams(K, v, epsilon, rhs)
+
+    monkeypatch.setattr(conjugate, "solve_grams", counted)
+    monkeypatch.setattr(conjugate, "PACE", 2)
+    found = solve_by_iterations(*system[:4])
+    assert taken == [1]
+    assert found.residual.eq(0).tolist() == [unit == 2 for unit in range(U)]
+    assert_close(found.Y, solve_grams(*system).Y, rtol=1e-7, atol=1e-9)
+
+
+def test_an_early_look_ends_what_is_not_on_the_way(monkeypatch):
+    system, steps = benign(), []
+    times = conjugate.Scaled.times
+    monkeypatch.setattr(
+        conjugate.Scaled, "times", lambda self, x, K: steps.append(len(x)) or times(self, x, K)
+    )
+    monkeypatch.setattr(conjugate, "ENOUGH", 1e-300)
+    found = solve_by_iterations(*system[:4])
+    assert len(steps) == 2 * conjugate.LOOK + 1  # and once for the residual
+    assert found.residual.eq(0).all()
+    assert_close(found.Y, solve_grams(*system).Y, rtol=1e-12, atol=0)
+
+
+def test_dead_units_and_zero_right_hand_sides_get_zero():
+    system = benign()
+    system.v[1], system.rhs[1] = 0.0, 0.0
+    found = solve_by_iterations(*system[:4])
+    assert found.Y[1].eq(0).all()
+    assert found.residual[1] == 0
+    assert_close(found.Y, solve_grams(*system).Y, rtol=1e-9, atol=1e-10)
+
+
+def test_a_matrix_that_rounding_makes_singular_is_named():
+    system = benign()
+    system.K[:, 1], system.K[:, :, 1] = system.K[:, 0], system.K[:, :, 0]
+    system.epsilon[4] = 1e-30
+    with pytest.raises(SingularFisherError, match="unit 4"):
+        solve_by_iterations(*system[:4])
+
+
+def convolution() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    head = nn.Flatten(), nn.Linear(4 * 9, 3)
+    model = nn.Sequential(nn.Conv2d(8, 4, 3, padding=1), nn.ELU(), *head).double()
+    return model, torch.randn(4, 8, 3, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-2])
+def test_a_monitor_iterates_where_there_are_many_cases(damping):
+    model, x = convolution()
+    y = torch.zeros(4, dtype=torch.long)
+    with Monitor(model, layers="0", damping=damping, solver="direct") as monitor:
+        direct = monitor.measure(x, y)["0"]
+    with Monitor(model, layers="0", damping=damping) as monitor:
+        found = monitor.measure(x, y)["0"]
+    assert found.cases.route == "rows"
+    assert 0 < found.residual.max() <= conjugate.ROUNDING * conjugate.ENOUGH
+    assert found.converged.all()
+    assert direct.residual.eq(0).all()
+    for name in ("s", "k", "damping_share", "cosine", "bias_shift_share_natural"):
+        assert_close(getattr(found, name), getattr(direct, name), rtol=1e-7, atol=1e-10)
+    step = found.natural_gradient(*found.gradient).dw
+    expected = direct.natural_gradient(*direct.gradient).dw
+    assert_close(step, expected, rtol=0, atol=1e-7 * float(expected.abs().max()))
+
+
+def test_parts_of_the_units_share_one_gram_matrix():
+    model, x = convolution()
+    monitor = Monitor(model, layers="0")
+    cases = monitor.measure(x)["0"].cases
+    whole = replace(cases)
+    ((_, together),) = whole.parts()
+    with within(2 * 64 * (72 + 36)):  # of two units
+        apart = [m for _, m in replace(cases).parts()]
+    assert [len(m.c) for m in apart] == [2, 2]
+    assert all(isinstance(m, UnitRows) for m in apart)
+    assert apart[0].gram is apart[1].gram
+    assert_close(torch.cat([m.mu_q for m in apart]), together.mu_q, rtol=1e-12, atol=1e-12)
