@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from unitfisher.native import compiled
 from unitfisher.memory import workspace
+from unitfisher.native import compiled
 
 ROUTES = ("rows", "sums", "products")
 DAMPED = 1e-6  # relative damping with which rows may be more than inputs, and sums of fewer cases
