@@ -15,8 +15,10 @@ import benchmark_apart
 import benchmark_cases as cases
 import benchmark_measure as measuring
 import benchmark_memory
+import benchmark_photographs as photographs
 import benchmark_results as results
 import benchmark_timing as timing
+import benchmark_training as training
 from benchmark_rows import ROWS, Row, peer
 from benchmark_scaling import Sizes, slope
 
@@ -190,3 +192,25 @@ def test_a_process_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPat
     (row,) = benchmark.choose(ROWS, ["fc-4096/memory"])
     (found,) = measuring.apart(row, "cpu", EFFORT)
     assert (found.verdict, found.note) == ("failed", "took more than 0 s")
+
+
+def test_rates_are_of_what_is_read_after_the_store() -> None:
+    taken: list[int] = []
+    rates = photographs.sustained(map(taken.append, range(100)), 4, rounds=2)
+    assert len(rates) == 2
+    assert len(taken) == photographs.AHEAD + 2 * photographs.BATCHES
+
+
+@pytest.mark.slow
+def test_photographs_are_read_and_trained_on_in_every_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(photographs, "MADE_UP", 16)
+    monkeypatch.setitem(sys.modules, "nvidia", None)
+    config = training.Config(network="nin", crop=32, batch=2, rounds=2, out=tmp_path)
+    rows = training.of_photographs(config)
+    names = [row.key.removeprefix("photographs/") for row in rows]
+    assert names == ["here", "workers", "dali", "alone", "read"]
+    assert [row.verdict for row in rows] == ["", "", "failed", "", ""]
+    training.save(rows, config, 1.0)
+    assert "NVIDIA DALI" in (tmp_path / "benchmark.md").read_text()
