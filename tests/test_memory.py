@@ -113,8 +113,8 @@ def test_a_loader_is_measured_within_the_budget():
 @pytest.mark.parametrize("loader", [False, True], ids=["batch", "loader"])
 def test_what_cannot_hold_is_refused_before_anything_is_allocated(loader):
     model, x = dense(48, 64), torch.randn(4000, 48)
-    monitor = Monitor(model, memory="8 MiB")
     _, of_pass = peak(lambda: model(x))
+    monitor = Monitor(model, memory="8 MiB")
     with pytest.raises(MemoryBudgetError, match=r"8 MiB; most of it '\d'.*rows=.*memory="):
         monitor.measure([x] if loader else x)
     assert not monitor.latest
@@ -123,7 +123,7 @@ def test_what_cannot_hold_is_refused_before_anything_is_allocated(loader):
         with pytest.raises(MemoryBudgetError):
             monitor.measure([x] if loader else x)
 
-    assert peak(refused)[0] < 1.2 * of_pass
+    assert peak(refused)[0] < of_pass + 2**22  # half the budget: a look at the outputs
 
 
 def test_results_that_cannot_hold_are_refused_at_attach():
