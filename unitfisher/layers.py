@@ -49,7 +49,8 @@ def _(layer: nn.Linear, y: Tensor) -> Float[Tensor, "n t u"]:
 
 def _padded(layer: Conv, x: Tensor) -> Tensor:
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(x, layer._reversed_padding_repeated_twice, mode)
+    padded: Tensor = F.pad(x, layer._reversed_padding_repeated_twice, mode)
+    return padded
 
 
 @incoming.register
