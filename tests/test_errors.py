@@ -13,6 +13,7 @@ import unitfisher.errors
 from unitfisher import Bernoulli, Categorical, Gaussian, Monitor, OutputError, unit_fisher
 from unitfisher.errors import Estimator, columns, columns_together, send_all_back
 from unitfisher.likelihoods import Likelihood
+from unitfisher.observed import MANY, _squared
 
 SHARINGS = ["expand", "joint", "reduce"]
 all_sharings = pytest.mark.parametrize("sharing", SHARINGS)
@@ -321,3 +322,10 @@ def test_columns_that_fit_in_memory_go_together_and_at_least_one_goes():
     assert columns_together(output, megabyte, convolutional=False) == 128
     assert columns_together(output, 10**12, convolutional=False) == 1
     assert columns_together(output, megabyte, convolutional=True) == 1
+
+
+def test_squares_beyond_single_precision_are_those_of_double_precision():
+    scale = torch.tensor([1.0, 1e-22, 1e22, 0.0, 1e-3, 1e-40])
+    delta = normal(torch.Generator().manual_seed(0), 2, MANY // 12 + 1, 1, 6).float() * scale
+    assert delta.numel() >= MANY
+    assert_close(_squared(delta), (delta.double() ** 2).sum(0), rtol=1e-6, atol=0)

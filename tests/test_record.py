@@ -608,3 +608,24 @@ def test_a_missing_table_is_named_with_those_that_exist(tmp_path):
     with pytest.raises(LookupError, match=r"has no table 'units'; it has \['layers', 'steps'\]"):
         run.read("units")
     assert run.tables == ["layers", "steps"]
+
+
+def test_tuples_are_recorded_each_time_whether_they_repeat_or_not(tmp_path):
+    one, other = ("first", "second"), ("third",)
+    with Run(tmp_path / "run") as run:
+        for names in (one, one, other, one, other):
+            run.append("units", {"layer": names, "unit": tuple(range(len(names)))})
+            if names is other:
+                run.flush()
+    expected = [*one, *one, *other, *one, *other]
+    assert run.read("units")["layer"].tolist() == expected
+    assert run.read("units")["unit"].tolist() == [0, 1, 0, 1, 0, 0, 1, 0]
+
+
+def test_a_list_that_is_changed_between_appends_is_recorded_as_it_was(tmp_path):
+    names = ["first", "second"]
+    with Run(tmp_path / "run") as run:
+        run.append("units", {"layer": names})
+        names[0] = "changed"
+        run.append("units", {"layer": names})
+    assert run.read("units")["layer"].tolist() == ["first", "second", "changed", "second"]

@@ -4,19 +4,19 @@ Hooks stand on the layers for the length of one pass. Nothing is set on the user
 gradient edge taken at once survives the in-place activations that break module backward hooks.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-from weakref import ReferenceType, ref
+from typing import Any
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from unitfisher.layers import LayerSelectionError, at_units
+from unitfisher.outputs import Averages, Taken, UnitMeans, means
 
 NONLINEARITIES = frozenset(
     [
@@ -69,68 +69,44 @@ TRANSPARENT = frozenset(
 )
 
 
-FEW = 2**16  # numbers: outputs are copied then, and averaged together with others
-
-
-class UnitMeans(NamedTuple):
-    """Mean and variance of each unit's own output over samples and positions."""
-
-    mean: Float[Tensor, " u"]
-    var: Float[Tensor, " u"]  # population variance
-    cases: int
-    nonlinearity: str | None  # the function that followed the layer; None: linear
-
-    @classmethod
-    def of(cls, y: Float[Tensor, "n t u"], nonlinearity: str | None) -> "UnitMeans":
-        y = y if y.dtype == torch.float64 else y.float()
-        mean = y.mean((0, 1))
-        var = (y - mean).square_().mean((0, 1))  # faster than torch.var_mean over the first axes
-        return cls(mean, var, y.shape[0] * y.shape[1], nonlinearity)
-
-    def joined(self, other: "UnitMeans") -> "UnitMeans":
-        """Return the statistics of both sets of cases together."""
-        cases = self.cases + other.cases
-        p, q = self.cases / cases, other.cases / cases
-        shift = other.mean - self.mean
-        var = p * self.var + q * other.var + p * q * shift**2
-        return UnitMeans(self.mean + q * shift, var, cases, self.nonlinearity)
-
-
-@dataclass
+@dataclass(slots=True)
 class Call:
     """One call of a layer."""
 
     layer: str
     module: nn.Module
-    activations: Tensor  # as the layer received them
+    x: Tensor  # as the layer received it
     version: int  # of that tensor: a later change in place would be seen
-    net: Tensor  # the preactivations, as long as no nonlinearity changes them
-    net_version: int
-    net_sum: Float[Tensor, ""]  # NaN or infinite where any preactivation is
+    y: Tensor  # the preactivations, as long as no nonlinearity changes them
+    y_version: int
     edge: GradientEdge | None  # where ∂/∂net arrives; None when no graph is built
+    y_sum: Float[Tensor, ""] | None  # NaN or infinite where any preactivation is
+    taken: Taken | None = None  # None: no operation has followed yet
     nonlinearity: str | None = None
-    output: Float[Tensor, "n t u"] | UnitMeans | None = None  # None: not taken yet
 
     @property
     def shape(self) -> torch.Size:
-        return self.net.shape
+        return self.y.shape
+
+    @property
+    def activations(self) -> Tensor:
+        return self.x.detach()
 
     def take(self, y: Tensor, nonlinearity: str | None = None) -> None:
         """Take the units' outputs as they are now: later operations may change them in place."""
-        at = at_units(self.module, y.detach())
         self.nonlinearity = nonlinearity
-        self.output = at.clone() if at.numel() <= FEW else UnitMeans.of(at, nonlinearity)
+        self.taken = Taken.of(self.layer, nonlinearity, at_units(self.module, y.detach()))
 
-    def settled(self) -> Float[Tensor, "n t u"] | UnitMeans:
+    def settled(self) -> Taken:
         """Return what was taken; the preactivations if nothing was."""
-        if self.output is None:
-            changed = _version(self.net) != self.net_version  # by what no function mode sees
-            self.take(torch.full_like(self.net, torch.nan) if changed else self.net)
-        assert self.output is not None
-        return self.output
+        if self.taken is None:
+            changed = _version(self.y) != self.y_version  # by what no function mode sees
+            self.take(torch.full_like(self.y, torch.nan) if changed else self.y)
+        assert self.taken is not None
+        return self.taken
 
     def require_unchanged(self) -> None:
-        if _version(self.activations) != self.version:
+        if _version(self.x) != self.version:
             raise LayerSelectionError(
                 f"the input of layer {self.layer!r} was changed in place after the layer read it, "
                 f"so its activations are gone; make that operation out of place, or leave the "
@@ -158,13 +134,13 @@ class Seen:
 
     def fault(self) -> str | None:
         """Name the first place in the pass that holds NaN or infinity."""
-        sums = one_look(x for call in self.calls for x in (call.activations.sum(), call.net_sum))
-        if bool(sums.isfinite().all()):
+        sums = [x for call in self.calls for x in (call.activations.sum(), call.y_sum)]
+        if all_finite(sums):
             return None  # what follows looks again: a sum may overflow
         for call in self.calls:
             if not call.activations.isfinite().all():
                 return f"the activations into layer {call.layer!r}"
-            if not call.net_sum.isfinite():
+            if call.y_sum is not None and not call.y_sum.isfinite():
                 return f"the preactivations of layer {call.layer!r}"
         return None
 
@@ -174,41 +150,28 @@ class Seen:
         return sum(call.shape.numel() for call in self.calls)
 
     def means(self) -> dict[str, UnitMeans]:
-        """Join each layer's calls."""
-        joined: dict[str, UnitMeans] = {}
-        for call, means in zip(self.calls, self._means_of_calls(), strict=True):
-            first = joined.get(call.layer)
-            joined[call.layer] = first.joined(means) if first else means
-        return joined
+        """Average every layer's outputs."""
+        return means([call.settled() for call in self.calls])
 
-    def _means_of_calls(self) -> list[UnitMeans]:
-        """Outputs that were kept are averaged together: few operations for many small layers."""
-        kept: dict[object, list[tuple[int, Call, Tensor]]] = {}
-        found: dict[int, UnitMeans] = {}
-        for i, call in enumerate(self.calls):
-            output = call.settled()
-            if isinstance(output, UnitMeans):
-                found[i] = output
-            else:
-                form = output.shape[:2], output.dtype, output.device
-                kept.setdefault(form, []).append((i, call, output))
-        for alike in kept.values():
-            outputs = [output for _, _, output in alike]
-            together = UnitMeans.of(torch.cat(outputs, -1), None)
-            units = [output.shape[-1] for output in outputs]
-            parts = zip(together.mean.split(units), together.var.split(units), strict=True)
-            for (i, call, _), (mean, var) in zip(alike, parts, strict=True):
-                found[i] = UnitMeans(mean, var, together.cases, call.nonlinearity)
-        return [found[i] for i in range(len(self.calls))]
+    def averages(self) -> Averages:
+        """Return the same, all layers end to end."""
+        return Averages.of([call.settled() for call in self.calls])
 
 
 @contextmanager
-def capture(layers: Mapping[str, nn.Module]) -> Iterator[Seen]:
-    """Watch these layers, and the nonlinearity that follows each, until the block ends."""
+def capture(layers: Mapping[str, nn.Module], *, errors: bool = True) -> Iterator[Seen]:
+    """Watch these layers, and the nonlinearity that follows each, until the block ends.
+
+    Args:
+        layers: By name.
+        errors: Whether errors are to be sent back, for which all must be finite.
+    """
     seen = Seen()
     follow = _Follow(seen.retained)
     handles = [
-        layer.register_forward_hook(_watch(name, seen, follow), prepend=True, with_kwargs=True)
+        layer.register_forward_hook(
+            _watch(name, seen, follow, errors), prepend=True, with_kwargs=True
+        )
         for name, layer in layers.items()
     ]
     try:
@@ -219,21 +182,19 @@ def capture(layers: Mapping[str, nn.Module]) -> Iterator[Seen]:
             handle.remove()
 
 
-def _watch(name: str, seen: Seen, follow: "_Follow") -> Callable[..., None]:
+def _watch(name: str, seen: Seen, follow: "_Follow", errors: bool) -> Callable[..., None]:
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return  # inside vmap or grad: shapes and levels are not those of the pass
         with torch._C.DisableTorchFunction():  # no need to follow what is done here
-            see(layer, args[0] if args else kwargs["input"], y)
-
-    def see(layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        if y.numel() == 0:
-            return  # an expert to which no row was sent
-        edge = get_gradient_edge(y) if y.requires_grad else None
-        net = y.detach()
-        call = Call(name, layer, x.detach(), _version(x), net, _version(y), _sum(net), edge)
-        seen.calls.append(call)
-        follow.start(y, call)
+            if y.numel() == 0:
+                return  # an expert to which no row was sent
+            x = args[0] if args else kwargs["input"]
+            edge = get_gradient_edge(y) if y.requires_grad else None
+            total = _sum(y.detach()) if errors else None
+            call = Call(name, layer, x, _version(x), y, _version(y), edge, total)
+            seen.calls.append(call)
+            follow.open[id(y)] = call, call.y_version, y
 
     return hook
 
@@ -248,10 +209,7 @@ class _Follow(TorchFunctionMode):
     def __init__(self, retained: list[Tensor]) -> None:
         super().__init__()
         self.retained = retained
-        self.open: dict[int, tuple[ReferenceType[Tensor], int, Call]] = {}
-
-    def start(self, y: Tensor, call: Call) -> None:
-        self.open[id(y)] = ref(y), _version(y), call
+        self.open: dict[int, tuple[Call, int, Tensor]] = {}  # by id: held, so that it stays theirs
 
     def __torch_function__(
         self,
@@ -261,7 +219,7 @@ class _Follow(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        call = self._followed(args or kwargs.values())
+        call = self._followed(args or kwargs.values()) if self.open else None
         result = func(*args, **kwargs) if call is None else self._step(call, func, args, kwargs)
         if func is Tensor.retain_grad:
             self.retained.append(args[0])
@@ -271,8 +229,8 @@ class _Follow(TorchFunctionMode):
         """Whose preactivation is read? No one's any more once a sum in place has changed it."""
         for x in args:
             if id(x) in self.open:
-                alive, version, call = self.open[id(x)]
-                if isinstance(x, Tensor) and alive() is x and _version(x) == version:
+                call, version, y = self.open[id(x)]
+                if _version(y) == version:
                     return call
         return None
 
@@ -286,28 +244,36 @@ class _Follow(TorchFunctionMode):
         name = getattr(func, "__name__", "").rstrip("_")
         transparent, nonlinear = name in TRANSPARENT, name in NONLINEARITIES
         if (
-            call.output is None
+            call.taken is None
             and not nonlinear
             and not (transparent and _is_pure(func, args, kwargs))
         ):
-            call.take(call.net)
+            call.take(call.y)
         result = func(*args, **kwargs)
         if transparent:
-            self.start(result, call)
+            self.open[id(result)] = call, _version(result), result
         elif nonlinear and call.nonlinearity is None:
             whole = isinstance(result, Tensor) and result.shape == call.shape  # no ``max`` of rows
-            call.take(result if whole else call.net, name if whole else None)
+            call.take(result if whole else call.y, name if whole else None)
+            if whole:
+                self.open = {i: held for i, held in self.open.items() if held[0] is not call}
         return result
 
 
 def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+    try:
+        return x._version
+    except RuntimeError:  # tensors of inference mode have none
+        return 0
 
 
-def one_look(numbers: Iterable[Float[Tensor, ""]]) -> Float64[Tensor, " m"]:
-    """Put numbers together, from whatever device, so that the host waits but once."""
-    first, *others = numbers
-    return torch.stack([x.to(first.device, torch.float64) for x in (first, *others)])
+def all_finite(numbers: Sequence[Float[Tensor, ""] | None]) -> bool:
+    """Look at numbers from whatever device so that the host waits but once."""
+    given = [x for x in numbers if x is not None]
+    alike = len({(x.dtype, x.device) for x in given}) <= 1
+    first = given[0].device
+    together = torch.stack(given if alike else [x.to(first, torch.float64) for x in given])
+    return bool(together.isfinite().all())
 
 
 def _sum(x: Tensor) -> Float[Tensor, ""]:

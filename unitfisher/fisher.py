@@ -13,12 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from unitfisher.capture import Call, Seen, UnitMeans, capture, one_look
+from unitfisher.capture import Call, Seen, all_finite, capture
 from unitfisher.cases import UnitCases
 from unitfisher.errors import Estimator, columns, columns_together, send_all_back, send_back
 from unitfisher.layers import Layers, LayerSelectionError, match, supported
 from unitfisher.likelihoods import Likelihood, OutputError, likelihood_of
 from unitfisher.observed import Folding, Observed
+from unitfisher.outputs import UnitMeans
 from unitfisher.passes import Chance, Pick, arguments, pick_output, undisturbed
 from unitfisher.per_sample import unit_fisher_per_sample
 
@@ -74,9 +75,9 @@ class Observer:
         if output.numel() == 0:
             raise OutputError(f"the batch is empty: the output has shape {tuple(output.shape)}")
         z = self.estimator.likelihood.arrange(output.detach())
+        edges = _edges(output, seen)
         fault = seen.fault() or (None if z.isfinite().all() else "the logits after the last layer")
         z = z if fault is None else z.nan_to_num(0.0, 0.0, 0.0)  # so that labels can be drawn
-        edges = _edges(output, seen)
         observed = self._observed(seen, samples=len(z))
         replicates = self.estimator.replicates
         foldings = {name: Folding(layer, replicates) for name, layer in observed.items()}
@@ -222,11 +223,13 @@ def _by_layer(
 
 def _faulty_errors(cases: Mapping[str, UnitCases]) -> dict[str, str]:
     """Name the layers to which NaN or infinite errors came back; one look where there are none."""
-    zeros = one_look((of.delta * 0).sum() for of in cases.values())
-    if not zeros.any():
-        return {}
-    bad = zip(cases, zeros.tolist(), strict=True)
-    return {name: f"the errors at layer {name!r}" for name, zero in bad if zero != 0}
+    if all_finite([of.delta.sum() for of in cases.values()]):
+        return {}  # what follows looks again: a sum may overflow
+    return {
+        name: f"the errors at layer {name!r}"
+        for name, of in cases.items()
+        if not of.delta.isfinite().all()
+    }
 
 
 def require_finite(faults: Iterable[str | None]) -> None:

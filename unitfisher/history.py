@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from unitfisher.capture import UnitMeans
+from unitfisher.outputs import Averages
 from unitfisher.record import Run
 from unitfisher.statistics import UnitStatistics
 
@@ -68,24 +68,20 @@ def _columns_of_layer(measured: UnitStatistics, phase: str) -> Columns:
     }
 
 
-def columns_of_activations(means: Mapping[str, UnitMeans], step: int) -> Columns:
+def columns_of_activations(averages: Averages, step: int) -> Columns:
     """Lay mean and variance of the units' outputs out as columns."""
-    sizes = tuple((layer, len(of.mean), of.mean.device) for layer, of in means.items())
-    layer, unit = _numbered(sizes)
-    return {
-        "step": step,
-        "layer": layer,
-        "unit": unit,
-        "mean": _joined([of.mean for of in means.values()], []).double(),
-        "var": _joined([of.var for of in means.values()], []).double(),
-    }
+    layer, unit = _numbered(averages.layers, averages.mean.device)
+    mean, var = averages.mean.double(), averages.var.double()
+    return {"step": step, "layer": layer, "unit": unit, "mean": mean, "var": var}
 
 
 @lru_cache(maxsize=16)
-def _numbered(sizes: tuple[tuple[str, int, torch.device], ...]) -> tuple[list[str], Tensor]:
-    """Name the layer and number of every unit; the same at every step."""
-    names = [layer for layer, units, _ in sizes for _ in range(units)]
-    return names, _joined([torch.arange(n, device=device) for _, n, device in sizes], [])
+def _numbered(
+    layers: tuple[tuple[str, int], ...], device: torch.device
+) -> tuple[tuple[str, ...], Tensor]:
+    """Name the layer and number of every unit; the same objects at every step."""
+    names = tuple(layer for layer, units in layers for _ in range(units))
+    return names, torch.cat([torch.arange(n, device=device) for _, n in layers])
 
 
 class History:

@@ -322,7 +322,8 @@ class Monitor:
         if self._paused or not (whole or (self.activations and step % self.activations == 0)):
             return
         stack = ExitStack()
-        self._pass = stack, stack.enter_context(capture(self.layers)), step, whole
+        watched = capture(self.layers, errors=whole)
+        self._pass = stack, stack.enter_context(watched), step, whole
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         if self._pass is None:
@@ -334,11 +335,11 @@ class Monitor:
         stack.close()
         if result is None:  # forward raised, and this hook runs on the way out
             return
+        if self.activations and step % self.activations == 0:
+            self._history.append(ACTIVATIONS, columns_of_activations(seen.averages(), step))
+        if not whole:
+            return
         with exactly(device_of(model)):
-            if self.activations and step % self.activations == 0:
-                self._history.append(ACTIVATIONS, columns_of_activations(seen.means(), step))
-            if not whole:
-                return
             try:
                 with kept(model):
                     observations = self._observer.observe(result, seen, targets)

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
 from unitfisher.capture import Call
 from unitfisher.cases import UnitCases
 from unitfisher.layers import LayerSelectionError, at_units, incoming
+
+MANY = 2**18  # numbers: to convert them costs more than to look at their range
+FAINT, FIERCE = 1e-24, 1e36  # a unit's ΣD: squares may underflow below, and overflow above
 
 
 @dataclass(frozen=True)
@@ -33,23 +36,24 @@ class Observed:
         parts = [self._by_sample(x) for x in seen]
         a = torch.cat(parts, 2) if len(parts) > 1 else _own(parts[0], self.calls[0].activations)
         a = a if a.dtype == torch.float64 else a.float()
-        if len(a) == 1 or self.units is None:
+        groups = a.shape[0]
+        if groups == 1 or self.units is None:
             return a
-        return a[self.units.to(a.device) // (self.layer.get_parameter("weight").shape[0] // len(a))]
+        return a[self.units.to(a.device) // (self.layer.get_parameter("weight").shape[0] // groups)]
 
     def errors(self, grads: Sequence[Tensor | None]) -> Float[Tensor, "r n t u"]:
         """Arrange a block of columns, (r, *output.shape) for each call.
 
         None stands for a call that the model's output does not depend on: no error.
         """
-        columns = next((len(g) for g in grads if g is not None), 1)
+        columns = next((g.shape[0] for g in grads if g is not None), 1)
         parts = []
         for call, grad in zip(self.calls, grads, strict=True):
             if grad is None:
                 grad = call.activations.new_zeros(columns, *call.shape)
-            delta = at_units(self.layer, grad.flatten(0, 1)).unflatten(0, (columns, -1))
-            parts.append(self._by_sample(delta))
-        delta = torch.cat(parts, 2)
+            delta = at_units(self.layer, grad.flatten(0, 1))
+            parts.append(self._by_sample(delta.view(columns, -1, *delta.shape[1:])))
+        delta = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
         return delta if self.units is None else delta[..., self.units.to(delta.device)]
 
     def gradient(
@@ -88,7 +92,8 @@ def _own(x: Tensor, given: Tensor) -> Tensor:
 class Folding:
     """Gathers a layer's errors block by block; folds columns as soon as sharing permits.
 
-    Several columns that estimate the same are kept: how they differ is their standard error.
+    A single column stays as it is: its square is D already. Several columns that estimate the same
+    are kept: how they differ is their standard error.
     """
 
     def __init__(self, observed: Observed, replicates: int = 0) -> None:
@@ -97,27 +102,50 @@ class Folding:
         self.columns: list[Tensor] = []
 
     def add(self, delta: Float[Tensor, "r n t u"]) -> None:
-        if self.observed.sharing == "joint" and delta.shape[2] > 1:
-            self.columns.append(delta)
-            return
+        delta = delta if delta.dtype == torch.float64 else delta.float()
         if self.observed.sharing == "reduce":
             delta = delta.sum(2, keepdim=True)
-        if self.replicates > 1:
-            self.columns.append(delta.flatten(1, 2).unsqueeze(2))
-            return
-        D = (delta.double() ** 2).sum(0)
-        self.D = D if self.D is None else self.D.add_(D)
+        self.columns.append(delta)
+        apart = self.observed.sharing == "joint" and delta.shape[2] > 1
+        several = self.D is not None or len(self.columns) + delta.shape[0] > 2
+        if several and not apart and self.replicates < 2:
+            self._fold()
+
+    def _fold(self) -> None:
+        for delta in self.columns:
+            D = _squared(delta)
+            self.D = D if self.D is None else self.D.add_(D)
+        self.columns.clear()
 
     def cases(self) -> UnitCases:
         """Put the errors beside the activations."""
         a, samples = self.observed.activations, self.observed.samples
-        if self.columns:
-            delta = torch.cat(self.columns)
-        else:
-            assert self.D is not None, "no column was sent back"
-            delta = self.D.sqrt().flatten(0, 1)[None, :, None]
         if self.observed.sharing == "reduce":
             a = a.mean(2, keepdim=True, dtype=torch.float64)
-        if delta.shape[2] == 1:
-            a = a.flatten(1, 2).unsqueeze(2)
+        if self.D is not None:
+            delta = self.D.sqrt().unsqueeze(0)
+        else:
+            assert self.columns, "no column was sent back"
+            delta = torch.cat(self.columns) if len(self.columns) > 1 else self.columns[0]
+        if self.observed.sharing == "expand":
+            a, delta = _cases(a), _cases(delta)
         return UnitCases(a, delta, samples, replicates=self.replicates)
+
+
+def _cases(x: Float[Tensor, "r n t d"]) -> Float[Tensor, "r m 1 d"]:
+    """Make every position a case; where that takes a copy, rows of positions stay together."""
+    return x.movedim(-1, 1).flatten(2).mT.unsqueeze(2)
+
+
+def _squared(delta: Float[Tensor, "r n t u"]) -> Float64[Tensor, "n t u"]:
+    """Σ_r δ²; of many on a CPU in single precision, for units whose squares stay in its range."""
+    if delta.dtype == torch.float64 or delta.device.type != "cpu" or delta.numel() < MANY:
+        return delta.double().square_().sum(0)
+    squares = delta.square()
+    D = squares.sum(0) if len(delta) > 1 else squares[0]
+    total = D.sum((0, 1))
+    far = ~((total > FAINT) & (total < FIERCE))
+    D = D.double()
+    if far.any():
+        D[..., far] = delta[..., far].double().square_().sum(0)
+    return D

@@ -50,6 +50,8 @@ class Table:
         self._pending: list[dict[str, Values]] = []  # as given
         self._rows: pa.Table = None  # of the open part
         self._stale = False  # is that part behind on disk?
+        self._constant: dict[str, tuple[tuple[Any, ...], Values]] = {}  # newest tuple of a column
+        self._checked: dict[str, Any] = {}  # types that fit the schema
 
     def append(self, columns: Mapping[str, Column]) -> None:
         """Copy rows as they are, on the device where they are."""
@@ -57,7 +59,10 @@ class Table:
         n = self._length(rows)
         if self.schema is None:
             self.schema = pa.schema([(name, _STORED_AS[v.dtype]) for name, v in rows.items()])
-        self._check(rows)
+        types = {name: values.dtype for name, values in rows.items()}
+        if types != self._checked:
+            self._check(rows)
+            self._checked = types
         self._pending.append({name: v if v.ndim else _repeat(v, n) for name, v in rows.items()})
 
     def flush(self) -> None:
@@ -93,7 +98,15 @@ class Table:
         return sum(pq.read_metadata(part).num_rows for part in self._parts)
 
     def _own(self, name: str, column: Column) -> Values:
-        """Copy, so that what is done in place later is not recorded."""
+        """Copy, so that what is done in place later is not recorded; a tuple never changes."""
+        if isinstance(column, tuple):
+            known = self._constant.get(name)
+            if known is None or known[0] is not column:
+                known = self._constant[name] = column, self._converted(name, list(column))
+            return known[1]
+        return self._converted(name, column)
+
+    def _converted(self, name: str, column: Column) -> Values:
         values = column.detach().clone() if isinstance(column, Tensor) else _array(column)
         if isinstance(values, np.ndarray) and values.dtype.kind in "UT":
             values = values.astype(object)  # a pointer per row, where U takes the longest's room
@@ -200,12 +213,15 @@ def _wait_for_devices(pending: Sequence[Mapping[str, Values]]) -> None:
         torch.cuda.synchronize(device)  # the copies may be on another stream than this thread's
 
 
-def _joined(chunks: Sequence[Values], stored: pa.DataType) -> pa.Array:
+def _joined(chunks: Sequence[Values], stored: pa.DataType) -> pa.Array | pa.ChunkedArray:
     """The chunks of one column end to end, moved to the host in one piece where they can be."""
     tensors = [chunk for chunk in chunks if isinstance(chunk, Tensor)]
     alike = len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1
     if alike and len(tensors) == len(chunks):
         chunks = [torch.cat(tensors)]
+    if stored == pa.string():  # repeated names are converted once
+        once = {id(chunk): pa.array(chunk, stored) for chunk in chunks}
+        return pa.chunked_array([once[id(chunk)] for chunk in chunks], stored)
     flat = np.concatenate([_on_host(chunk) for chunk in chunks])
     return pa.array(flat.astype(stored.to_pandas_dtype(), copy=False), stored)
 

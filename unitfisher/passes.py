@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from unitfisher.capture import UnitMeans, capture
+from unitfisher.capture import capture
 from unitfisher.layers import Layers, select
 from unitfisher.likelihoods import OutputError
+from unitfisher.outputs import UnitMeans
 
 Pick = None | int | str | Callable[[Any], Tensor]
 
@@ -54,7 +55,8 @@ def activation_statistics(
     (4,)
     """
     args, kwargs = arguments(inputs)
-    with undisturbed(model), torch.no_grad(), capture(select(model, layers)) as seen:
+    watched = capture(select(model, layers), errors=False)
+    with undisturbed(model), torch.no_grad(), watched as seen:
         model(*args, **kwargs)
     return seen.means()
 

@@ -8,10 +8,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from unitfisher.capture import UnitMeans
 from unitfisher.cases import UnitCases
 from unitfisher.fisher import Gradient, Observation, Observer, observe_now
 from unitfisher.moments import UnitMoments
+from unitfisher.outputs import UnitMeans
 from unitfisher.passes import device_of
 from unitfisher.uncertainty import variance_of_sum
 

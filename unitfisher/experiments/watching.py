@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from unitfisher import Monitor, Run, UnitStatistics
-from unitfisher.capture import UnitMeans, capture
+from unitfisher.capture import capture
 from unitfisher.experiments.presets import Member, Preset
 from unitfisher.experiments.sources import Source
 from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.training import evaluate
+from unitfisher.outputs import UnitMeans
 
 TABLES = ("training", "activations", "path", "finished")  # beside the Monitor's own
 
@@ -85,7 +86,7 @@ class Watch:
         """
         x, y = self._probe
         start = time.perf_counter()
-        with capture(self.monitor.layers) as seen:  # one pass gives both
+        with capture(self.monitor.layers, errors=False) as seen:  # one pass gives both
             at_probe = evaluate(self.model, [(x, y)], self.task)
         then = {"epoch": when.epoch, "iteration": when.iteration}
         record_activations(self.run, then, seen.means())

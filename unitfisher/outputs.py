@@ -1,0 +1,115 @@
+"""Mean and variance of what units put out, of many small layers in few operations."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+FEW = 2**16  # numbers: outputs are copied then, and averaged together with others
+
+
+class UnitMeans(NamedTuple):
+    """Mean and variance of each unit's own output over samples and positions."""
+
+    mean: Float[Tensor, " u"]
+    var: Float[Tensor, " u"]  # population variance
+    cases: int
+    nonlinearity: str | None  # the function that followed the layer; None: linear
+
+    @classmethod
+    def of(cls, y: Float[Tensor, "n t u"], nonlinearity: str | None) -> "UnitMeans":
+        y = y if y.dtype == torch.float64 else y.float()
+        mean = y.mean((0, 1))
+        var = (y - mean).square_().mean((0, 1))  # faster than torch.var_mean over the first axes
+        return cls(mean, var, y.shape[0] * y.shape[1], nonlinearity)
+
+    def joined(self, other: "UnitMeans") -> "UnitMeans":
+        """Return the statistics of both sets of cases together."""
+        cases = self.cases + other.cases
+        p, q = self.cases / cases, other.cases / cases
+        shift = other.mean - self.mean
+        var = p * self.var + q * other.var + p * q * shift**2
+        return UnitMeans(self.mean + q * shift, var, cases, self.nonlinearity)
+
+
+class Taken(NamedTuple):
+    """The outputs of a layer's call: a copy of them, or their averages where they are many."""
+
+    layer: str
+    nonlinearity: str | None
+    output: Float[Tensor, "n t u"] | UnitMeans
+
+    @classmethod
+    def of(cls, layer: str, nonlinearity: str | None, y: Float[Tensor, "n t u"]) -> "Taken":
+        """Take them as they are now: later operations may change them in place."""
+        few = y.numel() <= FEW
+        return cls(layer, nonlinearity, y.clone() if few else UnitMeans.of(y, nonlinearity))
+
+    @property
+    def form(self) -> object:
+        """What outputs have in common that can be averaged together; None: averaged already."""
+        y = self.output
+        return None if isinstance(y, UnitMeans) else (y.shape[:2], y.dtype, y.device)
+
+
+class Averages(NamedTuple):
+    """Mean and variance of the outputs of several layers, their units end to end."""
+
+    layers: tuple[tuple[str, int], ...]  # names, and how many units
+    mean: Float[Tensor, " u"]
+    var: Float[Tensor, " u"]
+
+    @classmethod
+    def of(cls, taken: Sequence[Taken]) -> "Averages":
+        """Join each layer's calls."""
+        names = [one.layer for one in taken]
+        if len(set(names)) == len(names) and len(_alike(taken)) == 1 and taken[0].form:
+            together, units = _together(taken)
+            return cls(tuple(zip(names, units, strict=True)), together.mean, together.var)
+        found = means(taken)
+        mean = end_to_end([of.mean for of in found.values()])
+        var = end_to_end([of.var for of in found.values()])
+        return cls(tuple((name, len(of.mean)) for name, of in found.items()), mean, var)
+
+
+def means(taken: Sequence[Taken]) -> dict[str, UnitMeans]:
+    """Average each layer's outputs, over all of its calls."""
+    joined: dict[str, UnitMeans] = {}
+    for one, found in zip(taken, _each(taken), strict=True):
+        first = joined.get(one.layer)
+        joined[one.layer] = first.joined(found) if first else found
+    return joined
+
+
+def end_to_end(xs: Sequence[Float[Tensor, " _"]]) -> Float[Tensor, " u"]:
+    """Join what stands at units, from whatever devices."""
+    return torch.cat([x.to(xs[0].device) for x in xs])
+
+
+def _each(taken: Sequence[Taken]) -> list[UnitMeans]:
+    """Average each call's outputs, those of one form together."""
+    found = {i: one.output for i, one in enumerate(taken) if isinstance(one.output, UnitMeans)}
+    for form, calls in _alike(taken).items():
+        if form is None:
+            continue
+        together, units = _together([taken[i] for i in calls])
+        parts = zip(calls, together.mean.split(units), together.var.split(units), strict=True)
+        for i, mean, var in parts:
+            found[i] = UnitMeans(mean, var, together.cases, taken[i].nonlinearity)
+    return [found[i] for i in range(len(taken))]
+
+
+def _alike(taken: Sequence[Taken]) -> dict[object, list[int]]:
+    alike: dict[object, list[int]] = {}
+    for i, one in enumerate(taken):
+        alike.setdefault(one.form, []).append(i)
+    return alike
+
+
+def _together(taken: Sequence[Taken]) -> tuple[UnitMeans, list[int]]:
+    """Average outputs of one form: few operations for many small layers."""
+    outputs = [one.output for one in taken if isinstance(one.output, Tensor)]
+    together = UnitMeans.of(torch.cat(outputs, -1), None)
+    return together, [output.shape[-1] for output in outputs]
