@@ -133,6 +133,14 @@ def test_results_that_cannot_hold_are_refused_at_attach():
     Monitor(model, memory="1 MiB", units=8)  # nothing is left on the model
 
 
+def test_a_budget_that_nobody_asked_for_refuses_nothing(monkeypatch):
+    monkeypatch.setattr("unitfisher.monitor.DEFAULT", 2**20)
+    monitor = Monitor(nn.Sequential(nn.Linear(300, 200), nn.ELU(), nn.Linear(200, 5)), every=1)
+    monitor.model(torch.randn(400, 300))
+    assert monitor.latest["0"].k.isfinite().all()
+    assert monitor.plan.memory > 2**20
+
+
 def test_a_tight_budget_changes_no_number():
     torch.manual_seed(0)
     model, x = dense(40, 64).double(), torch.randn(200, 40, dtype=torch.float64)

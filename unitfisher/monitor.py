@@ -97,8 +97,8 @@ class Monitor:
         output: Picks the logits from what forward returns: index, key, attribute or callable.
         on_nonfinite: "raise", or "record": a pass with NaN or infinity is kept as such.
         memory: Bytes, or text as "2 GiB", that a measurement may hold at one time, beside the pass
-            that it measures; what is recorded without a ``record`` is not counted. None: 4 GiB.
-            See ``plan``.
+            that it measures; what is recorded without a ``record`` is not counted. None: what it
+            takes; sums over a loader at most 4 GiB. See ``plan``.
         record: Folder or Run that receives what is measured; None: kept in memory.
         seed: Of drawn labels, signs and units.
 
@@ -156,7 +156,7 @@ class Monitor:
         require_unobserved(chosen)
         if layers is None:
             name_uncovered(self.model, chosen)
-        planner = Planner(budget, rows, window, solver, float(damping), aloud=memory is not None)
+        planner = Planner(budget, rows, window, solver, float(damping), strict=memory is not None)
         self._observer = Observer(
             chosen, estimator, sample_units(chosen, units, seed), Chance(seed), output, planner
         )

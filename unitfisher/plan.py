@@ -181,14 +181,17 @@ class Planner:
     window: int = 1
     solver: str = "auto"
     damping: float = 0.0
-    aloud: bool = False
+    strict: bool = False  # was the budget asked for? Else it sizes the work, and refuses nothing
     beside: int | None = None  # what is held of earlier measurements; None: one like this
     summed: bool = False  # are sums kept over batches?
     newest: Plan | None = None
+    _asked: tuple[dict[str, Shape], int] | None = None
 
     def over_batches(self, beside: int) -> "Planner":
         """Plan sums over batches, beside so many bytes."""
-        return replace(self, rows=None, window=1, solver="sums", beside=beside, summed=True)
+        sums = replace(self, rows=None, window=1, solver="sums", beside=beside, summed=True)
+        sums._asked = None
+        return sums
 
     @property
     def workspace(self) -> int:
@@ -208,11 +211,13 @@ class Planner:
         Raises:
             MemoryBudgetError: It needs more than it may take; names the layers that need most.
         """
-        first = self.newest is None or not self.newest.known
-        self.newest = plan = self._within_budget(shapes, column)
-        if first:
-            self._tell()
-        return plan
+        asked = dict(shapes), column
+        if self.newest is None or asked != self._asked:
+            first = self.newest is None or not self.newest.known
+            self.newest, self._asked = self._within_budget(shapes, column), asked
+            if first:
+                self._tell()
+        return self.newest
 
     def solver_of(self, layer: str) -> str:
         """Say how a layer's systems are to be solved."""
@@ -223,7 +228,7 @@ class Planner:
 
     def _tell(self) -> None:
         """Log the plan; who asked for a budget sees it without having configured logging."""
-        LOG.log(logging.WARNING if self.aloud else logging.INFO, "%s", self.newest)
+        LOG.log(logging.WARNING if self.strict else logging.INFO, "%s", self.newest)
 
     def _within_budget(self, shapes: Mapping[str, Shape], column: int) -> Plan:
         alike = Counter(shapes.values())
@@ -233,7 +238,10 @@ class Planner:
             bare = tuple(self._of_layer(name, s, kept[name]) for name, s in shapes.items())
         plan = Plan(self.memory, bare, self.beside or 0, 0, column)
         if plan.least > self.memory:
-            raise _too_large(plan)
+            if self.strict or self.summed:
+                raise _too_large(plan)
+            ample = plan.held + 2 * PIECES * max(AMPLE, plan.least_workspace)
+            return replace(self, memory=ample)._within_budget(shapes, column)
         room = min(AMPLE, (self.memory - plan.held) // (2 * PIECES))
         plan = replace(plan, workspace=max(room, plan.least_workspace))
         with within(plan.workspace):
