@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -99,8 +100,6 @@ def test_batches_with_less_cases_than_processes_are_refused() -> None:
 
 
 def test_running_statistics_of_shares_are_refused(tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    preset = replace(PRESETS["cifar10-11"], network="nin", norm="batch", activations=("elu",))
+    preset = replace(PRESETS["cifar10-11"], norm="batch", activations=("elu",))
     with pytest.raises(ValueError, match="batch normalisation would see shares of a batch"):
         Trainer(preset, preset.members, images(), tmp_path, ranks=PAIR[1])
