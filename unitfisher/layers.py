@@ -49,14 +49,13 @@ def _(layer: nn.Linear, y: Tensor) -> Float[Tensor, "n t u"]:
 
 def _padded(layer: Conv, x: Tensor) -> Tensor:
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded: Tensor = F.pad(x, layer._reversed_padding_repeated_twice, mode)
-    return padded
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode)
 
 
 @incoming.register
 def _(layer: nn.Conv2d, x: Tensor) -> Float[Tensor, "g n t d"]:
     taps = layer.kernel_size, layer.dilation, 0, layer.stride
-    patches = F.unfold(_padded(layer, x), *taps)  # twice as fast as copying a view
+    patches: Tensor = F.unfold(_padded(layer, x), *taps)  # twice as fast as copying a view
     return patches.unflatten(1, (layer.groups, -1)).movedim(1, 0).mT
 
 
