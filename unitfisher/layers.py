@@ -55,8 +55,9 @@ def _padded(layer: Conv, x: Tensor) -> Tensor:
 @incoming.register
 def _(layer: nn.Conv2d, x: Tensor) -> Float[Tensor, "g n t d"]:
     taps = layer.kernel_size, layer.dilation, 0, layer.stride
-    patches: Tensor = F.unfold(_padded(layer, x), *taps)  # twice as fast as copying a view
-    return patches.unflatten(1, (layer.groups, -1)).movedim(1, 0).mT
+    columns = F.unfold(_padded(layer, x), *taps)  # twice as fast as copying a view
+    patches: Tensor = columns.unflatten(1, (layer.groups, -1)).movedim(1, 0).mT
+    return patches
 
 
 @incoming.register(nn.Conv1d)
