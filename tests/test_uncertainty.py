@@ -220,7 +220,7 @@ def test_the_record_tells_errors(tmp_path):
         Monitor(model, fisher="mc", samples=2, record=run) as monitor,
     ):
         m = monitor.measure(x)["0"]
-        table = run.read() if run.tables else monitor.to_pandas()
+        table = monitor.to_pandas()
     rows = table[table["layer"] == "0"]
     assert_close(torch.tensor(rows["k_error"].to_numpy()), m.k_error, rtol=0, atol=0)
     norms = torch.tensor(rows["mean_q_error"].to_numpy())

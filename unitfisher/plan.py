@@ -222,7 +222,7 @@ class Planner:
     def solver_of(self, layer: str) -> str:
         """Say how a layer's systems are to be solved."""
         assert self.newest is not None
-        if self.solver == "iterative" or self.window > 1:  # until it is filled there are fewer
+        if self.solver != "auto" or self.window > 1:  # until it is filled there are fewer rows
             return self.solver
         return next(of.route for of in self.newest.layers if of.layer == layer)
 
