@@ -77,7 +77,10 @@ def test_layers_that_cannot_be_chosen_are_told_with_those_that_can(make, options
 OPTIONS = {
     "likelihood": ({"likelihood": "softmax"}, "'categorical', 'bernoulli', 'gaussian'.*'softmax'"),
     "likelihood-class": ({"likelihood": Gaussian}, "Likelihood object"),
-    "fisher": ({"fisher": "true"}, "'exact', 'mc', 'rademacher', 'empirical'.*'true'"),
+    "fisher": (
+        {"fisher": "true"},
+        "'mc', 'rademacher', 'top-rademacher', 'empirical'.*'true'",
+    ),
     "sharing": ({"sharing": "sum"}, "'expand', 'joint', 'reduce'.*'sum'"),
     "on_nonfinite": ({"on_nonfinite": "skip"}, "'raise', 'record'.*'skip'"),
     "every-zero": ({"every": 0}, "every must be a whole number from 1.*got 0"),

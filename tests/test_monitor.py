@@ -27,6 +27,7 @@ SINGLE = {"rtol": 1e-4, "atol": 1e-5}  # two routes through a network in single 
 COLUMNS = {
     "residual",
     "converged",
+    "route",
     "step", "layer", "unit", "phase", "c", "s", "k", "sc", "mean_norm", "mean_q_norm",
     "corrected_mean_norm", "n_eff", "damping", "damping_share", "mean_share", "mean_share_q",
     "cosine", "bias_shift_share_gradient", "bias_shift_share_natural", "output_mean",
@@ -630,7 +631,7 @@ def test_detaching_leaves_a_run_open_that_was_given(tmp_path):
     model(normal(8, 4))
     monitor.detach()
     run.append("epochs", {"loss": 1.0})
-    assert (run.tables, len(run.read("units"))) == (["epochs", "units"], 14)
+    assert (run.tables, len(run.read("units"))) == (["epochs", "plan", "units"], 14)
 
 
 def test_a_run_that_its_owner_closes_holds_the_newest_measurement(tmp_path):
@@ -705,7 +706,7 @@ def pooled(model: nn.Module, window: int, *batches: Tensor, **options: object) -
 
 
 def of_theory(table: pd.DataFrame) -> pd.DataFrame:
-    return table.drop(columns=["step", "output_mean", "output_var"])
+    return table.drop(columns=["step", "route", "output_mean", "output_var"])
 
 
 @pytest.mark.parametrize("sharing", ["expand", "joint", "reduce"])

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 sys.path.append(str(Path(__file__).parents[1] / "analysis"))
 
@@ -25,7 +25,7 @@ from unitfisher.experiments.presets import PRESETS
 from unitfisher.experiments.trainer import Trainer
 
 CLOCKS = ("seconds", "monitoring")
-TABLES = ["activations", "finished", "path", "training", "units"]
+TABLES = ["activations", "finished", "path", "plan", "training", "units"]
 SHORT = "--measurements 2 --units 2 --rows 16 --probe 16 --tested 16 --batch-size 2 --threads 1"
 # whitening takes a minute of every process: test_images has it on real images
 CIFAR = "--preprocessing none --rates 1e-6 --phases.1.start 2 --phases.2.start 3 --every 4"
@@ -63,10 +63,10 @@ def assert_same_checkpoints(one: Path, other: Path) -> None:
     for state in states:
         for clock in CLOCKS:
             del state[clock]
-    (leaves, form), (others, other_form) = map(tree_flatten, states)
+    (leaves, form), (others, other_form) = map(tree_flatten_with_path, states)
     assert form == other_form
-    for a, b in zip(leaves, others, strict=True):
-        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+    for (path, a), (_, b) in zip(leaves, others, strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, keystr(path)
 
 
 def assert_same_records(one: Path, other: Path) -> None:

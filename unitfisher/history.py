@@ -1,6 +1,6 @@
 """The tables of what a Monitor has measured: one row per step, layer and unit."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,8 @@ class History:
         self.rows: dict[str, list[Columns]] = {UNITS: [], ACTIVATIONS: [], PLAN: []}
         self.newest: dict[str, UnitStatistics] = {}
         self.phase = "train"
-        self.plan: Columns = {}
+        self.plan: Columns = {}  # the newest that stands in the table
+        self.planned: Columns = {}  # of the newest measurement
         if run is not None:
             run.before_closing(self.commit)
 
@@ -110,25 +111,28 @@ class History:
             raise ValueError(f"record must be a folder or a Run, got {record!r}")
         return cls(record, owned=False)
 
-    def hold(self, measured: dict[str, UnitStatistics], phase: str) -> None:
-        """Commit what was held, and hold this measurement."""
+    def hold(self, measured: dict[str, UnitStatistics], phase: str, plan: Columns) -> None:
+        """Commit what was held, and hold this measurement and how it was planned."""
         self.commit()
-        self.newest, self.phase = measured, phase
+        self.newest, self.phase, self.planned = measured, phase, plan
 
     def complete(self, measured: dict[str, UnitStatistics]) -> None:
         """Replace the measurement held, unless it was committed already."""
         self.newest = {name: measured[name] for name in self.newest}
 
     def commit(self) -> None:
-        newest, self.newest = self.newest, {}
-        if newest:
-            self.append(UNITS, columns_of(newest.values(), self.phase))
+        held, self.newest = list(self._held()), {}
+        self.plan = self.planned
+        for table, columns in held:
+            self.append(table, columns)
 
-    def note(self, plan: Columns, step: int) -> None:
-        """Record a plan that is not the newest one's."""
-        if plan != self.plan:
-            self.append(PLAN, {"step": step, **plan})
-        self.plan = plan
+    def _held(self) -> Iterator[tuple[str, Columns]]:
+        """The newest measurement, and its plan if that is another than the one before."""
+        if not self.newest:
+            return
+        yield UNITS, columns_of(self.newest.values(), self.phase)
+        if self.planned != self.plan:
+            yield PLAN, {"step": next(iter(self.newest.values())).step, **self.planned}
 
     def append(self, table: str, columns: Columns) -> None:
         if self.run is None:
@@ -146,9 +150,12 @@ class History:
         self.flush()
         return {table: 0 if self.run is None else self.run.count(table) for table in self.rows}
 
-    def go_back(self, rows: Mapping[str, list[Columns]], written: Mapping[str, int]) -> None:
-        """Hold these rows, and drop those that the record got after so many."""
+    def go_back(
+        self, rows: Mapping[str, list[Columns]], written: Mapping[str, int], plan: Columns
+    ) -> None:
+        """Hold these rows and this plan, and drop rows that the record got after so many."""
         self.rows, self.newest = {table: list(held) for table, held in rows.items()}, {}
+        self.plan = self.planned = plan
         if self.run is not None:
             for table, count in written.items():
                 self.run.truncate(table, count)
@@ -160,9 +167,7 @@ class History:
 
     def frame(self, table: str = UNITS) -> pd.DataFrame:
         """Return all rows of a table, one per step, layer and unit, in order of measuring."""
-        rows = list(self.rows[table])
-        if table == UNITS and self.newest:
-            rows.append(columns_of(self.newest.values(), self.phase))
+        rows = [*self.rows[table], *(columns for held, columns in self._held() if held == table)]
         frames = [pd.DataFrame(_on_host(columns)) for columns in rows]
         if self.run is not None and table in self.run.tables:
             frames.insert(0, self.run.read(table))

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 DEFAULT = 4 * 2**30
 AMPLE = 192 * 2**20  # larger pieces of work are no faster
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", re.IGNORECASE)
+WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", re.IGNORECASE)
 
 _workspace = ContextVar("workspace", default=AMPLE)
 

@@ -60,6 +60,7 @@ class MonitorState(TypedDict):
     units: dict[str, Tensor]
     history: dict[str, list[dict[str, Any]]]
     written: dict[str, int]
+    plan: dict[str, Any]
     window: State
 
 
@@ -300,6 +301,7 @@ class Monitor:
             "units": dict(self._observer.units),
             "history": {table: list(rows) for table, rows in self._history.rows.items()},
             "written": written,
+            "plan": self._history.plan,
             "window": self._window.state(),
         }
 
@@ -323,7 +325,7 @@ class Monitor:
         self._observer.chance.load(state["generators"])
         self._observer = replace(self._observer, units=dict(state["units"]))
         self._window.load(state["window"])
-        self._history.go_back(state["history"], state["written"])
+        self._history.go_back(state["history"], state["written"], state["plan"])
 
     def memory_usage(self) -> dict[str, int]:
         """Count the bytes held between passes: newest measurement, window and rows in memory."""
@@ -422,8 +424,7 @@ class Monitor:
                 spare=self.plan.memory - self.plan.total,
             )
         self.latest = measured
-        self._history.hold(measured, phase)
-        self._history.note(self.plan.rows(), step)
+        self._history.hold(measured, phase, self.plan.rows())
         return measured
 
     def _name_uncalled(self, observations: Collection[str]) -> None:
