@@ -316,7 +316,8 @@ def theory(block: Block, damping: float, gradient: Gradient | None) -> dict[str,
 
 def _errors(cases: Cases, part: slice, m: Moments, damped: Moments) -> StandardErrors:
     if isinstance(cases, UnitCases):
-        return StandardErrors.of(cases.of_units(part), m, damped)
+        own = cases if part == slice(None) else cases.of_units(part)  # which may copy activations
+        return StandardErrors.of(own, m, damped)
     assert isinstance(m, UnitMoments)
     if not cases.variance.any():
         return StandardErrors.alike(0.0, m.mu_q)

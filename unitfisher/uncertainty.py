@@ -32,8 +32,8 @@ class StandardErrors(NamedTuple):
         From one random column nothing is known; with ``sharing="joint"`` the error of c alone, of
         drawn cases those of c and E_q(a).
         """
-        if not cases.replicates and not cases.population:
-            return cls.alike(0.0, m.mu_q)
+        if cases.replicates < 2 and not cases.population:
+            return cls.alike(torch.nan if cases.replicates else 0.0, m.mu_q)
         found = cls.of_c(variance_of_sum(cases).sqrt() / cases.samples, m)
         if cases.delta.shape[2] > 1:
             return found
@@ -60,10 +60,10 @@ class StandardErrors(NamedTuple):
 
 def variance_of_sum(cases: UnitCases) -> Float[Tensor, " u"]:
     """Variance of Σ D, which is N c: of the labels or signs drawn, and of the cases."""
-    if not cases.replicates and not cases.population:
-        return torch.zeros_like(cases.D[0])
-    x = _by_sample(cases, _deviations(cases))
-    labels = _over_columns(cases, x.square().sum((0, 1)))
+    labels = torch.full_like(cases.D[0], torch.nan if cases.replicates == 1 else 0.0)
+    if cases.replicates > 1:
+        x = _by_sample(cases, _deviations(cases))
+        labels = _over_columns(cases, x.square().sum((0, 1)))
     if not cases.population:
         return labels
     return _over_cases(cases, (cases.D - cases.D.mean(0)).square().sum(0), labels)
@@ -71,7 +71,9 @@ def variance_of_sum(cases: UnitCases) -> Float[Tensor, " u"]:
 
 def _variance_of_mean(cases: UnitCases, m: Moments) -> Float[Tensor, "u d"]:
     """Variance of Σ D (a - E_q(a)), of which E_q(a) has (N c)⁻² to first order."""
-    labels = _over_columns(cases, _squares(cases, m, _deviations(cases)))
+    labels = torch.zeros_like(m.mu_q)
+    if cases.replicates > 1:
+        labels = _over_columns(cases, _squares(cases, m, _deviations(cases)))
     if not cases.population:
         return labels
     return _over_cases(cases, _squares(cases, m, cases.D.unsqueeze(0)), labels)
@@ -155,9 +157,8 @@ def _about(cases: UnitCases) -> Float[Tensor, "g m d"]:
 
 
 def _over_columns(cases: UnitCases, squares: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Variance of a sum of columns, from the squares of their deviations; NaN from one."""
-    columns = cases.replicates
-    return squares * (columns / (columns - 1) if columns != 1 else torch.nan)
+    """Variance of a sum of two columns or more, from the squares of their deviations."""
+    return squares * (cases.replicates / (cases.replicates - 1))
 
 
 def _over_cases(
