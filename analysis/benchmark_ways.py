@@ -16,6 +16,7 @@ from benchmark_cases import Run, Setting, plain_training, training_step
 
 import unitfisher
 from unitfisher.capture import capture
+from unitfisher.chain import Chain
 from unitfisher.errors import Estimator
 from unitfisher.fisher import Observer
 from unitfisher.layers import select
@@ -37,13 +38,14 @@ def activation_statistics(at: Setting) -> Run:
 
 def keep(at: Setting) -> Run:
     """The activations by `capture`, and δ as it passes by in the training backward."""
-    layers = select(at.model, None)
+    layers, chain = select(at.model, None), Chain()
 
     def run() -> object:
         kept: list[object] = []
         at.model.zero_grad()
-        with capture(layers) as seen:
+        with capture(layers, follow=not chain.links) as seen:
             logits = at.model(at.x)
+        chain.settle(seen, logits)
         for call in seen.calls:
             call.edge.node.register_prehook(kept.extend)
         F.cross_entropy(logits, at.y).backward()
@@ -55,13 +57,14 @@ def keep(at: Setting) -> Run:
 def squared_errors(at: Setting, fisher: str) -> Run:
     """D = E_y δ² of all units from the step's own graph; nothing is solved."""
     estimator = Estimator(likelihood_of("categorical"), fisher)
-    observer = Observer(select(at.model, None), estimator, {}, Chance(0))
+    observer, chain = Observer(select(at.model, None), estimator, {}, Chance(0)), Chain()
     device = device_of(at.model)
 
     def run() -> object:
         at.model.zero_grad()
-        with capture(observer.layers) as seen:
+        with capture(observer.layers, follow=not chain.links) as seen:
             logits = at.model(at.x)
+        chain.settle(seen, logits)
         with exactly(device):
             observed = observer.observe(logits, seen, None)
         F.cross_entropy(logits, at.y).backward()

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from unitfisher.capture import Seen
+from unitfisher.calls import Seen
 from unitfisher.likelihoods import Classes, Likelihood, Output, OutputError, Signed
 from unitfisher.memory import workspace
 from unitfisher.stack import Stack, unstacked
@@ -130,7 +130,7 @@ def _drawn(z: Output, estimator: Estimator, generator: torch.Generator) -> Itera
 def _signs(z: Output, columns: int, generator: torch.Generator) -> Float[Tensor, "r n t"]:
     """A random ±1 for every column, sample and position: then E (S ε)(S ε)ᵀ = S Sᵀ."""
     coin = torch.empty(columns, *z.shape[:2], device=z.device).bernoulli_(0.5, generator=generator)
-    return (2 * coin - 1).to(z.dtype)
+    return coin.mul_(2).sub_(1).to(z.dtype)
 
 
 def _signed(z: Output, likelihood: Likelihood, signs: Float[Tensor, "r n t"]) -> Output:

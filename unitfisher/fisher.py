@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from unitfisher.capture import Call, Seen, all_finite, capture
+from unitfisher.calls import Call, Seen, all_finite
+from unitfisher.capture import capture
 from unitfisher.cases import UnitCases
 from unitfisher.errors import (
     Estimator,

@@ -28,7 +28,9 @@ from unitfisher.attachment import (
     sample_units,
     unwrapped,
 )
-from unitfisher.capture import Seen, capture
+from unitfisher.calls import Seen
+from unitfisher.capture import capture
+from unitfisher.chain import Chain
 from unitfisher.errors import Estimator, require_choice
 from unitfisher.fisher import Gradient, Observation, Observer, observe_now, require_finite
 from unitfisher.history import ACTIVATIONS, PLAN, UNITS, History, columns_of_activations
@@ -176,6 +178,7 @@ class Monitor:
         self._window = Window(window)
         self._paused = False
         self._pass: tuple[ExitStack, Seen, int, bool] | None = None  # is it measured whole?
+        self._chain = Chain()
         self._uncalled: set[str] = set()
         self._attach()
 
@@ -354,7 +357,7 @@ class Monitor:
         if self._paused or not (whole or (self.activations and step % self.activations == 0)):
             return
         stack = ExitStack()
-        watched = capture(self.layers, errors=whole)
+        watched = capture(self.layers, errors=whole, follow=not self._chain.links)
         self._pass = stack, stack.enter_context(watched), step, whole
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> None:
@@ -367,6 +370,7 @@ class Monitor:
         stack.close()
         if result is None:  # forward raised, and this hook runs on the way out
             return
+        self._chain.settle(seen, result)
         if self.activations and step % self.activations == 0:
             self._history.append(ACTIVATIONS, columns_of_activations(seen.averages(), step))
         if not whole:

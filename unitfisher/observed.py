@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
-from unitfisher.capture import Call
+from unitfisher.calls import Call
 from unitfisher.cases import UnitCases
 from unitfisher.layers import LayerSelectionError, at_units, incoming
 
@@ -134,6 +134,8 @@ class Folding:
 
 def _cases(x: Float[Tensor, "r n t d"]) -> Float[Tensor, "r m 1 d"]:
     """Make every position a case; where that takes a copy, rows of positions stay together."""
+    if x.shape[2] == 1:
+        return x
     return x.movedim(-1, 1).flatten(2).mT.unsqueeze(2)
 
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-FEW = 2**16  # numbers: outputs are copied then, and averaged together with others
+FEW = 2**16  # numbers: outputs are kept then, and averaged together with others
 
 
 class UnitMeans(NamedTuple):
@@ -35,17 +35,20 @@ class UnitMeans(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """The outputs of a layer's call: a copy of them, or their averages where they are many."""
+    """The outputs of a layer's call, or their averages where they are many."""
 
     layer: str
     nonlinearity: str | None
     output: Float[Tensor, "n t u"] | UnitMeans
 
     @classmethod
-    def of(cls, layer: str, nonlinearity: str | None, y: Float[Tensor, "n t u"]) -> "Taken":
-        """Take them as they are now: later operations may change them in place."""
-        few = y.numel() <= FEW
-        return cls(layer, nonlinearity, y.clone() if few else UnitMeans.of(y, nonlinearity))
+    def of(
+        cls, layer: str, nonlinearity: str | None, y: Float[Tensor, "n t u"], *, copied: bool
+    ) -> "Taken":
+        """Take them as they are now; copied where later operations may change them in place."""
+        if y.numel() > FEW:
+            return cls(layer, nonlinearity, UnitMeans.of(y, nonlinearity))
+        return cls(layer, nonlinearity, y.clone() if copied else y)
 
     @property
     def form(self) -> object:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from unitfisher.capture import Seen
+from unitfisher.calls import Seen
 from unitfisher.costs import Sizes, bytes_of_group, engine, least, route_of, units_together
 from unitfisher.errors import Estimator
 from unitfisher.layers import at_units
