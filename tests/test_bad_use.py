@@ -18,6 +18,7 @@ from unitfisher import (
     RecordExistsError,
     Run,
     UncoveredLayersWarning,
+    per_sample_gradients,
 )
 
 
@@ -372,6 +373,13 @@ def test_targets_that_do_not_fit_are_told_with_those_that_would(targets, told):
     monitor = Monitor(mlp(), fisher="empirical")
     with pytest.raises(OutputError, match=told):
         monitor.measure(normal(8, 4), targets=targets)
+
+
+@pytest.mark.parametrize("targets", [t for t, _ in TARGETS.values()], ids=TARGETS)
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_targets_that_do_not_fit_samples_are_told_before_any_gradient(targets, chunk_size):
+    with pytest.raises(OutputError, match=r"targets must be .*got"):
+        per_sample_gradients(mlp(), normal(8, 4), targets, chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])

@@ -14,7 +14,7 @@ from torch.func import functional_call, vjp, vmap
 
 from unitfisher.errors import Estimator, columns
 from unitfisher.layers import LayerSelectionError
-from unitfisher.likelihoods import Likelihood, Residual, likelihood_of
+from unitfisher.likelihoods import Likelihood, OutputError, Residual, likelihood_of
 from unitfisher.moments import UnitMoments
 from unitfisher.passes import Chance, Pick, arguments, pick_output, undisturbed
 
@@ -76,15 +76,16 @@ def per_sample_gradients(
 
     def of_target(given: Given, y: Tensor) -> dict[str, Tensor]:
         z, back = vjp(lambda chosen: outputs(chosen, _each(given, _alone)), chosen)[:2]
+        assert targets is not None
         assert isinstance(estimator.likelihood, Residual)
+        whole = torch.zeros(len(targets), *z.shape[1:], dtype=z.dtype, device=z.device)
+        estimator.likelihood.score(whole, targets)  # checks them, all at once
         return dict(back(estimator.likelihood.residual(z, y.unsqueeze(0)))[0])
 
     with undisturbed(model), torch.inference_mode(False), torch.no_grad():
         given = args, kwargs
         if targets is not None and isinstance(estimator.likelihood, Residual):
-            first = outputs(chosen, _each(given, lambda x: x[:1]))
-            samples = len(next(iter([*args, *kwargs.values()])))
-            estimator.likelihood.score(first.expand(samples, *first.shape[1:]), targets)  # checks
+            _require_each(targets, next(iter([*args, *kwargs.values()])))
             return dict(vmap(of_target, chunk_size=chunk_size)(given, targets))
         z = outputs(chosen, given)
         chance = Chance(seed).on(z.device)
@@ -151,6 +152,12 @@ def _units_first(module: nn.Module, G: Tensor) -> Float[Tensor, "r n u d"]:
 def _each(given: Given, act: Callable[[Tensor], Tensor]) -> Given:
     args, kwargs = given
     return tuple(act(x) for x in args), {name: act(x) for name, x in kwargs.items()}
+
+
+def _require_each(targets: object, x: Tensor) -> None:
+    shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+    if shape[:1] != (len(x),):
+        raise OutputError(f"targets must be a tensor of {len(x)}, one a sample, got {shape}")
 
 
 def _alone(x: Tensor) -> Tensor:
