@@ -79,6 +79,13 @@ def test_passes_count_but_are_not_measured_while_paused():
     assert (measured_steps(monitor), monitor.step) == ([0, 2], 3)
 
 
+def test_a_monitor_says_what_it_watches():
+    model = seeded()
+    monitor = Monitor(model)
+    model(normal(5, 4))
+    assert repr(monitor) == "<Monitor of Sequential after 1 training passes: 0, 2, 4>"
+
+
 def test_a_monitor_watches_for_the_length_of_a_with_block():
     model = mlp()
     with Monitor(model, every=1) as monitor:

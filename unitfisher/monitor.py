@@ -182,6 +182,10 @@ class Monitor:
         self._uncalled: set[str] = set()
         self._attach()
 
+    def __repr__(self) -> str:
+        of, layers = type(self.model).__name__, ", ".join(self.layers)
+        return f"<Monitor of {of} after {self.step} training passes: {layers}>"
+
     @property
     def layers(self) -> Mapping[str, nn.Module]:
         """The observed layers by name."""
