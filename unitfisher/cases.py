@@ -18,6 +18,7 @@ from unitfisher.memory import workspace
 from unitfisher.moments import UnitMoments
 from unitfisher.products import Moments, UnitProducts
 from unitfisher.rows import UnitRows
+from unitfisher.solvers import dot
 
 
 class Incoming(NamedTuple):
@@ -25,6 +26,9 @@ class Incoming(NamedTuple):
 
     mean: Float[Tensor, "*g d"]
     trace_variance: Float[Tensor, "*g"]
+
+
+CACHED = 2**21  # bytes of activations: larger pieces leave the cache between two operations
 
 
 @dataclass(frozen=True)
@@ -80,26 +84,41 @@ class UnitCases:
     @cached_property
     def D(self) -> Float[Tensor, "m u"]:
         """Σ_r (Σ_t δ)²: how much a case weighs for a unit."""
-        return (self.delta.sum(2, dtype=torch.float64) ** 2).sum(0)
+        return (self._joined_errors() ** 2).sum(0)
 
-    @cached_property
+    @property
     def mean(self) -> Float[Tensor, "*g d"]:
         """E_p(a): one for all units, or one a unit where groups see different inputs."""
-        if self.incoming is not None:
-            return self.incoming.mean
-        first = self.a[:, :1, :1]  # about some case, or a large mean loses its digits
-        mean = first.double()[:, 0, 0] + (self.a - first).mean(2).mean(1, dtype=torch.float64)
-        return mean[0] if len(mean) == 1 else mean.repeat_interleave(self.units // len(mean), 0)
+        return self._incoming.mean
 
-    @cached_property
+    @property
     def trace_variance(self) -> Float[Tensor, "*g"]:
         """E_p‖a - E_p(a)‖²."""
+        return self._incoming.trace_variance
+
+    @cached_property
+    def _incoming(self) -> Incoming:
         if self.incoming is not None:
-            return self.incoming.trace_variance
-        groups = len(self.a)
-        squares = (self.a - self._group_origin).square_().sum(-1)
-        spread = squares.mean((1, 2), dtype=torch.float64)
-        return spread[0] if groups == 1 else spread.repeat_interleave(self.units // groups)
+            return self.incoming
+        groups, count = len(self.a), self.a.shape[1] * self.a.shape[2]
+        first = self.a[:, :1, :1]  # about some case, or a large mean loses its digits
+        total = squares = torch.zeros((), dtype=torch.float64, device=self.a.device)
+        for piece in self._pieces():
+            about = self.a[:, piece] - first
+            total = total + about.sum(2).sum(1, dtype=torch.float64)
+            squares = squares + about.square_().sum((1, 2, 3))
+        shift = total / count
+        spread = (squares / count - dot(shift, shift)).clamp_min(0.0)
+        of_groups = first.double()[:, 0, 0] + shift, spread
+        if groups == 1:
+            return Incoming(*(x[0] for x in of_groups))
+        return Incoming(*(x.repeat_interleave(self.units // groups, 0) for x in of_groups))
+
+    def _pieces(self) -> Iterator[slice]:
+        """Part the cases so that on a CPU what is made of a piece stays in the cache."""
+        count, case = self.a.shape[1], self.a[:, :1].nbytes
+        piece = max(1, CACHED // case) if self.a.device.type == "cpu" else count
+        return (slice(start, start + piece) for start in range(0, count, piece))
 
     @property
     def n_eff(self) -> Float[Tensor, " u"]:
@@ -287,12 +306,20 @@ class UnitCases:
 
         Products are formed in the precision of the activations, about a point near their mean.
         """
-        groups = len(self.a)
-        about = (self.a - self._group_origin).permute(1, 0, 2, 3)  # m g t d
-        delta = self.delta.unflatten(-1, (groups, -1)).movedim(2, -1)  # r m g v t
-        G = (delta.to(about.dtype) @ about).double().flatten(2, 3).flatten(0, 1)
-        S = self.delta.sum(2, dtype=torch.float64).flatten(0, 1)
+        groups, (columns, count, _, units) = len(self.a), self.delta.shape
+        delta = self.delta.to(self.a.dtype).unflatten(-1, (groups, -1)).movedim(2, -1)  # r m g v t
+        shape = columns, count, groups, units // groups, self.inputs
+        G = self.delta.new_empty(shape, dtype=torch.float64)
+        for piece in self._pieces():
+            about = (self.a[:, piece] - self._group_origin).transpose(0, 1)  # m g t d
+            G[:, piece] = delta[:, piece] @ about
+        G, S = G.flatten(2, 3).flatten(0, 1), self._joined_errors().flatten(0, 1)
         return G.addcmul_(S.unsqueeze(-1), origin - self._origin.double(), value=-1), S
+
+    def _joined_errors(self) -> Float[Tensor, "r m u"]:
+        """Σ_t δ."""
+        alone = self.delta.shape[2] == 1
+        return (self.delta.squeeze(2) if alone else self.delta.sum(2)).double()
 
     def _about(self, origin: Float[Tensor, "*g d"]) -> Float[Tensor, "g m t d"]:
         """Activations about an origin that the units of a group share, in double precision."""

@@ -9,10 +9,11 @@ are nearly of lower rank that takes too long: who is not on the way in time is g
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from unitfisher.gram import solve_grams
+from unitfisher.refinement import Scaled
 from unitfisher.solvers import dot, require_regular
 
 MANY_CASES = 1024  # from so many on iterations can be faster, if there are
@@ -30,37 +31,14 @@ class Iterated(NamedTuple):
     residual: Float64[Tensor, " u"]
 
 
-class Scaled(NamedTuple):
-    """Systems diag(own) + diag(t) K diag(t), one a row, with diagonals of ones."""
-
-    own: Float64[Tensor, "w n"]
-    t: Float64[Tensor, "w n"]
-
-    @classmethod
-    def of(
-        cls,
-        K: Float64[Tensor, "n n"],
-        v: Float64[Tensor, "u n"],
-        epsilon: Float64[Tensor, " u"],
-    ) -> tuple["Scaled", Float64[Tensor, "u n"]]:
-        """Return also by what solutions and right-hand sides are to be divided."""
-        square = torch.addcmul(epsilon[:, None], v**2, K.diagonal())
-        return cls(epsilon[:, None] / square, v / square.sqrt()), square.sqrt()
-
-    def at(self, rows: Int[Tensor, " w"]) -> "Scaled":
-        return Scaled(self.own[rows], self.t[rows])
-
-    def times(self, x: Float64[Tensor, "w n"], K: Float64[Tensor, "n n"]) -> Float64[Tensor, "w n"]:
-        return torch.addcmul(self.own * x, self.t, (self.t * x) @ K)
-
-    def mean_inverse(self, K: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
-        """Invert what a unit of mean squared weights would have."""
-        square = (self.t**2).mean(0)
-        t = square.sqrt()
-        mean = t[:, None] * K * t
-        mean.diagonal().add_(1 - square * K.diagonal())
-        L, info = torch.linalg.cholesky_ex(mean)
-        return torch.cholesky_inverse(L) if int(info) == 0 else torch.eye(len(K)).to(K)
+def mean_inverse(scaled: Scaled, K: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
+    """Invert what a unit of mean squared weights would have."""
+    square = (scaled.t**2).mean(0)
+    t = square.sqrt()
+    mean = t[:, None] * K * t
+    mean.diagonal().add_(1 - square * K.diagonal())
+    L, info = torch.linalg.cholesky_ex(mean)
+    return torch.cholesky_inverse(L) if int(info) == 0 else torch.eye(len(K)).to(K)
 
 
 def pays(K: Float[Tensor, "g n n"], units: int) -> bool:
@@ -102,7 +80,7 @@ def _of_group(
     b = (rhs / root.unsqueeze(-1)).mT
     size = torch.linalg.vector_norm(b, dim=-1, keepdim=True)
     b = (b / torch.where(size > 0, size, 1.0)).flatten(0, 1)
-    inverse = scaled.mean_inverse(K)
+    inverse = mean_inverse(scaled, K)
     scaled = scaled.at(torch.arange(len(b), device=b.device) // rhs.shape[-1])
     x = _iterate(K, inverse, scaled, b)
     residual = torch.linalg.vector_norm(b - scaled.times(x, K), dim=-1)

@@ -48,8 +48,8 @@ class Task(native.Task):
     """As in solve_grams.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("K", "v", "epsilon", "rhs", "x", "Y", "regular")),
-        *((name, ctypes.c_int64) for name in ("u", "n", "r", "group", "taken")),
+        *((name, ctypes.c_void_p) for name in ("K", "v", "own", "rhs", "x", "Y", "L", "regular")),
+        *((name, ctypes.c_int64) for name in ("u", "n", "r", "group", "known", "taken")),
     )
 
 
@@ -77,11 +77,13 @@ def solve_grams(
 
 
 def _by_kernel(kernel: Kernel, system: System) -> GramSolution:
-    s = System(*(x.contiguous() for x in system))
-    u, n, r = s.rhs.shape
-    found = GramSolution(torch.empty_like(s.rhs), s.rhs.new_empty(u, dtype=torch.bool))
-    pointers = (x.data_ptr() for x in (*s, *found))
-    native.run(kernel, Task(*pointers, u, n, r, s.group, 0), u * n**2 * (n // 3 + 4 * r))
+    (K, v, epsilon, rhs, x), (u, n, r) = system, system.rhs.shape
+    own = epsilon[:, None].expand(u, n)
+    given = [each.contiguous() for each in (K, v, own, rhs, x)]
+    found = GramSolution(given[3].new_empty(u, n, r), rhs.new_empty(u, dtype=torch.bool))
+    pointers = [each.data_ptr() for each in (*given, found.Y)]
+    task = Task(*pointers, None, found.regular.data_ptr(), u, n, r, system.group, False, 0)
+    native.run(kernel, task, u * n**2 * (n // 3 + 4 * r))
     return found
 
 

@@ -35,9 +35,9 @@ class Task(ctypes.Structure):
     taken: int
 
 
-def kernel(name: str, *operands: Tensor) -> Kernel | None:
-    """Return the compiled kernel; None where there is none, or it cannot read these doubles."""
-    if not all(plain(x, torch.float64) for x in operands) or not compiled():
+def kernel(name: str, *operands: Tensor, dtype: torch.dtype = torch.float64) -> Kernel | None:
+    """Return the compiled kernel; None where there is none, or it cannot read these numbers."""
+    if not all(plain(x, dtype) for x in operands) or not compiled():
         return None
     found: Kernel = getattr(_library(), name)
     return found

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unitfisher import conjugate
+from unitfisher import conjugate, refinement
 from unitfisher.gram import solve_grams
 from unitfisher.moments import ConstantFit, idle
 from unitfisher.solvers import dot, require_regular
@@ -154,6 +154,7 @@ class UnitRows:
         if self.iterates and conjugate.pays(self.gram, len(self.v)):
             Y, residual = conjugate.solve_by_iterations(*system)
             return Y.unbind(-1), residual
-        solved = solve_grams(*system)
+        pays = refinement.pays(self.gram, len(self.v))
+        solved = refinement.solve_refined(*system) if pays else solve_grams(*system)
         require_regular(solved.regular)
         return solved.Y.unbind(-1), torch.zeros_like(self.c)

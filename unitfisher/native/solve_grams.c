@@ -1,4 +1,4 @@
-/* Solve (diag(v_u) K diag(v_u) - x_u x_u' + epsilon_u I) Y_u = rhs_u for units u that share a K.
+/* Solve (diag(v_u) K diag(v_u) - x_u x_u' + diag(own_u)) Y_u = rhs_u for units u that share a K.
  *
  * One unit's system is too small to fill a processor. So every lane of a vector is another unit,
  * and each operation below is on LANES units at once. Lanes never mix: what a unit gets depends
@@ -7,6 +7,8 @@
  * The Cholesky factor L is kept in panels of T rows: panel I is tiles (I, 0) .. (I, I) of T by T,
  * column after column, so that the product of two panels reads two contiguous streams. In place
  * of L_jj stands 1 / L_jj. What T or LANES do not divide is filled up with the identity.
+ *
+ * With SINGLE defined it is solve_grams_single, of floats.
  */
 
 #include <float.h>
@@ -17,28 +19,39 @@
 /* A tile, and a column of both panels that it is the product of, fill the registers: one vector
  * too many costs twice the time, vectors wider than a register ten times. */
 #if defined __AVX512F__
-enum { LANES = 8, T = 4 };
+enum { BYTES = 64, T = 4 };
 #elif defined __AVX__
-enum { LANES = 4, T = 3 };
+enum { BYTES = 32, T = 3 };
 #else
-enum { LANES = 2, T = 3 };
+enum { BYTES = 16, T = 3 };
 #endif
+#ifdef SINGLE
+typedef float real;
+typedef int32_t whole;
+#define solve_grams solve_grams_single
+#define EPSILON FLT_EPSILON
+#else
+typedef double real;
+typedef int64_t whole;
+#define EPSILON DBL_EPSILON
+#endif
+enum { LANES = BYTES / sizeof(real) };
 enum { BLOCK = 16 }; /* tiles: so many stay in the first cache, BLOCK² of them in the second */
 
-typedef double lanes __attribute__((vector_size(8 * LANES)));
-typedef int64_t mask __attribute__((vector_size(8 * LANES)));
+typedef real lanes __attribute__((vector_size(BYTES)));
+typedef whole mask __attribute__((vector_size(BYTES)));
 
 typedef struct { /* as in gram.py */
-    const double *K, *v, *epsilon, *rhs, *x;
-    double *Y;
+    const real *K, *v, *own, *rhs, *x;
+    real *Y, *L; /* L: the factors, if they are kept */
     bool *regular;
-    int64_t u, n, r, group, taken; /* units that share a K, units that threads have taken */
+    int64_t u, n, r, group, known, taken; /* units that share a K; are the factors known? */
 } Task;
 
 typedef struct { /* up to LANES units: weights, solutions, factor */
-    lanes epsilon, *v, *x, *y, *L;
+    lanes *v, *own, *x, *y, *L;
     mask regular;
-    const double *K[LANES];
+    const real *K[LANES];
     int64_t n, panels, first, units;
 } Block;
 
@@ -65,7 +78,7 @@ INLINE void build(lanes C[T][T], const Block *b, int64_t I, int64_t J) {
     EACH(i, 0, T) {
         int64_t row = T * I + i;
         EACH(j, 0, T) C[i][j] = entry(b, row, T * J + j);
-        if (I == J) C[i][i] += row < b->n ? b->epsilon : (lanes){} + 1;
+        if (I == J) C[i][i] += row < b->n ? b->own[row] : (lanes){} + 1;
     }
 }
 
@@ -83,12 +96,12 @@ APART void factor_tile(Block *b, int64_t J) {
     lanes C[T][T], root, *at = tile(b, J, J);
     EACH(j, 0, T) {
         int64_t row = T * J + j;
-        lanes diagonal = entry(b, row, row) + b->epsilon;
+        lanes diagonal = entry(b, row, row) + b->own[row];
         EACH(i, j, T) C[i][j] = at[T * j + i];
         EACH(k, 0, j) EACH(i, j, T) C[i][j] -= C[i][k] * C[j][k];
         EACH(l, 0, LANES) root[l] = __builtin_sqrt(C[j][j][l]);
         C[j][j] = 1 / root;
-        b->regular &= 64 * DBL_EPSILON * diagonal * C[j][j] * C[j][j] < 1;
+        b->regular &= 64 * EPSILON * diagonal * C[j][j] * C[j][j] < 1;
         EACH(i, j + 1, T) C[i][j] *= C[j][j];
         EACH(i, j, T) at[T * j + i] = C[i][j];
     }
@@ -143,7 +156,7 @@ INLINE void substitute(const Block *b, int R) {
     }
 }
 
-INLINE void gather(lanes *x, const Block *b, const double *from, int64_t r, int R) {
+INLINE void gather(lanes *x, const Block *b, const real *from, int64_t r, int R) {
     for (int64_t i = 0; i < T * b->panels * R; i++) x[i] = (lanes){};
     for (int64_t l = 0; l < b->units; l++)
         for (int64_t i = 0; i < b->n; i++)
@@ -159,27 +172,35 @@ INLINE void solve(const Block *b, const Task *t, int64_t column, int R) {
             t->Y[at + c] = b->regular[l] ? b->y[R * i + c][l] : __builtin_nan("");
 }
 
-static void solve_block(Block *b, const Task *t) {
-    int64_t column = 0;
-    b->units = least(LANES, t->u - b->first);
-    for (int64_t l = 0; l < b->units; l++) b->epsilon[l] = t->epsilon[b->first + l];
+static void factor_block(Block *b, const Task *t) {
     EACH(l, 0, LANES)
         b->K[l] = t->K + t->n * t->n * (least(b->first + l, t->u - 1) / t->group);
     gather(b->v, b, t->v + b->first * t->n, 1, 1);
+    gather(b->own, b, t->own + b->first * t->n, 1, 1);
     gather(b->x, b, t->x + b->first * t->n, 1, 1);
+    for (int64_t i = 0; i < b->n; i++)
+        for (int64_t l = b->units; l < LANES; l++) b->own[i][l] = 1;
     factor(b);
     for (int64_t l = 0; l < b->units; l++) t->regular[b->first + l] = b->regular[l];
+}
+
+static void solve_block(Block *b, const Task *t) {
+    int64_t column = 0;
+    b->units = least(LANES, t->u - b->first);
+    if (t->L) b->L = (lanes *)t->L + b->first / LANES * above(b->panels);
+    if (!t->known) factor_block(b, t);
+    for (int64_t l = 0; l < b->units; l++) b->regular[l] = t->regular[b->first + l];
     for (; column + 1 < t->r; column += 2) solve(b, t, column, 2);
     if (column < t->r) solve(b, t, column, 1);
 }
 
 /* What every thread runs until no units are left; one without memory leaves them to the others. */
 void solve_grams(Task *t) {
-    int64_t panels = (t->n + T - 1) / T, size = above(panels) + 4 * T * panels;
-    lanes *memory = aligned_alloc(sizeof(lanes), (size + 1) * sizeof(lanes));
+    int64_t panels = (t->n + T - 1) / T, rows = T * panels, L = t->L ? 0 : above(panels);
+    lanes *memory = aligned_alloc(sizeof(lanes), (5 * rows + L + 1) * sizeof(lanes));
     if (!memory) return;
-    Block b = {.epsilon = (lanes){} + 1, .n = t->n, .panels = panels, .L = memory};
-    b.v = tile(&b, panels, 0), b.x = b.v + T * panels, b.y = b.x + T * panels;
+    Block b = {.n = t->n, .panels = panels, .v = memory};
+    b.own = b.v + rows, b.x = b.own + rows, b.y = b.x + rows, b.L = b.y + 2 * rows;
     while ((b.first = __atomic_fetch_add(&t->taken, LANES, __ATOMIC_RELAXED)) < t->u)
         solve_block(&b, t);
     free(memory);

@@ -1,0 +1,150 @@
+"""Systems diag(v) K diag(v) + ε I of some hundred cases, factored in single precision.
+
+That takes half the time. What it leaves of the right-hand side is found by products in double
+precision, which units share, and goes through the same factor again (iterative refinement). Where
+a unit is too ill-conditioned for that, its factor is made in double.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Float32, Float64, Int
+from torch import Tensor
+
+from unitfisher import native
+from unitfisher.gram import GramSolution, Task, solve_grams
+from unitfisher.native import Kernel
+from unitfisher.solvers import outer
+
+MANY_CASES = 384  # from so many on a factor is what costs
+MANY_UNITS = 16  # that share the products, and fill vectors
+ENOUGH = 1e-12  # of the relative residual
+STEPS = 12
+SLOW = 0.1  # of the residual left by a step: the factor is of little use
+TOGETHER = 16  # units a thread: as many as the longest vector takes
+
+
+class Scaled(NamedTuple):
+    """Systems diag(own) + diag(t) K diag(t), one a row, with diagonals of ones."""
+
+    own: Float64[Tensor, "w n"]
+    t: Float64[Tensor, "w n"]
+
+    @classmethod
+    def of(
+        cls,
+        K: Float64[Tensor, "n n"],
+        v: Float64[Tensor, "u n"],
+        epsilon: Float64[Tensor, " u"],
+    ) -> tuple["Scaled", Float64[Tensor, "u n"]]:
+        """Return also by what solutions and right-hand sides are to be divided."""
+        square = torch.addcmul(epsilon[:, None], v**2, K.diagonal())
+        return cls(epsilon[:, None] / square, v / square.sqrt()), square.sqrt()
+
+    def at(self, rows: Int[Tensor, " w"]) -> "Scaled":
+        return Scaled(self.own[rows], self.t[rows])
+
+    def times(self, x: Float64[Tensor, "w n"], K: Float64[Tensor, "n n"]) -> Float64[Tensor, "w n"]:
+        return torch.addcmul(self.own * x, self.t, (self.t * x) @ K)
+
+
+def pays(K: Float[Tensor, "g n n"], units: int) -> bool:
+    """Say whether this is faster than factors in double precision."""
+    return K.shape[-1] >= MANY_CASES and units >= MANY_UNITS * len(K) and K.device.type == "cpu"
+
+
+def solve_refined(
+    K: Float64[Tensor, "g n n"],
+    v: Float64[Tensor, "u n"],
+    epsilon: Float64[Tensor, " u"],
+    rhs: Float64[Tensor, "u n r"],
+) -> GramSolution:
+    """Solve (diag(v_u) K diag(v_u) + ε_u I) Y_u = rhs_u, ε > 0, with one K for each group of units.
+
+    Units are taken so many at a time that their factors stay in the cache.
+    """
+    together, groups = TOGETHER * torch.get_num_threads(), len(K)
+    found = []
+    for own, *of_group in zip(K, *(x.chunk(groups) for x in (v, epsilon, rhs)), strict=True):
+        root = own.diagonal().sqrt()
+        root = torch.where(root > 0, root, 1.0)
+        correlation = (own / torch.outer(root, root)).float()
+        for part in zip(*(x.split(together) for x in of_group), strict=True):
+            found.append(_of_part(own, correlation, root, *part))
+    Y, refined = (torch.cat(parts) for parts in zip(*found, strict=True))
+    regular, rest = torch.ones_like(refined), (~refined).nonzero().flatten()
+    if len(rest):
+        own = K if groups == 1 else K[rest * groups // len(v)]
+        Y[rest], regular[rest] = solve_grams(own, v[rest], epsilon[rest], rhs[rest])
+    return GramSolution(Y, regular)
+
+
+def _of_part(
+    K: Float64[Tensor, "n n"],
+    correlation: Float32[Tensor, "n n"],
+    root: Float64[Tensor, " n"],
+    v: Float64[Tensor, "u n"],
+    epsilon: Float64[Tensor, " u"],
+    rhs: Float64[Tensor, "u n r"],
+) -> tuple[Float64[Tensor, "u n r"], Bool[Tensor, " u"]]:
+    """Return solutions, and of which units."""
+    scaled, divisor = Scaled.of(K, v, epsilon)
+    factors = Factors(correlation, (scaled.t * root).float(), scaled.own.float())
+    b = (rhs / divisor.unsqueeze(-1)).mT.flatten(0, 1)
+    scaled = scaled.at(torch.arange(len(b), device=b.device) // rhs.shape[-1])
+    left = size = torch.linalg.vector_norm(b, dim=-1, keepdim=True)
+    y, done = factors.solve(b, size), size == 0
+    for _ in range(STEPS):
+        rest = b - scaled.times(y, K)
+        before, left = left, torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
+        ratio = left / torch.where(before > 0, before, 1.0)
+        y += factors.solve(rest, left)
+        done |= left * ratio <= ENOUGH * size  # what this step will have left
+        if bool((done | ~(ratio <= SLOW)).all()):
+            break
+    Y = y.unflatten(0, (len(v), -1)).mT / divisor.unsqueeze(-1)
+    return Y, done.view(len(v), -1).all(1)
+
+
+class Factors:
+    """Cholesky factors of diag(own) + diag(t) K diag(t), one for each unit, kept in the cache."""
+
+    def __init__(
+        self,
+        K: Float32[Tensor, "n n"],
+        t: Float32[Tensor, "u n"],
+        own: Float32[Tensor, "u n"],
+    ) -> None:
+        self.given = K, t, own
+        self.kernel = native.kernel("solve_grams_single", K, dtype=torch.float32)
+        self.L: Tensor | None = None
+
+    def solve(
+        self, b: Float64[Tensor, "w n"], size: Float64[Tensor, "w 1"]
+    ) -> Float64[Tensor, "w n"]:
+        """Solve for right-hand sides of that size, as many to each unit; NaN without a factor."""
+        size = torch.where(size > 0, size, 1.0)
+        rhs = (b / size).float().unflatten(0, (len(self.given[1]), -1)).mT.contiguous()
+        Y = self._by_torch(rhs) if self.kernel is None else self._by_kernel(self.kernel, rhs)
+        return Y.mT.flatten(0, 1) * size
+
+    def _by_kernel(self, kernel: Kernel, rhs: Float32[Tensor, "u n r"]) -> Float32[Tensor, "u n r"]:
+        (K, t, own), (u, n, r), known = self.given, rhs.shape, self.L is not None
+        if self.L is None:
+            self.none = torch.zeros_like(t)
+            self.regular = t.new_empty(u, dtype=torch.bool)
+            self.L = t.new_empty(-(-u // TOGETHER) * TOGETHER * (n + 3) * (n + 7) // 2)
+        Y = torch.empty_like(rhs)
+        given = (K, t, own, rhs, self.none, Y, self.L, self.regular)
+        task = Task(*(x.data_ptr() for x in given), u, n, r, u, known, 0)
+        native.run(kernel, task, u * n**2 * (4 * r + (0 if known else n // 3)))
+        return Y
+
+    def _by_torch(self, rhs: Float32[Tensor, "u n r"]) -> Float32[Tensor, "u n r"]:
+        if self.L is None:
+            K, t, own = self.given
+            self.L, info = torch.linalg.cholesky_ex(outer(t, t).mul_(K) + torch.diag_embed(own))
+            self.L[info != 0] = torch.nan
+        y = torch.linalg.solve_triangular(self.L, rhs, upper=False)
+        Y: Tensor = torch.linalg.solve_triangular(self.L.mT, y, upper=True)
+        return Y
