@@ -34,6 +34,7 @@ from unitfisher.fisher import Gradient, Observation, Observer, observe_now, requ
 from unitfisher.history import ACTIVATIONS, PLAN, UNITS, History, columns_of_activations
 from unitfisher.layers import Layers, select
 from unitfisher.likelihoods import Likelihood, likelihood_of
+from unitfisher.loader import Batches, is_loader
 from unitfisher.memory import DEFAULT, bytes_in, within
 from unitfisher.passes import Chance, Pick, device_of, exactly, kept
 from unitfisher.plan import Plan, Planner
@@ -47,7 +48,7 @@ from unitfisher.statistics import (
     tensors_of,
     with_gradients,
 )
-from unitfisher.streaming import Streamed, is_loader, observe_all
+from unitfisher.streaming import Streamed, observe_all
 from unitfisher.window import State, Window
 
 
@@ -219,7 +220,8 @@ class Monitor:
             if targets is not None:
                 raise ValueError("with a loader targets come in its batches: (inputs, targets)")
             planner = self._planner.over_batches(self.memory_usage()["latest"])
-            streamed = observe_all(self.model, inputs, replace(self._observer, planner=planner))
+            batches = Batches(self.model, inputs, replace(self._observer, planner=planner))
+            streamed = observe_all(batches, self.damping)
             self._planner.newest = planner.newest
             return self._keep(streamed, self.step, "measure")
 

@@ -7,6 +7,7 @@ is left to iterate on is how a unit's own weights differ from that mean.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -135,14 +136,17 @@ class UnitProducts:
 
     @cached_property
     def whitened(self) -> Whitened:
+        enough_cases = self.cases.support > self.origin.shape[-1]
+        require_regular(enough_cases | (self.ridge > 0) | self._idle)
         epsilon, busy = self._grouped(self.epsilon), self._grouped(~self._idle)
         share = busy.double() / busy.sum(1, keepdim=True).clamp_min(1)
         moment = self.cases.shared_moment(share)
-        eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-        mean_ridge = (epsilon * share).sum(1)[:, None, None]
-        none = ~busy.any(1)[:, None, None]
-        L, info = torch.linalg.cholesky_ex(torch.where(none, eye, moment + mean_ridge * eye))
+        moment.diagonal(dim1=-2, dim2=-1).add_((epsilon * share).sum(1, keepdim=True))
+        eye = torch.eye(moment.shape[-1]).to(moment)
+        moment[~busy.any(1)] = eye
+        L, info = torch.linalg.cholesky_ex(moment)
         require_regular((info == 0).repeat_interleave(busy.shape[1]))
+        del moment  # which may be large
         inverse = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)
         mean_q = self._grouped(self.mean_about) @ inverse.mT
         ridge = (inverse @ inverse.mT).to(self.origin.dtype)
@@ -154,13 +158,11 @@ class UnitProducts:
             if given.equal(rhs):
                 return solution
         solution = self.whitened.cases.answer(self.solving(rhs))
-        self._name_unconverged(solution.residual)
+        name_unconverged([(self, solution.residual)])
         return solution
 
     def solving(self, rhs: Float[Tensor, "u d"]) -> Solving:
         """Iterate on all units at once; each stops to change when its residual is small enough."""
-        enough_cases = self.cases.support > self.origin.shape[-1]
-        require_regular(enough_cases | (self.ridge > 0) | self._idle)
         enough = ENOUGH[self.origin.dtype] ** 2
         r, scale = self._right_hand_side(rhs)
         y, p, rr = torch.zeros_like(r), r.clone(), r.square().sum(-1, keepdim=True)
@@ -196,18 +198,6 @@ class UnitProducts:
         V.diagonal().add_(self.epsilon[unit])
         return V
 
-    def _name_unconverged(self, residual: Float[Tensor, " u"]) -> None:
-        bad = int((~(residual <= self.tolerance)).sum())
-        if bad:
-            warnings.warn(
-                f"conjugate gradients left a residual of up to {float(residual.max()):.1e}, not "
-                f"{self.tolerance:.0e}, in {bad} of {residual.numel()} units after "
-                f"{self.cases.iterations} iterations: raise damping=, or solve directly with "
-                f"solver='direct'",
-                UnconvergedWarning,
-                stacklevel=2,
-            )
-
     def _right_hand_side(
         self, rhs: Float[Tensor, "u d"]
     ) -> tuple[Float64[Tensor, "g v d"], Float64[Tensor, "g v 1"]]:
@@ -235,6 +225,23 @@ class UnitProducts:
     def _grouped(self, x: Tensor) -> Tensor:
         grouped: Tensor = x.unflatten(0, (len(self.origin), -1))
         return grouped
+
+
+def name_unconverged(
+    solved: Sequence[tuple[UnitProducts, Float[Tensor, " u"]]], where: str = ""
+) -> None:
+    """Warn of units whose residual is larger than it may be, once for all that were solved."""
+    residual = torch.cat([residual for _, residual in solved])
+    allowed = torch.cat([torch.full_like(residual, m.tolerance) for m, residual in solved])
+    bad, cases = ~(residual <= allowed), solved[0][0].cases
+    if bad.any():
+        warnings.warn(
+            f"conjugate gradients left a residual of up to {float(residual[bad].max()):.1e}, not "
+            f"{float(allowed.min()):.0e}, in {int(bad.sum())} of {len(bad)} units{where} after "
+            f"{cases.iterations} iterations: raise damping=, or {cases.instead}",
+            UnconvergedWarning,
+            stacklevel=2,
+        )
 
 
 Moments = UnitMoments | UnitRows | UnitProducts

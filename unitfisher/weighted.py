@@ -33,6 +33,10 @@ class Cases(Protocol):
         """How many products are worth waiting for."""
 
     @property
+    def instead(self) -> str:
+        """What to do if those were not enough."""
+
+    @property
     def support(self) -> Float[Tensor, " u"]:
         """How many cases carry weight."""
 
@@ -70,6 +74,10 @@ class Weighted(NamedTuple):
     @property
     def iterations(self) -> int:
         return ITERATIONS
+
+    @property
+    def instead(self) -> str:
+        return "solve directly with solver='direct'"
 
     @property
     def support(self) -> Float[Tensor, " u"]:
