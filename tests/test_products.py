@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import unitfisher.plan
-import unitfisher.weighted
+import unitfisher.products
 from unitfisher import Monitor, UnconvergedWarning
 from unitfisher.cases import UnitCases
 from unitfisher.solvers import SingularFisherError
@@ -161,7 +161,7 @@ def test_cholesky_solves_what_would_take_too_many_iterations(seed, damping):
 
 def test_what_did_not_converge_says_so(monkeypatch, tmp_path):
     model, x = convolution()
-    monkeypatch.setattr(unitfisher.weighted, "ITERATIONS", 2)
+    monkeypatch.setattr(unitfisher.products, "ITERATIONS", 2)
     monitor = Monitor(model, layers="0", solver="iterative", record=tmp_path / "run")
     with pytest.warns(UnconvergedWarning, match=r"in \d of 4 units after 2 iterations"):
         found = monitor.measure(x)["0"]

@@ -59,9 +59,10 @@ class Batches:
             observations = self._observed(batch, self.observer, graded=True)
             if planner.passing and batches is self.loader:
                 raise MemoryBudgetError(_used_up(planner.passing))
-            again = {name: observations[name].cases for name in planner.passing}
-            self._seen.append({name: Checksum.of(cases) for name, cases in again.items()})
+            passing = planner.passing & observations.keys()
+            self._seen.append({name: Checksum.of(observations[name].cases) for name in passing})
             yield observations
+            observations.clear()  # before there are those of the next batch
         if not self._seen:
             raise ValueError("the loader yields no batch (an iterator that was used up?)")
 
@@ -80,11 +81,13 @@ class Batches:
             torch.set_rng_state(self._global)
             for read, batch in enumerate(self.loader, 1):
                 observations = self._observed(batch, observer, graded)
-                cases = {name: observations[name].cases for name in layers}
+                cases = {name: of.cases for name, of in observations.items()}
+                observations.clear()
                 seen = self._seen[read - 1] if read <= len(self._seen) else {}
-                if any(not Checksum.of(cases[name]).like(seen.get(name)) for name in layers):
+                if any(not Checksum.of(of).like(seen.get(name)) for name, of in cases.items()):
                     raise LoaderError(_changed(f"a batch {read}", layers))
                 yield cases
+                cases.clear()  # before there are those of the next batch
         if read < len(self._seen):
             raise LoaderError(_changed(f"{read} batches", layers))
 

@@ -252,7 +252,7 @@ class Planner:
             bare = tuple(self._of_layer(name, s, kept[name]) for name, s in shapes.items())
         plan = Plan(self.memory, bare, self.beside or 0, 0, column)
         if plan.least > self.memory:
-            if largest := self._largest_sums(shapes):
+            if (largest := self._largest_sums(shapes)) is not None:
                 passes = replace(self, passing=self.passing | {largest})
                 return passes._within_budget(shapes, column)
             if self.strict or self.summed:
@@ -272,8 +272,8 @@ class Planner:
         spared = {
             name: bytes_of_sums(s) - bytes_of_passes(s) for name, s in sizes.items() if not s.joint
         }
-        name = max(spared, key=lambda name: spared[name], default="")
-        return name if spared.get(name, 0) > 0 else None
+        gains = {name: spare for name, spare in spared.items() if spare > 0}
+        return max(gains, key=lambda name: gains[name], default=None)
 
     def _kept(self, name: str, shape: Shape, alike: bool) -> int:
         """Bytes of a layer's cases and results, until the next measurement is complete."""

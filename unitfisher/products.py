@@ -21,6 +21,7 @@ from unitfisher.rows import UnitRows
 from unitfisher.solvers import dot, require_regular, solve
 from unitfisher.weighted import Cases, Solution, Solving, Weighted
 
+ITERATIONS = 300  # at most
 ENOUGH = {torch.float32: 1e-6, torch.float64: 1e-11}  # of the relative residual, to stop at
 ROUNDING = 100  # times more may be left in truth
 
@@ -156,7 +157,7 @@ class UnitProducts:
         """Solve for all units at once, and say of those that did not come to an end."""
         for given, solution in self.known:
             if given.equal(rhs):
-                return solution
+                return Solution(solution.x.clone(), solution.residual)  # who asks may divide it
         solution = self.whitened.cases.answer(self.solving(rhs))
         name_unconverged([(self, solution.residual)])
         return solution
@@ -166,7 +167,7 @@ class UnitProducts:
         enough = ENOUGH[self.origin.dtype] ** 2
         r, scale = self._right_hand_side(rhs)
         y, p, rr = torch.zeros_like(r), r.clone(), r.square().sum(-1, keepdim=True)
-        for _ in range(self.cases.iterations if self.patience is None else self.patience):
+        for _ in range(ITERATIONS if self.patience is None else self.patience):
             if bool((rr <= enough).all()):
                 break
             Ap = self._completed((yield p), p)
@@ -228,7 +229,7 @@ class UnitProducts:
 
 
 def name_unconverged(
-    solved: Sequence[tuple[UnitProducts, Float[Tensor, " u"]]], where: str = ""
+    solved: Sequence[tuple[UnitProducts, Float[Tensor, " _"]]], where: str = ""
 ) -> None:
     """Warn of units whose residual is larger than it may be, once for all that were solved."""
     residual = torch.cat([residual for _, residual in solved])
@@ -238,7 +239,7 @@ def name_unconverged(
         warnings.warn(
             f"conjugate gradients left a residual of up to {float(residual[bad].max()):.1e}, not "
             f"{float(allowed.min()):.0e}, in {int(bad.sum())} of {len(bad)} units{where} after "
-            f"{cases.iterations} iterations: raise damping=, or {cases.instead}",
+            f"{ITERATIONS} iterations: raise damping=, or {cases.instead}",
             UnconvergedWarning,
             stacklevel=2,
         )

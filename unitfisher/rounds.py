@@ -21,8 +21,6 @@ from unitfisher.solvers import SingularFisherError, dot
 from unitfisher.theorems import about_mu_q
 from unitfisher.weighted import Solution, Solving, Weighted
 
-PASSES = 100  # at most
-
 
 @dataclass(frozen=True)
 class Passed:
@@ -38,10 +36,6 @@ class Passed:
     inverse: Float[Tensor, "g d d"] | None = None  # by which they are to be whitened
 
     @property
-    def iterations(self) -> int:
-        return PASSES
-
-    @property
     def instead(self) -> str:
         return "allow more (memory=...) so that sums fit"
 
@@ -52,8 +46,9 @@ class Passed:
     def second_moment(self, unit: int) -> Float64[Tensor, "d d"]:
         total = torch.zeros_like(self.sum_aa[0])
         with self.batches.as_measured():
-            for cases in self.batches.again([self.layer]):
-                total += self.weighted(cases[self.layer]).second_moment(unit)
+            for seen in self.batches.again([self.layer]):
+                for cases in seen.values():
+                    total += self.weighted(cases).second_moment(unit)
         return total
 
     def whitened(self, inverse: Float64[Tensor, "g d d"]) -> "Passed":
@@ -88,13 +83,14 @@ def _pass(
 ) -> dict[tuple[int, int], Float64[Tensor, "g v d"]]:
     """Multiply vectors, each of one of these layers, in one pass over the loader."""
     total = {key: torch.zeros_like(vectors) for key, vectors in y.items()}
-    rounded = {(i, j): vectors.to(layers[i].origin.dtype) for (i, j), vectors in y.items()}
-    batches, named = layers[0].batches, {i: layers[i].layer for i, _ in y}
+    batches, named = layers[0].batches, {layers[i].layer: i for i, _ in y}
     with batches.as_measured():
-        for seen in batches.again(named.values()):
-            rows = {i: layers[i].weighted(seen[name]) for i, name in named.items()}
-            for key, vectors in rounded.items():
-                total[key] += rows[key[0]].times(vectors)
+        for seen in batches.again(named):
+            for name, cases in seen.items():
+                rows = layers[named[name]].weighted(cases)
+                for key in (key for key in y if key[0] == named[name]):
+                    total[key] += rows.times(y[key])
+                del rows, cases  # before there are those of the next batch
     return total
 
 

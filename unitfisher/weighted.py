@@ -11,8 +11,6 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-ITERATIONS = 300  # at most
-
 
 class Solution(NamedTuple):
     """Of one system a unit, and the residual relative to the right-hand side, both whitened."""
@@ -29,12 +27,8 @@ class Cases(Protocol):
     """What conjugate gradients ask of the cases, wherever those are."""
 
     @property
-    def iterations(self) -> int:
-        """How many products are worth waiting for."""
-
-    @property
     def instead(self) -> str:
-        """What to do if those were not enough."""
+        """What to do where iterations do not come to an end."""
 
     @property
     def support(self) -> Float[Tensor, " u"]:
@@ -70,10 +64,6 @@ class Weighted(NamedTuple):
         """Weigh by q = D / total; in the precision of the activations, as all that follows."""
         q = (D / torch.where(total > 0, total, 1.0)).to(a.dtype).T
         return cls(a - origin.unsqueeze(1), q.unflatten(0, (len(a), -1)).contiguous())
-
-    @property
-    def iterations(self) -> int:
-        return ITERATIONS
 
     @property
     def instead(self) -> str:
