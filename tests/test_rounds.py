@@ -146,7 +146,7 @@ def test_a_large_mean_that_single_precision_rounds_shifts_nothing():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(5, CLASSES)), torch.randn(400, 5) + 1000.3
     model[0].bias.data -= model[0].weight.data @ x.mean(0)
-    found = measured(model, list(x.sort(0).values.split(100))).latest["0"]  # the origin is far off
+    found = measured(model, list(x[x[:, 0].argsort()].split(100))).latest["0"]  # the origin is far off
     expected = measured(model.double(), [x.double()], none).latest["0"]
     assert_close(found.s, expected.s, rtol=1e-3, atol=0)
     assert_close(found.k, expected.k, rtol=1e-3, atol=1e-4)
@@ -346,12 +346,6 @@ def test_gradients_joined_over_positions_do_not_pass():
         measured(model, batches(x, y), sharing="joint")
 
 
-def test_who_asks_for_direct_solving_gets_no_iterations():
-    model, x, y = prepared("mlp")
-    with pytest.raises(MemoryBudgetError, match="most of it"):
-        measured(model, batches(x, y), solver="direct")
-
-
 def test_passes_hold_the_budget_that_sums_would_not():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 256), nn.ELU(), nn.Linear(256, 256), nn.ELU())
@@ -366,5 +360,5 @@ def test_passes_hold_the_budget_that_sums_would_not():
 
 def test_memory_does_not_grow_with_the_batches():
     model, x, y = prepared("mlp")
-    held = [measured(model, [(x, y)] * n).memory_usage()["latest"] for n in (1, 4)]
+    held = [measured(model, [(x, y)] * n).memory_usage()["latest"] for n in (2, 5)]
     assert held[0] == held[1]
