@@ -38,14 +38,20 @@ def none(sizes: Sizes) -> bool:
 
 
 def measured(
-    model: nn.Module, loader: Iterable[Any], passing: Passing = every, **options: Any
+    model: nn.Module,
+    loader: Iterable[Any],
+    passing: Passing = every,
+    *,
+    times: int = 1,
+    **options: Any,
 ) -> Monitor:
     """Measure, for want of memory for the sums of some layers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unitfisher.plan, "bytes_of_sums", lambda s: 2**40 * passing(s))
         patch.setattr(unitfisher.plan, "bytes_of_passes", lambda s: 0)
         with Monitor(model, **options) as monitor:
-            monitor.measure(loader)
+            for _ in range(times):
+                monitor.measure(loader)
     return monitor
 
 
@@ -146,7 +152,9 @@ def test_a_large_mean_that_single_precision_rounds_shifts_nothing():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(5, CLASSES)), torch.randn(400, 5) + 1000.3
     model[0].bias.data -= model[0].weight.data @ x.mean(0)
-    found = measured(model, list(x[x[:, 0].argsort()].split(100))).latest["0"]  # the origin is far off
+    found = measured(model, list(x[x[:, 0].argsort()].split(100))).latest[
+        "0"
+    ]  # the origin is far off
     expected = measured(model.double(), [x.double()], none).latest["0"]
     assert_close(found.s, expected.s, rtol=1e-3, atol=0)
     assert_close(found.k, expected.k, rtol=1e-3, atol=1e-4)
@@ -248,6 +256,15 @@ def test_an_iterator_is_refused_at_its_first_batch():
 def test_an_iterator_is_enough_where_sums_fit():
     model, x, _ = prepared("mlp")
     assert measured(model, iter(x.split(30)), none).latest["0"].k.isfinite().all()
+
+
+@pytest.mark.parametrize("fisher", ["mc", "rademacher", "top-rademacher"])
+def test_every_pass_draws_alike_whatever_was_drawn_before(fisher):
+    model, x, y = prepared("mlp")
+    found, expected = (
+        measured(model, batches(x, y), passing, fisher=fisher, times=2) for passing in (every, none)
+    )
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("fisher", ["mc", "rademacher", "top-rademacher"])
