@@ -92,6 +92,7 @@ class UnitStatistics:
 
         Raises:
             ValueError: The gradient does not fit the layer.
+            LoaderError: The loader that has to be read again has changed, or the model has.
             SingularFisherError: A unit's Fisher has no inverse at this damping.
         """
         if g.flatten(1).shape != self.mean_q.shape or (g0 is None) == self.biased:
