@@ -19,7 +19,7 @@ from torch import Tensor
 from unitfisher.moments import ConstantFit, UnitMoments, idle
 from unitfisher.rows import UnitRows
 from unitfisher.solvers import dot, require_regular, solve
-from unitfisher.weighted import Cases, Solution, Solving, Weighted
+from unitfisher.weighted import CaseProducts, Solution, Solving, Weighted
 
 ITERATIONS = 300  # at most
 ENOUGH = {torch.float32: 1e-6, torch.float64: 1e-11}  # of the relative residual, to stop at
@@ -36,7 +36,7 @@ class Whitened(NamedTuple):
     L: Float64[Tensor, "g d d"]
     mean_q: Float64[Tensor, "g v d"]  # of ã
     ridge: Float[Tensor, "g d d"]  # L⁻¹ L⁻ᵀ, in the precision of the cases
-    cases: Cases
+    cases: CaseProducts
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class UnitProducts:
     mean_about: Float[Tensor, "u d"]  # μ_q - origin
     trace_Var_q: Float[Tensor, " u"]
     ridge: Float[Tensor, " u"]
-    cases: Cases  # about the origin
+    cases: CaseProducts  # about the origin
     patience: int | None = None  # iterations before Cholesky solves the rest; None: it never does
     known: tuple[tuple[Tensor, Solution], ...] = ()  # right-hand sides solved for before
 

@@ -23,7 +23,7 @@ Solving = Generator[Tensor, Tensor, Solution]  # yields y, is sent Σ q ã ãᵀ
 
 
 @runtime_checkable
-class Cases(Protocol):
+class CaseProducts(Protocol):
     """What conjugate gradients ask of the cases, wherever those are."""
 
     @property
@@ -40,7 +40,7 @@ class Cases(Protocol):
     def second_moment(self, unit: int) -> Float64[Tensor, "d d"]:
         """Σ q (a - origin)(a - origin)ᵀ of one unit."""
 
-    def whitened(self, inverse: Float64[Tensor, "g d d"]) -> "Cases":
+    def whitened(self, inverse: Float64[Tensor, "g d d"]) -> "CaseProducts":
         """Return ã = L⁻¹ (a - origin) instead."""
 
     def answer(self, solving: Solving) -> Solution:
