@@ -52,10 +52,11 @@ def test_iterations_solve_as_cholesky_does(system):
     assert_solved(solve_by_iterations(*system[:4]), system)
 
 
-@given(system=systems(shares=(0.3, 1.0, 10.0)))
+@given(system=systems(shares=(0.03, 0.3)))
 def test_iterations_alone_solve_what_is_well_conditioned(system):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conjugate, "solve_grams", None)
+        patch.setattr(conjugate, "LOOK", N)  # nobody is late
         found = solve_by_iterations(*system[:4])
     assert_solved(found, system)
 
