@@ -28,25 +28,37 @@ def any_number(monkeypatch):
 
 
 @st.composite
-def systems(draw) -> System:
-    """Weights of heavy tails, a fifth of them zero; duplicates; all conditions up to 1e8."""
+def systems(draw, shares: tuple[float, ...] = (1e-8, 1e-4, 1.0)) -> System:
+    """Weights of heavy tails, a fifth of them zero; duplicates; ε as shares of what is largest."""
     generator, groups = draw(seeds), draw(st.sampled_from([1, 2]))
     a = normal(generator, groups, N, draw(st.sampled_from([3, N, 4 * N])))
     a[:, 7] = a[:, 3]
     v = (normal(generator, N, U) ** 3 * mostly_ones(generator, N, U)).T.contiguous()
     K = a @ a.mT / a.shape[-1]
     largest = torch.linalg.eigvalsh(K).amax() * (v**2).amax(1)
-    epsilon = largest * draw(st.sampled_from([1e-8, 1e-4, 1.0]))
+    epsilon = largest * draw(st.sampled_from(shares))
     return System(K, v, epsilon, normal(generator, U, N, 2), torch.zeros_like(v))
 
 
-@given(system=systems())
-def test_iterations_solve_as_cholesky_does(system):
-    found = solve_by_iterations(*system[:4])
+def assert_solved(found: conjugate.Iterated, system: System) -> None:
     expected = solve_grams(*system).Y
     size = torch.linalg.vector_norm(expected, dim=1, keepdim=True)
     assert_close(found.Y / size, expected / size, rtol=0, atol=1e-7)
     assert (found.residual <= conjugate.ROUNDING * conjugate.ENOUGH).all()
+
+
+@given(system=systems())
+def test_iterations_solve_as_cholesky_does(system):
+    assert_solved(solve_by_iterations(*system[:4]), system)
+
+
+@given(system=systems(shares=(0.03, 0.3)))
+def test_iterations_alone_solve_what_is_well_conditioned(system):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conjugate, "solve_grams", None)
+        patch.setattr(conjugate, "LOOK", N)  # nobody is late
+        found = solve_by_iterations(*system[:4])
+    assert_solved(found, system)
 
 
 def benign() -> System:

@@ -113,7 +113,7 @@ def test_a_loader_without_batches_is_told():
 
 def test_sums_that_do_not_fit_are_told_with_the_layers():
     model = nn.Sequential(nn.Linear(4, 300), nn.ELU(), nn.Linear(300, 40))
-    monitor = Monitor(model, memory="16 MiB")
+    monitor = Monitor(model, memory="16 MiB", solver="direct")
     monitor.measure(torch.randn(9, 4))
     before = monitor.latest
     with pytest.raises(MemoryBudgetError, match=r"most of it '2' .*units=.*layers=.*memory="):

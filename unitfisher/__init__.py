@@ -9,6 +9,7 @@ from unitfisher.likelihoods import Categorical as Categorical
 from unitfisher.likelihoods import Gaussian as Gaussian
 from unitfisher.likelihoods import Likelihood as Likelihood
 from unitfisher.likelihoods import OutputError as OutputError
+from unitfisher.loader import LoaderError as LoaderError
 from unitfisher.moments import UnitMoments as UnitMoments
 from unitfisher.monitor import Monitor as Monitor
 from unitfisher.operator import UnitFisherOperator as UnitFisherOperator

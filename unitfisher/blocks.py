@@ -51,8 +51,7 @@ class Block:
 
     def forget(self) -> None:
         """Drop what was solved."""
-        if isinstance(self.cases, UnitCases):
-            self.cases.forget()
+        self.cases.forget()
 
     def split_cases(self) -> Sequence[Cases]:
         if isinstance(self.cases, UnitCases) and len(self.layers) > 1:

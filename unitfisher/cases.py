@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from unitfisher.costs import Sizes, engine, route_of, units_together
 from unitfisher.memory import workspace
@@ -19,6 +20,7 @@ from unitfisher.moments import UnitMoments
 from unitfisher.products import Moments, UnitProducts
 from unitfisher.rows import UnitRows
 from unitfisher.solvers import dot
+from unitfisher.weighted import Weighted
 
 
 class Incoming(NamedTuple):
@@ -66,7 +68,7 @@ class UnitCases:
     def tensors(self) -> list[Tensor]:
         """What is kept, caches too."""
         moments = [*vars(self).get("_damped", {}).values(), vars(self).get("_moments")]
-        cached = [t for m in moments if m is not None for t in vars(m).values()]
+        cached = [t for m in moments if m is not None for t in tree_leaves(vars(m))]
         cached += vars(self).get("_shared_rows", ())
         return [t for t in [*vars(self).values(), *cached] if isinstance(t, Tensor)]
 
@@ -292,9 +294,9 @@ class UnitCases:
     def _products(self) -> UnitProducts:
         groups, total = len(self.a), self.D.sum(0)
         center = self.mean[None] if groups == 1 else self.mean[:: self.units // groups]
-        q = (self.D / torch.where(total > 0, total, 1.0)).to(self.a.dtype).T
-        q = q.unflatten(0, (groups, -1)).contiguous()
-        moments = UnitProducts.of(total / self.samples, center, self.a.squeeze(2), q)
+        origin = center.to(self.a.dtype)
+        weighted = Weighted.of(self.a.squeeze(2), self.D, origin, total)
+        moments = UnitProducts.of(total / self.samples, center, origin, weighted)
         # as many iterations as cost what second moments cost; then these, for who needs them
         patience = None if self.solver == "iterative" else max(20, self.inputs // 4)
         return replace(moments, patience=patience)

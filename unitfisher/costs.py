@@ -2,7 +2,8 @@
 
 "rows" solves by Cholesky on the cases' side, "sums" by Cholesky from second moments, "products"
 by conjugate gradients, of which each iteration multiplies with the cases. Which one is taken
-follows from sizes alone: it is the same in every run, however busy the machine.
+follows from sizes alone: it is the same in every run, however busy the machine. "passes" are
+conjugate gradients over a loader whose cases are not kept, where "sums" do not fit.
 """
 
 from math import log
@@ -169,3 +170,18 @@ def bytes_of_group(s: Sizes, route: str) -> int:
     if route == "sums":
         return 4 * item * n * d + 16 * d**2 + kernel
     return 4 * item * n * d + 96 * d**2
+
+
+def bytes_of_sums(s: Sizes) -> int:
+    """What is kept of all units from batch to batch."""
+    return 8 * s.units * s.inputs * (s.inputs + 3)
+
+
+def bytes_of_passes(s: Sizes) -> int:
+    """The same where systems are solved by passes over a loader, and what solving takes.
+
+    Of two right-hand sides the vectors that conjugate gradients keep, of the sums E_q(a) in its
+    forms, of a batch the whitened cases and how they weigh; of what units share, four matrices.
+    """
+    n, d, u = s.rows, s.inputs, s.units
+    return 136 * u * d + 32 * u * n + s.groups * (2 * s.itemsize * n * d + 32 * d**2)

@@ -36,6 +36,7 @@ from unitfisher.fisher import Gradient, Observation, Observer, observe_now, requ
 from unitfisher.history import ACTIVATIONS, PLAN, UNITS, History, columns_of_activations
 from unitfisher.layers import Layers, select
 from unitfisher.likelihoods import Likelihood, likelihood_of
+from unitfisher.loader import Batches, is_loader
 from unitfisher.memory import DEFAULT, bytes_in, within
 from unitfisher.passes import Chance, Pick, device_of, exactly, kept
 from unitfisher.plan import Plan, Planner
@@ -49,7 +50,7 @@ from unitfisher.statistics import (
     tensors_of,
     with_gradients,
 )
-from unitfisher.streaming import Streamed, is_loader, observe_all
+from unitfisher.streaming import Streamed, observe_all
 from unitfisher.window import State, Window
 
 
@@ -96,12 +97,13 @@ class Monitor:
             weights): F stays unbiased and gets noisier, n_eff says how much. None: all.
         solver: "direct" (Cholesky) or "iterative" (conjugate gradients, where cases are more than
             inputs); "auto": iterative for many cases of many inputs, wide convolutions above all.
+            Over a loader both are Cholesky, but "direct" refuses layers whose sums do not fit.
         units: Observe a fixed random sample of this many units per layer; None: all.
         output: Picks the logits from what forward returns: index, key, attribute or callable.
         on_nonfinite: "raise", or "record": a pass with NaN or infinity is kept as such.
         memory: Bytes, or text as "2 GiB", that a measurement may hold at one time, beside the pass
             that it measures; what is recorded without a ``record`` is not counted. None: what it
-            takes; sums over a loader at most 4 GiB. See ``plan``.
+            takes; over a loader at most 4 GiB. See ``plan``.
         record: Folder or Run that receives what is measured; None: kept in memory.
         seed: Of drawn labels, signs and units.
 
@@ -211,12 +213,17 @@ class Monitor:
         Args:
             inputs: The model's input, a tuple of its arguments or a mapping of keyword arguments;
                 or a loader, any other iterable of batches: each an input, or a pair of input and
-                targets. Its batches count as one, in memory of u·d² numbers a layer.
+                targets. Its batches count as one, in memory of u·d² numbers a layer. Where these
+                do not fit the loader is read again and again, for conjugate gradients: it must
+                yield the same batches each time.
             targets: Observed labels; with them the gradient of the mean log-likelihood is taken
                 too, and its cosine and bias-shift shares are filled in.
 
         Returns:
             Statistics by layer, also in ``latest`` and in the record.
+
+        Raises:
+            LoaderError: A loader that was read again gave other batches.
         """
         self._forget_solved()
         with exactly(device_of(self.model)):
@@ -226,7 +233,8 @@ class Monitor:
             if targets is not None:
                 raise ValueError("with a loader targets come in its batches: (inputs, targets)")
             planner = self._planner.over_batches(self.memory_usage()["latest"])
-            streamed = observe_all(self.model, inputs, replace(self._observer, planner=planner))
+            batches = Batches(self.model, inputs, replace(self._observer, planner=planner))
+            streamed = observe_all(batches, self.damping)
             self._planner.newest = planner.newest
             return self._keep(streamed, self.step, "measure")
 

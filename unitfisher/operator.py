@@ -17,6 +17,7 @@ from torch import Tensor
 from unitfisher.cases import UnitCases
 from unitfisher.fisher import NonFiniteError
 from unitfisher.moments import UnitMoments
+from unitfisher.products import UnitProducts
 from unitfisher.solvers import SingularFisherError
 from unitfisher.statistics import UnitStatistics
 from unitfisher.streaming import UnitSums
@@ -174,7 +175,8 @@ def unit_fisher_operator(
 ) -> UnitFisherOperator:
     """View one unit's Fisher as an operator, from a Monitor's measurement of its layer.
 
-    From one batch its cases are read in double precision; from a loader, the sums that it left.
+    From one batch its cases are read in double precision; from a loader, the sums that it left, or
+    where these were too large another pass over it.
 
     Args:
         measured: What ``monitor.latest[layer]`` or ``monitor.measure(x)[layer]`` gives.
@@ -214,13 +216,21 @@ def _rooted(
 ) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"], Float64[Tensor, ""]]:
     """Return R, μ and c from sums over a data set, R a square root of their matrix."""
     m, own = next((m, i - (part.start or 0)) for part, m in cases.parts() if i in _range(part, m))
-    V = m.c[own] * m.Var_q[own] if biased else m.A[own]
+    V = _matrix(m, own, biased)
     squares, vectors = torch.linalg.eigh(V)
     R = (squares.clamp_min(0).sqrt() * vectors).T
     return (R, m.mu_q[own], m.c[own]) if biased else (R, m.mu_q[own] * 0, torch.ones_like(m.c[own]))
 
 
-def _range(part: slice, m: UnitMoments) -> range:
+def _matrix(m: UnitMoments | UnitProducts, own: int, biased: bool) -> Float64[Tensor, "d d"]:
+    """Return c Var_q, or A where there is no bias."""
+    if isinstance(m, UnitMoments):
+        return m.c[own] * m.Var_q[own] if biased else m.A[own]
+    V, mu = m.covariance(own), m.mu_q[own]
+    return m.c[own] * (V if biased else V + torch.outer(mu, mu))
+
+
+def _range(part: slice, m: UnitMoments | UnitProducts) -> range:
     return range(part.start or 0, (part.start or 0) + len(m.c))
 
 

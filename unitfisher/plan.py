@@ -16,7 +16,16 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from unitfisher.calls import Seen
-from unitfisher.costs import Sizes, bytes_of_group, engine, least, route_of, units_together
+from unitfisher.costs import (
+    Sizes,
+    bytes_of_group,
+    bytes_of_passes,
+    bytes_of_sums,
+    engine,
+    least,
+    route_of,
+    units_together,
+)
 from unitfisher.errors import Estimator
 from unitfisher.layers import at_units
 from unitfisher.likelihoods import Output
@@ -91,7 +100,7 @@ class LayerPlan:
 
     layer: str
     sizes: Sizes
-    route: str  # "rows", "sums" or "products"; "" while the cases are not known
+    route: str  # "rows", "sums", "products" or "passes"; "" while the cases are not known
     together: int  # units
     kept: int  # cases and results, this measurement's and the newest one's
     solving: int  # beside the workspace
@@ -99,7 +108,7 @@ class LayerPlan:
 
     def parted(self) -> "LayerPlan":
         """Treat as many units together as the workspace allows."""
-        if not self.route:
+        if self.route in ("", "passes"):
             return self
         return replace(self, together=units_together(self.sizes, self.route))
 
@@ -184,13 +193,15 @@ class Planner:
     strict: bool = False  # was the budget asked for? Else it sizes the work, and refuses nothing
     beside: int | None = None  # what is held of earlier measurements; None: one like this
     summed: bool = False  # are sums kept over batches?
+    passing: frozenset[str] = frozenset()  # layers whose sums are too large to be kept
+    settled: bool = False  # may no more layers join these?
     newest: Plan | None = None
     _asked: tuple[dict[str, Shape], int] | None = None
 
     def over_batches(self, beside: int) -> "Planner":
-        """Plan sums over batches, beside so many bytes."""
+        """Plan sums over batches, or passes where these are too large, beside so many bytes."""
         sums = replace(self, rows=None, window=1, solver="sums", beside=beside, summed=True)
-        sums._asked = None
+        sums._asked, sums.settled = None, self.solver == "direct"
         return sums
 
     @property
@@ -215,6 +226,9 @@ class Planner:
         if self.newest is None or asked != self._asked:
             first = self.newest is None or not self.newest.known
             self.newest, self._asked = self._within_budget(shapes, column), asked
+            layers = self.newest.layers if self.summed else ()
+            self.passing = frozenset(of.layer for of in layers if of.route == "passes")
+            self.settled = True  # what the first batch has begun the others go on with
             if first:
                 self._tell()
         return self.newest
@@ -232,12 +246,15 @@ class Planner:
 
     def _within_budget(self, shapes: Mapping[str, Shape], column: int) -> Plan:
         alike = Counter(shapes.values())
-        kept = {name: self._kept(s, alike[s] > 1) for name, s in shapes.items()}
+        kept = {name: self._kept(name, s, alike[s] > 1) for name, s in shapes.items()}
         left = self.memory - (self.beside or 0) - sum(kept.values())
         with within(min(AMPLE, left // (2 * PIECES))):  # half of it for what was solved
             bare = tuple(self._of_layer(name, s, kept[name]) for name, s in shapes.items())
         plan = Plan(self.memory, bare, self.beside or 0, 0, column)
         if plan.least > self.memory:
+            if (largest := self._largest_sums(shapes)) is not None:
+                passes = replace(self, passing=self.passing | {largest})
+                return passes._within_budget(shapes, column)
             if self.strict or self.summed:
                 raise _too_large(plan)
             ample = plan.held + 2 * PIECES * max(AMPLE, plan.least_workspace)
@@ -247,15 +264,29 @@ class Planner:
         with within(plan.workspace):
             return replace(plan, layers=tuple(of.parted() for of in bare))
 
-    def _kept(self, shape: Shape, alike: bool) -> int:
+    def _largest_sums(self, shapes: Mapping[str, Shape]) -> str | None:
+        """Name the layer that would spare most by passing over the loader instead; None: none."""
+        if self.settled or not self.summed:
+            return None
+        sizes = {name: s.sizes(s.cases) for name, s in shapes.items() if name not in self.passing}
+        spared = {
+            name: bytes_of_sums(s) - bytes_of_passes(s) for name, s in sizes.items() if not s.joint
+        }
+        gains = {name: spare for name, spare in spared.items() if spare > 0}
+        return max(gains, key=lambda name: gains[name], default=None)
+
+    def _kept(self, name: str, shape: Shape, alike: bool) -> int:
         """Bytes of a layer's cases and results, until the next measurement is complete."""
+        if name in self.passing:  # results take the place of what solving has taken
+            cases = shape.cases * shape.bytes_of_case
+            return shape.bytes_observing + cases + bytes_of_passes(shape.sizes(shape.cases))
         pooled, solved = self.window * shape.cases, self._solved(shape)
         copies = (self.window > 1) + (solved < pooled) + 1  # pooled, drawn, held
         cases = copies * pooled + solved * alike  # side by side with others of its form
         results = 3 * shape.bytes_of_results
         if self.beside is None:
             cases, results = cases + solved, results + shape.bytes_of_results
-        sums = 8 * shape.units * shape.inputs * (shape.inputs + 3) * self.summed
+        sums = bytes_of_sums(shape.sizes(shape.cases)) * self.summed
         return shape.bytes_observing + cases * shape.bytes_of_case + results + sums
 
     def _solved(self, shape: Shape) -> int:
@@ -266,6 +297,8 @@ class Planner:
         sizes, units = shape.sizes(self._solved(shape)), shape.units
         if not sizes.rows:
             return LayerPlan(name, sizes, "", units, kept, shape.bytes_of_results, 0)
+        if name in self.passing:
+            return LayerPlan(name, sizes, "passes", units, kept, 0, 0)
         route = route_of(sizes, self.solver, self.damping)
         solving = bytes_of_group(sizes, route) + 2 * shape.bytes_of_results
         return LayerPlan(name, sizes, route, units, kept, solving, least(sizes, route))

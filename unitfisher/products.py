@@ -7,17 +7,19 @@ is left to iterate on is how a unit's own weights differ from that mean.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from unitfisher.moments import ConstantFit, UnitMoments, idle
 from unitfisher.rows import UnitRows
 from unitfisher.solvers import dot, require_regular, solve
+from unitfisher.weighted import CaseProducts, Solution, Solving, Weighted
 
 ITERATIONS = 300  # at most
 ENOUGH = {torch.float32: 1e-6, torch.float64: 1e-11}  # of the relative residual, to stop at
@@ -29,19 +31,12 @@ class UnconvergedWarning(UserWarning):
 
 
 class Whitened(NamedTuple):
-    """Activations about their mean, ã = L⁻¹ (a - μ_p), so that Σ q̄ ã ãᵀ + ε̄ L⁻¹ L⁻ᵀ = I."""
+    """Coordinates ã = L⁻¹ (a - origin), in which Σ q̄ ã ãᵀ + ε̄ L⁻¹ L⁻ᵀ = I for mean weights q̄."""
 
-    rows: Float[Tensor, "g n d"]
-    L: Float[Tensor, "g d d"]
-    mean_q: Float[Tensor, "g v d"]  # of the rows
-    ridge: Float[Tensor, "g d d"]  # L⁻¹ L⁻ᵀ
-
-
-class Solution(NamedTuple):
-    """Of one system a unit, and the residual relative to the right-hand side, both whitened."""
-
-    x: Float[Tensor, "u d"]
-    residual: Float[Tensor, " u"]
+    L: Float64[Tensor, "g d d"]
+    mean_q: Float64[Tensor, "g v d"]  # of ã
+    ridge: Float[Tensor, "g d d"]  # L⁻¹ L⁻ᵀ, in the precision of the cases
+    cases: CaseProducts
 
 
 @dataclass(frozen=True)
@@ -50,31 +45,26 @@ class UnitProducts:
 
     c: Float[Tensor, " u"]
     center: Float[Tensor, "g d"]  # μ_p
-    about: Float[Tensor, "g n d"]  # a less μ_p rounded to the precision of the activations
-    q: Float[Tensor, "g v n"]
-    mean_about: Float[Tensor, "u d"]  # of these under q
-    mean_shift: Float[Tensor, "u d"]  # μ_q - μ_p
+    origin: Float[Tensor, "g d"]  # near it, in the precision of the activations
+    mean_about: Float[Tensor, "u d"]  # μ_q - origin
     trace_Var_q: Float[Tensor, " u"]
     ridge: Float[Tensor, " u"]
+    cases: CaseProducts  # about the origin
     patience: int | None = None  # iterations before Cholesky solves the rest; None: it never does
+    known: tuple[tuple[Tensor, Solution], ...] = ()  # right-hand sides solved for before
 
     @classmethod
     def of(
         cls,
         c: Float[Tensor, " u"],
         center: Float[Tensor, "g d"],
-        a: Float[Tensor, "g n d"],
-        q: Float[Tensor, "g v n"],
+        origin: Float[Tensor, "g d"],
+        cases: Weighted,
     ) -> "UnitProducts":
         """Take cases as they are, without damping."""
-        origin = center.to(a.dtype)
-        about = a - origin.unsqueeze(1)
-        mean = (q @ about).double()
-        shift = mean - (center - origin.double()).unsqueeze(1)
-        squares = (q @ about.square().sum(-1, keepdim=True)).double().flatten()
-        mean, shift = mean.flatten(0, 1), shift.flatten(0, 1)
-        trace = squares - dot(mean, mean)
-        return cls(c, center, about, q, mean, shift, trace, torch.zeros_like(c))
+        mean = cases.mean()
+        trace = cases.squares() - dot(mean, mean)
+        return cls(c, center, origin, mean, trace, torch.zeros_like(c), cases)
 
     @property
     def alive(self) -> Bool[Tensor, " u"]:
@@ -82,7 +72,12 @@ class UnitProducts:
 
     @cached_property
     def mu_q(self) -> Float[Tensor, "u d"]:
-        return (self._grouped(self.mean_shift) + self.center.unsqueeze(1)).flatten(0, 1)
+        return self._about(-self.origin.double())
+
+    @property
+    def mean_shift(self) -> Float[Tensor, "u d"]:
+        """μ_q - μ_p."""
+        return self._about(self.center - self.origin.double())
 
     @property
     def mu_q_double(self) -> Float[Tensor, "u d"]:
@@ -98,10 +93,10 @@ class UnitProducts:
 
     def damped(self, damping: float) -> "UnitProducts":
         """Damp the weight block; see UnitMoments.damped."""
-        d = self.about.shape[-1]
+        d = self.origin.shape[-1]
         more = damping * (self.trace_Var_q + self.mu_q_squared) / d
         ridge, trace = self.ridge + self.c * more, self.trace_Var_q + d * more * self.alive
-        return replace(self, ridge=ridge, trace_Var_q=trace)
+        return replace(self, ridge=ridge, trace_Var_q=trace, known=())
 
     def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
         """Return Var_q⁻¹ rhs; zero where a unit is dead.
@@ -125,7 +120,7 @@ class UnitProducts:
     @property
     def tolerance(self) -> float:
         """A residual up to which a unit counts as solved."""
-        return ROUNDING * ENOUGH[self.about.dtype]
+        return ROUNDING * ENOUGH[self.origin.dtype]
 
     @cached_property
     def epsilon(self) -> Float[Tensor, " u"]:
@@ -141,83 +136,113 @@ class UnitProducts:
         return idle(self.alive, self.trace_Var_q, self.mu_q_squared)
 
     @cached_property
-    def _whitened(self) -> Whitened:
+    def whitened(self) -> Whitened:
+        enough_cases = self.cases.support > self.origin.shape[-1]
+        require_regular(enough_cases | (self.ridge > 0) | self._idle)
         epsilon, busy = self._grouped(self.epsilon), self._grouped(~self._idle)
-        units = busy.sum(1, keepdim=True).clamp_min(1)
-        shared = (self.q * busy.unsqueeze(-1)).sum(1).unsqueeze(-1) / units.unsqueeze(-1)
-        moment = ((shared * self.about).mT @ self.about).double()
-        eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-        mean_ridge = ((epsilon * busy).sum(1, keepdim=True) / units).unsqueeze(-1)
-        none = ~busy.any(1)[:, None, None]
-        L, info = torch.linalg.cholesky_ex(torch.where(none, eye, moment + mean_ridge * eye))
+        share = busy.double() / busy.sum(1, keepdim=True).clamp_min(1)
+        moment = self.cases.shared_moment(share)
+        moment.diagonal(dim1=-2, dim2=-1).add_((epsilon * share).sum(1, keepdim=True))
+        eye = torch.eye(moment.shape[-1]).to(moment)
+        moment[~busy.any(1)] = eye
+        L, info = torch.linalg.cholesky_ex(moment)
         require_regular((info == 0).repeat_interleave(busy.shape[1]))
+        del moment  # which may be large
         inverse = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)
-        rows = self.about @ inverse.mT.to(self.about.dtype)
         mean_q = self._grouped(self.mean_about) @ inverse.mT
-        return Whitened(rows, L, mean_q, inverse @ inverse.mT)
+        ridge = (inverse @ inverse.mT).to(self.origin.dtype)
+        return Whitened(L, mean_q, ridge, self.cases.whitened(inverse))
 
     def solve_to_residual(self, rhs: Float[Tensor, "u d"]) -> Solution:
-        """Solve for all units at once; each stops to change when its residual is small enough."""
-        some = (self.q > 0).sum(-1).flatten() > self.about.shape[-1]
-        require_regular(some | (self.ridge > 0) | self._idle)
-        w, enough = self._whitened, ENOUGH[self.about.dtype] ** 2
-        b = torch.linalg.solve_triangular(w.L, self._grouped(rhs.double()).mT, upper=False).mT
-        size = torch.linalg.vector_norm(b, dim=-1, keepdim=True)
-        busy = self._grouped(~self._idle).unsqueeze(-1) & (size > 0)
-        scale = torch.where(busy, size, 1.0)
-        y, r = torch.zeros_like(b), b / scale * busy
-        p, rr = r.clone(), r.square().sum(-1, keepdim=True)
-        for i in range(ITERATIONS if self.patience is None else self.patience):
-            if i % 4 == 0 and bool((rr <= enough).all()):
+        """Solve for all units at once, and say of those that did not come to an end."""
+        for given, solution in self.known:
+            if given.equal(rhs):
+                return Solution(solution.x.clone(), solution.residual)  # who asks may divide it
+        solution = self.whitened.cases.answer(self.solving(rhs))
+        name_unconverged([(self, solution.residual)])
+        return solution
+
+    def solving(self, rhs: Float[Tensor, "u d"]) -> Solving:
+        """Iterate on all units at once; each stops to change when its residual is small enough."""
+        enough = ENOUGH[self.origin.dtype] ** 2
+        r, scale = self._right_hand_side(rhs)
+        y, p, rr = torch.zeros_like(r), r.clone(), r.square().sum(-1, keepdim=True)
+        for _ in range(ITERATIONS if self.patience is None else self.patience):
+            if bool((rr <= enough).all()):
                 break
-            Ap = self._times(p)
+            Ap = self._completed((yield p), p)
             curvature = dot(p, Ap).unsqueeze(-1)
             still = (rr > enough) & (curvature > 0)
             step = torch.where(still, rr / torch.where(still, curvature, 1.0), 0.0)
-            y, r = y + step * p, r - step * Ap
+            y.addcmul_(step, p)
+            r.addcmul_(step, Ap, value=-1)
             new = r.square().sum(-1, keepdim=True)
-            p = torch.where(still, r + new / torch.where(rr > 0, rr, 1.0) * p, p)
+            p.mul_(torch.where(still, new / torch.where(rr > 0, rr, 1.0), 1.0))
+            p.addcmul_(still.double(), r)
             rr = torch.where(still, new, rr)
-        residual = torch.linalg.vector_norm(b / scale * busy - self._times(y), dim=-1).flatten()
-        x = torch.linalg.solve_triangular(w.L.mT, (y * scale).mT, upper=True).mT.flatten(0, 1)
+        r, _ = self._right_hand_side(rhs)
+        r -= self._completed((yield y), y)
+        residual = torch.linalg.vector_norm(r, dim=-1).flatten()
+        y = (y * scale).mT
+        x = torch.linalg.solve_triangular(self.whitened.L.mT, y, upper=True).mT.flatten(0, 1)
         if self.patience is not None:
             for unit in (residual > self.tolerance).nonzero().flatten().tolist():
-                x[unit], residual[unit] = self._directly(unit, rhs[unit]), 0.0
+                V = self.covariance(unit).unsqueeze(0)
+                x[unit], residual[unit] = solve(V, rhs[unit].double().unsqueeze(0))[0], 0.0
         x = torch.where(self._idle[:, None], rhs, x) * self.alive[:, None]
-        self._name_unconverged(residual)
         return Solution(x, residual)
 
-    def _directly(self, unit: int, rhs: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-        """Solve one unit's system from its second moments."""
-        group, own = divmod(unit, self.q.shape[1])
-        about, mean = self.about[group], self.mean_about[unit]
-        second = ((self.q[group, own].unsqueeze(1) * about).mT @ about).double()
-        V = second - torch.outer(mean, mean)
+    def covariance(self, unit: int) -> Float64[Tensor, "d d"]:
+        """Var_q of one unit, damped."""
+        mean = self.mean_about[unit]
+        V = self.cases.second_moment(unit) - torch.outer(mean, mean)
         V.diagonal().add_(self.epsilon[unit])
-        return solve(V.unsqueeze(0), rhs.double().unsqueeze(0))[0]
+        return V
 
-    def _name_unconverged(self, residual: Float[Tensor, " u"]) -> None:
-        bad = int((~(residual <= self.tolerance)).sum())
-        if bad:
-            warnings.warn(
-                f"conjugate gradients left a residual of up to {float(residual.max()):.1e}, not "
-                f"{self.tolerance:.0e}, in {bad} of {residual.numel()} units after {ITERATIONS} "
-                f"iterations: raise damping=, or solve directly with solver='direct'",
-                UnconvergedWarning,
-                stacklevel=2,
-            )
+    def _right_hand_side(
+        self, rhs: Float[Tensor, "u d"]
+    ) -> tuple[Float64[Tensor, "g v d"], Float64[Tensor, "g v 1"]]:
+        """Whiten it, and scale it to length 1; to 0 where there is nothing to solve."""
+        b = self._grouped(rhs.double()).mT
+        b = torch.linalg.solve_triangular(self.whitened.L, b, upper=False).mT
+        size = torch.linalg.vector_norm(b, dim=-1, keepdim=True)
+        busy = self._grouped(~self._idle).unsqueeze(-1) & (size > 0)
+        scale = torch.where(busy, size, 1.0)
+        return b / scale * busy, scale
 
-    def _times(self, y: Float[Tensor, "g v d"]) -> Float[Tensor, "g v d"]:
-        """Multiply by L⁻¹ Var_q L⁻ᵀ; products with the cases in their own precision."""
-        w = self._whitened
-        z = y.to(w.rows.dtype) @ w.rows.mT
-        products = (z.mul_(self.q) @ w.rows).double()
-        mean = w.mean_q * dot(w.mean_q, y).unsqueeze(-1)
-        return products - mean + self._grouped(self.epsilon).unsqueeze(-1) * (y @ w.ridge)
+    def _completed(
+        self, product: Float64[Tensor, "g v d"], y: Float64[Tensor, "g v d"]
+    ) -> Float64[Tensor, "g v d"]:
+        """Return L⁻¹ Var_q L⁻ᵀ y from Σ q ã ãᵀ y, in place."""
+        w = self.whitened
+        product.addcmul_(w.mean_q, dot(w.mean_q, y).unsqueeze(-1), value=-1)
+        ridge = (y.to(w.ridge.dtype) @ w.ridge).double()
+        return product.addcmul_(self._grouped(self.epsilon).unsqueeze(-1), ridge)
+
+    def _about(self, x: Float64[Tensor, "g d"]) -> Float64[Tensor, "u d"]:
+        """E_q(a - origin) - x."""
+        return (self._grouped(self.mean_about) - x.unsqueeze(1)).flatten(0, 1)
 
     def _grouped(self, x: Tensor) -> Tensor:
-        grouped: Tensor = x.unflatten(0, (len(self.about), -1))
+        grouped: Tensor = x.unflatten(0, (len(self.origin), -1))
         return grouped
+
+
+def name_unconverged(
+    solved: Sequence[tuple[UnitProducts, Float[Tensor, " _"]]], where: str = ""
+) -> None:
+    """Warn of units whose residual is larger than it may be, once for all that were solved."""
+    residual = torch.cat([residual for _, residual in solved])
+    allowed = torch.cat([torch.full_like(residual, m.tolerance) for m, residual in solved])
+    bad, cases = ~(residual <= allowed), solved[0][0].cases
+    if bad.any():
+        warnings.warn(
+            f"conjugate gradients left a residual of up to {float(residual[bad].max()):.1e}, not "
+            f"{float(allowed.min()):.0e}, in {int(bad.sum())} of {len(bad)} units{where} after "
+            f"{ITERATIONS} iterations: raise damping=, or {cases.instead}",
+            UnconvergedWarning,
+            stacklevel=2,
+        )
 
 
 Moments = UnitMoments | UnitRows | UnitProducts

@@ -12,7 +12,6 @@ from unitfisher.blocks import Block, blocks, joined_gradients
 from unitfisher.cases import UnitCases
 from unitfisher.diagnostics import cosine, mean_share
 from unitfisher.fisher import Gradient, Observation
-from unitfisher.moments import UnitMoments
 from unitfisher.products import Moments
 from unitfisher.solvers import SingularFisherError, dot
 from unitfisher.streaming import Cases, Streamed
@@ -63,7 +62,7 @@ class UnitStatistics:
         Tensor, " u"
     ]  # relative, that conjugate gradients left; 0 where solved directly
     converged: Bool[Tensor, " u"]  # whether that is within the tolerance
-    route: str  # how systems were solved: "rows", "sums" or "products"
+    route: str  # how systems were solved: "rows", "sums", "products" or "passes"
     c_error: Float[Tensor, " u"]  # standard error
     mean_q_error: Float[Tensor, "u d"]
     s_error: Float[Tensor, " u"]
@@ -93,6 +92,7 @@ class UnitStatistics:
 
         Raises:
             ValueError: The gradient does not fit the layer.
+            LoaderError: The loader that has to be read again has changed, or the model has.
             SingularFisherError: A unit's Fisher has no inverse at this damping.
         """
         if g.flatten(1).shape != self.mean_q.shape or (g0 is None) == self.biased:
@@ -318,10 +318,9 @@ def _errors(cases: Cases, part: slice, m: Moments, damped: Moments) -> StandardE
     if isinstance(cases, UnitCases):
         own = cases if part == slice(None) else cases.of_units(part)  # which may copy activations
         return StandardErrors.of(own, m, damped)
-    assert isinstance(m, UnitMoments)
     if not cases.variance.any():
         return StandardErrors.alike(0.0, m.mu_q)
-    return StandardErrors.of_c(cases.variance[part].sqrt() / m.samples, m)
+    return StandardErrors.of_c(cases.variance[part].sqrt() / cases.samples, m)
 
 
 def together(parts: Sequence[Tensor]) -> Tensor:

@@ -1,45 +1,76 @@
 """A whole data set measured batch by batch: sums that add up, in memory that does not grow."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import Tensor
 
 from unitfisher.cases import UnitCases
-from unitfisher.fisher import Gradient, Observation, Observer, observe_now
+from unitfisher.fisher import Gradient, Observation
+from unitfisher.loader import Batches
 from unitfisher.memory import within
 from unitfisher.moments import UnitMoments
 from unitfisher.outputs import UnitMeans
-from unitfisher.passes import device_of
+from unitfisher.products import UnitProducts
+from unitfisher.rounds import Rounds, solve_together
 from unitfisher.uncertainty import variance_of_sum
 
 
 @dataclass
-class UnitSums:
-    """What `UnitCases` says of a layer, as sums over batches: u·d² numbers, cases not kept."""
+class Parts:
+    """Second moments of part after part of the units."""
 
-    held: list[tuple[slice, UnitMoments]]  # part after part of the units
-    mean: Float[Tensor, "*g d"]
-    trace_variance: Float[Tensor, "*g"]
-    weight: Float[Tensor, " u"]  # Σ D
-    weight_squared: Float[Tensor, " u"]  # Σ D²
-    variance: Float[Tensor, " u"]  # of Σ D, from drawn labels or signs
-    count: int  # of positions
+    held: list[tuple[slice, UnitMoments]]
 
     @classmethod
-    def of(cls, cases: UnitCases) -> "UnitSums":
-        held = [(part, cases.of_units(part).sums()) for part in cases.split()]
-        D = cases.D
-        moments = cases.mean, cases.trace_variance, D.sum(0), (D**2).sum(0)
-        return cls(held, *moments, variance_of_sum(cases), _count(cases))
+    def of(cls, cases: UnitCases) -> "Parts":
+        return cls([(part, cases.of_units(part).sums()) for part in cases.split()])
 
     def add(self, cases: UnitCases) -> None:
         """Add a batch, about the origins that the first one chose; part after part in place."""
         for i, (part, m) in enumerate(self.held):
             self.held[i] = part, m + cases.of_units(part).sums(m.origin)
+
+    route = "sums"
+
+    def parts(self) -> Iterator[tuple[slice, UnitMoments]]:
+        return iter(self.held)
+
+    def damped_parts(self, damping: float) -> Iterator[tuple[slice, UnitMoments]]:
+        return ((part, m.damped(damping)) for part, m in self.held)
+
+    def forget(self) -> None:
+        """Nothing solved is kept."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [t for _, m in self.held for t in vars(m).values() if isinstance(t, Tensor)]
+
+
+@dataclass
+class UnitSums:
+    """What `UnitCases` says of a layer, as sums over batches: cases are not kept."""
+
+    held: Parts | Rounds
+    mean: Float[Tensor, "*g d"]
+    trace_variance: Float[Tensor, "*g"]
+    weight: Float[Tensor, " u"]  # Σ D
+    weight_squared: Float[Tensor, " u"]  # Σ D²
+    variance: Float[Tensor, " u"]  # of Σ D, from drawn labels or signs
+    samples: int
+    count: int  # of positions
+
+    @classmethod
+    def of(cls, held: Parts | Rounds, cases: UnitCases) -> "UnitSums":
+        """Begin with a batch that is held already."""
+        D = cases.D
+        moments = cases.mean, cases.trace_variance, D.sum(0), (D**2).sum(0)
+        return cls(held, *moments, variance_of_sum(cases), cases.samples, _count(cases))
+
+    def add(self, cases: UnitCases) -> None:
+        """Add a batch."""
+        self.held.add(cases)
         total = self.count + _count(cases)
         q, shift = _count(cases) / total, cases.mean - self.mean
         variance = (1 - q) * self.trace_variance + q * cases.trace_variance
@@ -48,15 +79,22 @@ class UnitSums:
         self.weight = self.weight + cases.D.sum(0)
         self.weight_squared = self.weight_squared + (cases.D**2).sum(0)
         self.variance = self.variance + variance_of_sum(cases)
-        self.count = total
+        self.samples, self.count = self.samples + cases.samples, total
 
-    def parts(self) -> Iterator[tuple[slice, UnitMoments]]:
-        return iter(self.held)
+    def parts(self) -> Iterator[tuple[slice, UnitMoments | UnitProducts]]:
+        return self.held.parts()
 
-    def damped_parts(self, damping: float) -> Iterator[tuple[slice, UnitMoments]]:
-        return ((part, m.damped(damping)) for part, m in self.held)
+    def damped_parts(self, damping: float) -> Iterator[tuple[slice, UnitMoments | UnitProducts]]:
+        return self.held.damped_parts(damping)
 
-    route = "sums"
+    def forget(self) -> None:
+        """Drop what was solved; it is solved again when it is asked for."""
+        self.held.forget()
+
+    @property
+    def route(self) -> str:
+        """How systems are solved: from "sums", or in "passes" over the loader."""
+        return self.held.route
 
     @property
     def units(self) -> int:
@@ -76,9 +114,8 @@ class UnitSums:
 
     @property
     def tensors(self) -> list[Tensor]:
-        sums = [t for _, m in self.held for t in vars(m).values() if isinstance(t, Tensor)]
         known = self.mean, self.trace_variance, self.weight, self.weight_squared, self.variance
-        return [*known, *sums]
+        return [*known, *self.held.tensors]
 
 
 Cases = UnitCases | UnitSums
@@ -89,66 +126,49 @@ class Streamed:
     """What all batches say of one layer; as `Observation` for one pass."""
 
     cases: UnitSums
-    samples: int
     means: UnitMeans
     gradient: Gradient | None
     fault: str | None
 
     @classmethod
-    def of(cls, first: Observation) -> "Streamed":
-        cases = UnitSums.of(first.cases)
-        return cls(cases, first.cases.samples, first.means, first.gradient, first.fault)
+    def of(cls, batches: Batches, layer: str, first: Observation) -> "Streamed":
+        cases = replace(first.cases, solver="sums")
+        passing = layer in batches.planner.passing
+        held = Rounds.of(batches, layer, cases) if passing else Parts.of(cases)
+        return cls(UnitSums.of(held, cases), first.means, first.gradient, first.fault)
 
     def add(self, other: Observation) -> None:
         """Add a batch; after one with NaN or infinity nothing counts any more."""
         self.fault = self.fault or other.fault
         if self.fault:
             return
-        self.samples += other.cases.samples
-        self.cases.add(other.cases)
+        self.cases.add(replace(other.cases, solver="sums"))
         self.means = self.means.joined(other.means)
-        share = other.cases.samples / self.samples
+        share = other.cases.samples / self.cases.samples
         self.gradient = _averaged(self.gradient, other.gradient, share)
 
 
-def is_loader(inputs: Any) -> bool:
-    """Say whether this is an iterable of batches, not the input of one pass."""
-    single = isinstance(inputs, Tensor | tuple | Mapping)
-    return isinstance(inputs, Iterable) and not single
-
-
-def observe_all(
-    model: nn.Module, batches: Iterable[Any], observer: Observer
-) -> dict[str, Streamed]:
-    """Observe batch after batch in eval mode, and keep sums.
-
-    Args:
-        model: Left as it was.
-        batches: Each one the model's input, or a pair of input and observed labels.
-        observer: Which layers, units and Fisher.
+def observe_all(batches: Batches, damping: float) -> dict[str, Streamed]:
+    """Observe batch after batch and keep sums; where they are too large, solve at this damping.
 
     Raises:
         ValueError: There is no batch.
-        MemoryBudgetError: The sums of these layers would take too much.
+        LoaderError: The batches that had to be read again were others.
+        MemoryBudgetError: What is kept of these layers would take too much.
     """
     total: dict[str, Streamed] = {}
-    for batch in batches:
-        batch = tree_map_only(Tensor, lambda t: t.to(device_of(model)), batch)
-        inputs, targets = batch if _is_pair(batch) else (batch, None)
-        for name, one in observe_now(model, inputs, observer, targets).items():
-            one = replace(one, cases=replace(one.cases, solver="sums"))
-            with within(observer.workspace):
+    for observations in batches.once():
+        with within(batches.planner.workspace):
+            for name, one in observations.items():
                 if name in total:
                     total[name].add(one)
                 else:
-                    total[name] = Streamed.of(one)
-    if not total:
-        raise ValueError("the loader yields no batch (an iterator that was used up?)")
+                    total[name] = Streamed.of(batches, name, one)
+    several = [(of.cases.held, of.gradient) for of in total.values() if not of.fault]
+    passing = [(held, gradient) for held, gradient in several if isinstance(held, Rounds)]
+    if passing:
+        solve_together(passing, damping)
     return total
-
-
-def _is_pair(batch: Any) -> bool:
-    return isinstance(batch, list | tuple) and len(batch) == 2
 
 
 def _count(cases: UnitCases) -> int:

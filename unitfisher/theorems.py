@@ -81,10 +81,16 @@ def unit_natural_gradient(m: Moments, g: Float[Tensor, "u d"], g0: Float[Tensor,
         SingularFisherError: Var_q of some living unit is not positive definite.
     """
     c, mu_q = torch.where(m.alive, m.c, 1.0), m.mu_q_double
-    about = torch.addcmul(g.double(), g0.double()[:, None], mu_q, value=-1)
-    dw = m.solve(about.to(g.dtype)).div_(c[:, None])  # in double: large means nearly cancel
+    dw = m.solve(about_mu_q(m, g, g0)).div_(c[:, None])
     dw0 = g0.double() / c - dot(mu_q, dw.double())
     return UnitStep(dw, (dw0 * m.alive).to(g.dtype))
+
+
+def about_mu_q(
+    m: Moments, g: Float[Tensor, "u d"], g0: Float[Tensor, " u"]
+) -> Float[Tensor, "u d"]:
+    """Compute g - g₀ μ_q, in double precision: large means nearly cancel."""
+    return torch.addcmul(g.double(), g0.double()[:, None], m.mu_q_double, value=-1).to(g.dtype)
 
 
 def weight_natural_gradient(m: Moments, g: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:

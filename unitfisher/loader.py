@@ -1,0 +1,149 @@
+"""A loader of batches, read once or again and again: then the same cases come each time."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import isclose
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from unitfisher.cases import UnitCases
+from unitfisher.fisher import Observation, Observer, observe_now
+from unitfisher.memory import within
+from unitfisher.passes import Chance, device_of, exactly
+from unitfisher.plan import MemoryBudgetError, Planner
+
+SAME = 1e-5  # relative, of sums over a batch that a device may add up in another order
+WAYS_OUT = "observe fewer units (units=...), leave layers out (layers=...), allow more \
+(memory=...), or measure one batch from fewer cases (rows=...)"
+
+
+class LoaderError(ValueError):
+    """A loader that had to be read again gave other batches."""
+
+
+def is_loader(inputs: Any) -> bool:
+    """Say whether this is an iterable of batches, not the input of one pass."""
+    single = isinstance(inputs, Tensor | tuple | Mapping)
+    return isinstance(inputs, Iterable) and not single
+
+
+@dataclass
+class Batches:
+    """What an observer sees of a model on the batches of a loader.
+
+    Whatever is drawn is drawn alike each time: by us, and by a loader that takes its chance from
+    torch's global generator. That one is left where a single reading has left it, and so is ours.
+    """
+
+    model: nn.Module
+    loader: Iterable[Any]
+    observer: Observer
+
+    def __post_init__(self) -> None:
+        self._ours, self._global = self.observer.chance.state(), torch.get_rng_state()
+        self._seen: list[dict[str, Checksum]] = []
+
+    def once(self) -> Iterator[dict[str, Observation]]:
+        """Read for the first time.
+
+        Raises:
+            ValueError: There is no batch.
+            MemoryBudgetError: These layers would take too much, or would have to be read again.
+        """
+        batches, planner = iter(self.loader), self.planner
+        for batch in batches:
+            observations = self._observed(batch, self.observer, graded=True)
+            if planner.passing and batches is self.loader:
+                raise MemoryBudgetError(_used_up(planner.passing))
+            passing = planner.passing & observations.keys()
+            self._seen.append({name: Checksum.of(observations[name].cases) for name in passing})
+            yield observations
+            observations.clear()  # before there are those of the next batch
+        if not self._seen:
+            raise ValueError("the loader yields no batch (an iterator that was used up?)")
+
+    def again(self, layers: Collection[str]) -> Iterator[dict[str, UnitCases]]:
+        """Read what layers see whose systems are solved by passing over the loader.
+
+        Raises:
+            LoaderError: It is not what they saw the first time.
+        """
+        chance, read = Chance(self.observer.chance.seed), 0
+        chance.load(self._ours)
+        watched = {name: self.observer.layers[name] for name in layers}
+        observer = replace(self.observer, layers=watched, chance=chance, planner=None)
+        graded = observer.estimator.fisher == "empirical"
+        with torch.random.fork_rng([]):
+            torch.set_rng_state(self._global)
+            for read, batch in enumerate(self.loader, 1):
+                observations = self._observed(batch, observer, graded)
+                cases = {name: of.cases for name, of in observations.items()}
+                observations.clear()
+                seen = self._seen[read - 1] if read <= len(self._seen) else {}
+                if any(not Checksum.of(of).like(seen.get(name)) for name, of in cases.items()):
+                    raise LoaderError(_changed(f"a batch {read}", layers))
+                yield cases
+                cases.clear()  # before there are those of the next batch
+        if read < len(self._seen):
+            raise LoaderError(_changed(f"{read} batches", layers))
+
+    @contextmanager
+    def as_measured(self) -> Iterator[None]:
+        """Compute as in the first pass, within the same memory."""
+        with exactly(device_of(self.model)), within(self.planner.workspace):
+            yield
+
+    @property
+    def planner(self) -> Planner:
+        assert self.observer.planner is not None
+        return self.observer.planner
+
+    def _observed(self, batch: Any, observer: Observer, graded: bool) -> dict[str, Observation]:
+        batch = tree_map_only(Tensor, lambda t: t.to(device_of(self.model)), batch)
+        inputs, targets = batch if _is_pair(batch) else (batch, None)
+        return observe_now(self.model, inputs, observer, targets if graded else None)
+
+
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, list | tuple) and len(batch) == 2
+
+
+class Checksum(NamedTuple):
+    """Sums over a layer's cases that other inputs, another model or other chance would change."""
+
+    squares: float
+    weight: float
+
+    @classmethod
+    def of(cls, cases: UnitCases) -> "Checksum":
+        squares = torch.linalg.vector_norm(cases.a, dtype=torch.float64) ** 2
+        return cls(float(squares), float(cases.D.sum()))
+
+    def like(self, other: "Checksum | None") -> bool:
+        pairs = zip(self, other or (), strict=False)
+        return other is not None and all(isclose(*pair, rel_tol=SAME) for pair in pairs)
+
+
+def _changed(what: str, layers: Collection[str]) -> str:
+    return (
+        f"the loader gave {what} that is not that of the first pass, or the model has changed: the "
+        f"sums of layers {named(layers)} do not fit, so their systems are solved by passing over "
+        f"the loader again and again. Give one that yields the same batches in the same order (a "
+        f"DataLoader with shuffle=False, a list), {WAYS_OUT}"
+    )
+
+
+def _used_up(layers: Collection[str]) -> str:
+    return (
+        f"the sums of layers {named(layers)} do not fit into memory, and an iterator can be read "
+        f"only once: give a loader that can be read again (a DataLoader with shuffle=False, a "
+        f"list), {WAYS_OUT}"
+    )
+
+
+def named(layers: Iterable[str]) -> str:
+    return ", ".join(map(repr, sorted(layers)))

@@ -1,0 +1,220 @@
+"""Layers whose sums over a loader are too large: their systems are solved round after round.
+
+The first pass over the loader keeps u·d numbers of a layer, and one d·d matrix that all units
+share. Then conjugate gradients iterate, and each of their products is a pass over the loader,
+which serves all units of all such layers, and all right-hand sides, at the same time.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Float64, Shaped
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from unitfisher.cases import UnitCases
+from unitfisher.fisher import Gradient
+from unitfisher.loader import Batches, named
+from unitfisher.products import UnitProducts, name_unconverged
+from unitfisher.solvers import SingularFisherError, dot
+from unitfisher.theorems import about_mu_q
+from unitfisher.weighted import Solution, Solving, Weighted
+
+
+@dataclass(frozen=True)
+class Passed:
+    """Cases of a layer that a loader yields again; a product with them is a pass over it."""
+
+    batches: Batches
+    layer: str
+    origin: Float[Tensor, "g d"]
+    weight: Float64[Tensor, " u"]  # Σ D
+    support: Float64[Tensor, " u"]
+    sum_aa: Float64[Tensor, "g d d"]  # Σ (a - origin)(a - origin)ᵀ, weighted as units share it
+    mass: Shaped[Tensor, " g"]  # Σ of those weights
+    inverse: Float[Tensor, "g d d"] | None = None  # by which they are to be whitened
+
+    @property
+    def instead(self) -> str:
+        return "allow more (memory=...) so that sums fit"
+
+    def shared_moment(self, share: Float64[Tensor, "g v"]) -> Float64[Tensor, "g d d"]:
+        """Return what the first pass has put together, where all units have the same share."""
+        return self.sum_aa / self.mass[:, None, None]
+
+    def second_moment(self, unit: int) -> Float64[Tensor, "d d"]:
+        total = torch.zeros_like(self.sum_aa[0])
+        with self.batches.as_measured():
+            for seen in self.batches.again([self.layer]):
+                for cases in seen.values():
+                    total += self.weighted(cases).second_moment(unit)
+        return total
+
+    def whitened(self, inverse: Float64[Tensor, "g d d"]) -> "Passed":
+        return replace(self, inverse=inverse.to(self.origin.dtype))
+
+    def weighted(self, cases: UnitCases) -> Weighted:
+        """Return a batch of them."""
+        a = Weighted.of(cases.a.squeeze(2), cases.D, self.origin, self.weight)
+        return a if self.inverse is None else a.whitened(self.inverse)
+
+    def answer(self, solving: Solving) -> Solution:
+        ((solution,),) = answers([(self, [solving])])
+        return solution
+
+
+def answers(asked: Sequence[tuple[Passed, Sequence[Solving]]]) -> list[list[Solution]]:
+    """Solve several systems in the same passes, of one layer or of several."""
+    busy = {(i, j): each for i, (_, these) in enumerate(asked) for j, each in enumerate(these)}
+    y, found = {key: next(solving) for key, solving in busy.items()}, {}
+    while busy:
+        for key, product in _pass([cases for cases, _ in asked], y).items():
+            try:
+                y[key] = busy[key].send(product)
+            except StopIteration as end:
+                found[key] = end.value
+                del busy[key], y[key]
+    return [[found[i, j] for j in range(len(these))] for i, (_, these) in enumerate(asked)]
+
+
+def _pass(
+    layers: Sequence[Passed], y: Mapping[tuple[int, int], Float64[Tensor, "g v d"]]
+) -> dict[tuple[int, int], Float64[Tensor, "g v d"]]:
+    """Multiply vectors, each of one of these layers, in one pass over the loader."""
+    total = {key: torch.zeros_like(vectors) for key, vectors in y.items()}
+    batches, named = layers[0].batches, {layers[i].layer: i for i, _ in y}
+    with batches.as_measured():
+        for seen in batches.again(named):
+            for name, cases in seen.items():
+                rows = layers[named[name]].weighted(cases)
+                for key in (key for key in y if key[0] == named[name]):
+                    total[key] += rows.times(y[key])
+                del rows, cases  # before there are those of the next batch
+    return total
+
+
+@dataclass
+class Rounds:
+    """What the first pass keeps of a layer: sums over cases, about an origin near their mean."""
+
+    batches: Batches
+    layer: str
+    origin: Float[Tensor, "g d"]
+    cases: int
+    samples: int
+    sum_a: Float64[Tensor, "g d"]
+    sum_D: Float64[Tensor, " u"]
+    support: Float64[Tensor, " u"]  # Σ 1 over cases that carry weight
+    sum_Da: Float64[Tensor, "u d"]
+    sum_Dss: Float64[Tensor, " u"]  # Σ D ‖a - origin‖²
+    sum_aa: Float64[Tensor, "g d d"]  # Σ (a - origin)(a - origin)ᵀ, weighted as the units do
+    solved: dict[float, UnitProducts] = field(default_factory=dict)  # at the newest damping
+
+    @classmethod
+    def of(cls, batches: Batches, layer: str, cases: UnitCases) -> "Rounds":
+        mean = cases.mean
+        origin = mean[None] if mean.dim() == 1 else mean[:: cases.units // len(cases.a)]
+        groups, d = origin.shape
+        wide, none = mean.new_zeros(cases.units, d), mean.new_zeros(cases.units)
+        square = mean.new_zeros(groups, d, d)
+        start = cls(
+            *(batches, layer, origin.to(cases.a.dtype), 0, 0),
+            *(torch.zeros_like(origin), none, none.clone(), wide, none.clone(), square),
+        )
+        start.add(cases)
+        return start
+
+    def add(self, cases: UnitCases) -> None:
+        """Add a batch.
+
+        In the matrix that units share each counts as much as the others, by what its weights have
+        added up to so far: the true mean is known only at the end.
+        """
+        D = cases.D
+        weight = D.sum(0)
+        rows = Weighted.of(cases.a.squeeze(2), D, self.origin, weight)
+        self.cases += len(D)
+        self.samples += cases.samples
+        self.sum_a += rows.about.sum(1, dtype=torch.float64)
+        self.sum_D += weight
+        self.support += (D > 0).sum(0)
+        self.sum_Da += weight[:, None] * rows.mean()
+        self.sum_Dss += weight * rows.squares()
+        share = weight / torch.where(self.sum_D > 0, self.sum_D, 1.0) * self.cases
+        self.sum_aa += rows.shared_moment(share.unflatten(0, (len(self.origin), -1)))
+
+    route = "passes"
+
+    @property
+    def moments(self) -> UnitProducts:
+        """What the layer's units see, without damping."""
+        alive = self.sum_D > 0
+        weight = torch.where(alive, self.sum_D, 1.0)
+        mass = self.cases * alive.unflatten(0, (len(self.origin), -1)).sum(1).clamp_min(1)
+        mean = self.sum_Da / weight[:, None]
+        known = self.batches, self.layer, self.origin, self.sum_D, self.support
+        return UnitProducts(
+            c=self.sum_D / self.samples,
+            center=self.origin.double() + self.sum_a / self.cases,
+            origin=self.origin,
+            mean_about=mean,
+            trace_Var_q=self.sum_Dss / weight - dot(mean, mean),
+            ridge=torch.zeros_like(weight),
+            cases=Passed(*known, self.sum_aa, mass),
+        )
+
+    def parts(self) -> Iterator[tuple[slice, UnitProducts]]:
+        yield slice(None), self.moments
+
+    def damped_parts(self, damping: float) -> Iterator[tuple[slice, UnitProducts]]:
+        if damping not in self.solved:
+            self.solved = {damping: self.moments.damped(damping)}
+        yield slice(None), self.solved[damping]
+
+    def forget(self) -> None:
+        """Drop what was solved."""
+        self.solved = {}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        leaves = [
+            *vars(self).values(),
+            *(x for m in self.solved.values() for x in vars(m).values()),
+        ]
+        return [t for t in tree_leaves(leaves) if isinstance(t, Tensor)]
+
+
+def solve_together(layers: Sequence[tuple[Rounds, Gradient | None]], damping: float) -> None:
+    """Solve these layers' systems at once, for the constant and for their gradients.
+
+    Raises:
+        SingularFisherError: A unit's Fisher has no inverse; names layer and unit.
+    """
+    wanted = [_wanted(of, gradient, damping) for of, gradient in layers]
+    found = answers([(rows, [m.solving(b) for b in rhs]) for m, rows, rhs in wanted])
+    for (of, _), (m, _, rhs), solutions in zip(layers, wanted, found, strict=True):
+        of.solved = {damping: replace(m, known=tuple(zip(rhs, solutions, strict=True)))}
+    residuals = [torch.stack([x.residual for x in solutions]).amax(0) for solutions in found]
+    name_unconverged(
+        [(m, residual) for (m, *_), residual in zip(wanted, residuals, strict=True)],
+        f" of layers {named(of.layer for of, _ in layers)}",
+    )
+
+
+def _wanted(
+    of: Rounds, gradient: Gradient | None, damping: float
+) -> tuple[UnitProducts, Passed, list[Float64[Tensor, "u d"]]]:
+    """Return a layer's systems, the cases to multiply with, and the right-hand sides."""
+    m = of.moments.damped(damping)
+    try:
+        rows = m.whitened.cases
+    except SingularFisherError as error:
+        units = of.batches.observer.units.get(of.layer)
+        unit = error.unit if units is None else int(units[error.unit])
+        raise error.of_layer(of.layer, unit) from None
+    assert isinstance(rows, Passed)
+    if gradient is None:
+        return m, rows, [m.mu_q]
+    g, g0 = gradient.g.flatten(1).double(), gradient.g0
+    return m, rows, [m.mu_q, g if g0 is None else about_mu_q(m, g, g0.double())]
