@@ -1,9 +1,7 @@
 """Every preset trains on real data through the one command, and goes on after it was killed."""
 
-import multiprocessing
 import os
 import re
-import runpy
 import signal
 import sys
 import time
@@ -21,15 +19,12 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 sys.path.append(str(Path(__file__).parents[1] / "analysis"))
 
 import train
+from forked import FORKED, command
 
 from unitfisher.experiments import Dataset
 from unitfisher.experiments.images import DamagedDataError
 from unitfisher.experiments.presets import PRESETS
 from unitfisher.experiments.trainer import Trainer
-
-# from a process that has imported what takes seconds
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["torchvision.datasets", "tyro", "unitfisher.experiments.trainer"])
 
 CLOCKS = ("seconds", "monitoring")
 TABLES = ["activations", "finished", "path", "plan", "training", "units"]
@@ -55,16 +50,14 @@ def arguments(name: str, data_root: Path, out: Path, cache: Path) -> list[str]:
     return ["--preset", name, *SHORT.split(), *OVERRIDES[name].split(), *folders]
 
 
-def command(given: Sequence[str], log: Path) -> None:
-    """Run the script in this process, as Python does."""
+def logged(log: Path, given: Sequence[str]) -> None:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-    sys.argv = [train.__file__, *given]
-    runpy.run_path(train.__file__, run_name="__main__")
+    command(*given)
 
 
 def killed(given: Sequence[str], checkpoint: Path, log: Path) -> None:
     """Start the command, and kill it as soon as there is a checkpoint."""
-    process = FORKED.Process(target=command, args=([*given, "--checkpoint-every", "0"], log))
+    process = FORKED.Process(target=logged, args=(log, [*given, "--checkpoint-every", "0"]))
     process.start()
     while process.is_alive() and not checkpoint.exists():
         time.sleep(0.001)
