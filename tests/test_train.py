@@ -28,7 +28,10 @@ from unitfisher.experiments.trainer import Trainer
 
 CLOCKS = ("seconds", "monitoring")
 TABLES = ["activations", "finished", "path", "plan", "training", "units"]
-SHORT = "--measurements 2 --units 2 --rows 16 --probe 16 --tested 16 --batch-size 2 --threads 1"
+SHORT = (
+    "--measurements 2 --dampings 1e-2 1e-3 --units 2 --rows 16 --probe 16 --tested 16 "
+    "--batch-size 2 --threads 1"
+)
 # whitening takes a minute of every process: test_images has it on real images
 CIFAR = "--preprocessing none --rates 1e-6 --phases.1.start 2 --phases.2.start 3 --every 6"
 # a test of its own has the 18-net, whose phases these are
