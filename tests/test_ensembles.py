@@ -1,8 +1,8 @@
 """An ensemble's members train as each would alone."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from unitfisher import Monitor
 from unitfisher.experiments import Dataset, load, mlp, train
 from unitfisher.experiments.descent import Descent
 from unitfisher.experiments.ensembles import Ensemble
@@ -38,9 +39,18 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@cache
 def few() -> Dataset:
     data = load("digits")
     return Dataset(data.train_x[:300], data.train_y[:300], data.test_x[:50], data.test_y[:50])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    with Trainer(SMALL, SMALL.members, few(), tmp_path_factory.mktemp("trained")) as trainer:
+        for _ in trainer:
+            pass
+    return trainer
 
 
 def convolutional(seed: int, activation: type[nn.Module]) -> nn.Sequential:
@@ -178,15 +188,13 @@ def test_an_order_visits_every_case_once_an_epoch() -> None:
 
 
 @pytest.mark.parametrize("member", SMALL.members, ids=lambda member: member.name)
-def test_members_end_where_a_single_run_of_their_seed_ends(member: Member, tmp_path: Path) -> None:
-    data = few()
-    with Trainer(SMALL, SMALL.members, data, tmp_path) as trainer:
-        for _ in trainer:
-            pass
-        found = trainer.ensemble.members[SMALL.members.index(member)]
+def test_members_end_where_a_single_run_of_their_seed_ends(
+    member: Member, trained: Trainer
+) -> None:
+    found = trained.ensemble.members[SMALL.members.index(member)]
     generator = seeded(member.seed)
     alone = mlp([64, 16, 12, 10], member.activation, generator)
-    for _ in train(alone, data, Schedule(2, member.rate), generator):
+    for _ in train(alone, few(), Schedule(2, member.rate), generator):
         pass
     for name, parameter in alone.named_parameters():
         assert_close(found.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
@@ -203,9 +211,8 @@ def assert_same_records(one: Path, other: Path, preset: Preset) -> None:
 @pytest.mark.parametrize("task", ["classification", "reconstruction", "bernoulli-reconstruction"])
 def test_a_training_that_was_cut_ends_bit_identical(task: str, tmp_path: Path) -> None:
     fisher = "exact" if task == "classification" else "rademacher"
-    preset = replace(
-        SMALL, task=task, fisher=fisher, rates=(1e-3, 1e-2), momentum=0.5, weight_decay=1e-4
-    )
+    preset = replace(SMALL, task=task, fisher=fisher, momentum=0.5, weight_decay=1e-4)
+    preset = replace(preset, activations=("elu",), rates=(1e-3, 1e-2), dampings=(1e-1, 1e-3))
     data = few()
     with Trainer(preset, preset.members, data, tmp_path / "whole") as whole:
         for _ in whole:
@@ -226,20 +233,19 @@ def test_a_training_that_was_cut_ends_bit_identical(task: str, tmp_path: Path) -
     assert_same_records(tmp_path / "whole", tmp_path / "cut", preset)
 
 
-def test_a_training_that_was_cut_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
-    with Trainer(SMALL, SMALL.members, few(), tmp_path / "whole") as whole:
-        for _ in whole:
-            pass
-    cut = Trainer(SMALL, SMALL.members, few(), tmp_path / "cut")
+def test_a_training_that_was_cut_before_its_first_checkpoint_begins_anew(
+    trained: Trainer, tmp_path: Path
+) -> None:
+    cut = Trainer(SMALL, SMALL.members, few(), tmp_path)
     for progress in cut:
         if progress.iteration == 7:  # in the second epoch
             break
     cut.close()
-    with Trainer(SMALL, SMALL.members, few(), tmp_path / "cut", resume=True) as begun:
+    with Trainer(SMALL, SMALL.members, few(), tmp_path, resume=True) as begun:
         assert begun.iteration == 0
         for _ in begun:
             pass
-    assert_same_records(tmp_path / "whole", tmp_path / "cut", SMALL)
+    assert_same_records(trained.checkpoint.parent, tmp_path, SMALL)
 
 
 def test_a_training_is_not_overwritten(tmp_path: Path) -> None:
@@ -254,6 +260,32 @@ def test_other_members_do_not_resume_a_checkpoint(tmp_path: Path) -> None:
         trainer.save()
     with pytest.raises(ValueError, match=r"checkpoint.pt is of relu-lr0.01-s0, .* not of elu"):
         Trainer(SMALL, SMALL.members[2:], few(), tmp_path, resume=True)
+
+
+def test_another_versions_checkpoint_says_what_to_do(tmp_path: Path) -> None:
+    with Trainer(SMALL, SMALL.members, few(), tmp_path) as trainer:
+        trainer.save()
+        state = trainer.state()
+    del state["format"], state["watches"][0]["monitor"]["plan"]  # as it once was
+    torch.save(state, trainer.checkpoint)
+    with pytest.raises(ValueError, match=r"checkpoint.pt .* format 0, .* 1: resume with the vers"):
+        Trainer(SMALL, SMALL.members, few(), tmp_path, resume=True)
+
+
+def test_who_changes_the_form_of_checkpoints_raises_their_format(tmp_path: Path) -> None:
+    with Trainer(SMALL, SMALL.members, few(), tmp_path) as trainer:
+        state = trainer.state()
+    forms = {"checkpoint": state, "source": state["source"], "orders": state["source"]["orders"]}
+    forms |= {"watch": state["watches"][0], "monitor": state["watches"][0]["monitor"]}
+    assert state["format"] == 1
+    assert {name: " ".join(sorted(form)) for name, form in forms.items()} == {
+        "checkpoint": "descent diverged ensemble format iteration loss members monitoring random "
+        "seconds source watches",
+        "source": "augment orders",
+        "orders": "generators orders position",
+        "watch": "monitor rows",
+        "monitor": "generators history layers plan step units window written",
+    }
 
 
 def test_a_member_that_diverges_is_named_and_leaves_the_others_alone(tmp_path: Path) -> None:
@@ -300,18 +332,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         assert trainer.checkpoint.read_bytes() == kept
 
 
-def test_the_fishers_of_a_member_are_those_of_its_network(tmp_path: Path) -> None:
-    import unitfisher
-
-    with Trainer(SMALL, SMALL.members, few(), tmp_path) as trainer:
-        for _ in trainer:
-            pass
-        watch, member = trainer.watches[3], trainer.ensemble.members[3]
-        x, y = watch._probe
-        alone = mlp([64, 16, 12, 10], "elu", seeded(0))
-        alone.load_state_dict(member.state_dict())
-        expected = unitfisher.Monitor(alone, "hidden*", units=8).measure(x, targets=y)
-    path = pd.read_parquet(tmp_path / "elu-lr0.01-s1" / "path")
+def test_the_fishers_of_a_member_are_those_of_its_network(trained: Trainer) -> None:
+    x, y = trained.watches[3]._probe
+    alone = mlp([64, 16, 12, 10], "elu", seeded(0))
+    alone.load_state_dict(trained.ensemble.members[3].state_dict())
+    expected = Monitor(alone, "hidden*", units=8).measure(x, targets=y)
+    path = pd.read_parquet(trained.checkpoint.parent / "elu-lr0.01-s1" / "path")
     path = path[(path["epoch"] == 2) & (path["damping"] == 1e-3)]
     for layer, of in expected.items():
         found = path[path["layer"] == layer]
@@ -337,11 +363,3 @@ def test_losses_are_minus_log_likelihoods() -> None:
     assert_close(TASKS["reconstruction"].loss(z, x), gaussian)
     bernoulli = -(x * F.logsigmoid(z) + (1 - x) * F.logsigmoid(-z)).sum(1)
     assert_close(TASKS["bernoulli-reconstruction"].loss(z, x), bernoulli)
-
-
-def test_nothing_warns_in_an_ordinary_training(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with Trainer(SMALL, SMALL.members, few(), tmp_path) as trainer:
-            for _ in trainer:
-                pass

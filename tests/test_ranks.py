@@ -9,11 +9,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.testing import assert_close
 
 sys.path.append(str(Path(__file__).parents[1] / "analysis"))
 
 import train
+from forked import command
 
 from unitfisher.experiments import Dataset
 from unitfisher.experiments.presets import PRESETS
@@ -28,12 +31,22 @@ DIGITS = (
 PAIR = tuple(Ranks(rank, 2) for rank in range(2))
 
 
-def launched(*given: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in two processes, as torchrun does."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", "2", train.__file__, *DIGITS.split(), *given]
+def launched(logs: Path, *given: str) -> str:
+    """Run the command in two processes, as torchrun does; return what they say."""
+    rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": logs.name}
+    files = DefaultLogsSpecs(str(logs), redirects=Std.ALL)
+    config = LaunchConfig(
+        1, 1, 2, **rendezvous, start_method="forkserver", monitor_interval=0.1, logs_specs=files
+    )
+    elastic_launch(config, command)(*DIGITS.split(), *given)
+    return "".join(file.read_text() for file in sorted(logs.rglob("stdout.log")))
+
+
+def by_torchrun(*given: str) -> subprocess.CompletedProcess[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launched = [*torchrun, "--nproc-per-node", "2", train.__file__, *DIGITS.split(), *given]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(launched, env=environment, capture_output=True, text=True, check=False)
 
 
 def checkpoint(out: Path) -> dict[str, object]:
@@ -46,9 +59,8 @@ def test_two_processes_train_as_one_and_resume(tmp_path: Path) -> None:
         train.main(*train.parse([*DIGITS.split(), "--iterations", "12", "--out", str(alone)])) == 0
     )
     options = ["--iterations", "12", "--out", str(pair)]
-    done = launched(*options)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("4 networks, 12 steps") == 1  # the first alone reports
+    said = launched(tmp_path / "logs", *options)
+    assert said.count("4 networks, 12 steps") == 1  # the first alone reports
     one, two = checkpoint(alone), checkpoint(pair)
     assert_close(two["ensemble"], one["ensemble"])
     assert_close(two["descent"], one["descent"])
@@ -57,8 +69,7 @@ def test_two_processes_train_as_one_and_resume(tmp_path: Path) -> None:
         columns = ["iteration", "train_loss", "test_loss"]
         records = [pd.read_parquet(run / name / "training")[columns] for run in (alone, pair)]
         pd.testing.assert_frame_equal(*records, rtol=1e-4)
-    again = launched(*options, "--resume")
-    assert again.returncode == 0, again.stderr
+    launched(tmp_path / "again", *options, "--resume")
     refused = pytest.raises(ValueError, match="is of 2 processes .* not of 1 on cpu")
     with refused:
         train.main(*train.parse([*DIGITS.split(), *options, "--resume"]))
@@ -67,7 +78,7 @@ def test_two_processes_train_as_one_and_resume(tmp_path: Path) -> None:
 def test_an_error_in_one_process_ends_all(tmp_path: Path) -> None:
     (tmp_path / "relu-lr0.01-s0").mkdir()
     (tmp_path / "relu-lr0.01-s0" / "config.json").touch()  # which only the first looks at
-    done = launched("--iterations", "12", "--out", str(tmp_path))
+    done = by_torchrun("--iterations", "12", "--out", str(tmp_path))
     assert done.returncode != 0
     assert "already holds a run" in done.stderr
 

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from unitfisher import Monitor, Run, UnitMoments, UnitStatistics, bias_shift_correction
 from unitfisher.blocks import Block
 from unitfisher.cases import UnitCases
+from unitfisher.memory import within
 from unitfisher.statistics import theory
 from unitfisher.uncertainty import _influence
 
@@ -100,6 +101,16 @@ def test_cases_drawn_with_one_column_each_have_an_error_that_is_no_less_than_the
     spread, told = found["c"].var(0), found["c_error"].square().mean(0)
     assert (told >= 0.75 * spread).all()
     assert (told <= 3 * spread).all()
+
+
+def test_memory_that_units_and_samples_may_take_does_not_change_the_errors():
+    cases = measured(*convolutional(), fisher="rademacher", samples=2)["0"].cases
+    block = Block(("0",), (torch.arange(cases.units),), cases, finite=True)
+    together = theory(block, 1e-3, None)
+    with within(1):
+        apart = theory(replace(block, cases=replace(cases)), 1e-3, None)
+    for name in ERRORS:
+        assert_close(apart[name], together[name], **TOL)
 
 
 # How s and k follow D

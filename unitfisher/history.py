@@ -3,15 +3,17 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from unitfisher.outputs import Averages
 from unitfisher.record import Run
 from unitfisher.statistics import UnitStatistics
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 UNITS, ACTIVATIONS, PLAN = "units", "activations", "plan"
 Columns = dict[str, Any]  # each a value for every unit of every layer, or one for all
@@ -165,8 +167,10 @@ class History:
         if self.run is not None and self.owned:
             self.run.close()
 
-    def frame(self, table: str = UNITS) -> pd.DataFrame:
+    def frame(self, table: str = UNITS) -> "pd.DataFrame":
         """Return all rows of a table, one per step, layer and unit, in order of measuring."""
+        import pandas as pd  # as slow to import as half of torch, and few processes read
+
         rows = [*self.rows[table], *(columns for held, columns in self._held() if held == table)]
         frames = [pd.DataFrame(_on_host(columns)) for columns in rows]
         if self.run is not None and table in self.run.tables:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ def provenance(config: Mapping[str, Any]) -> dict[str, Any]:
             "unitfisher": _version("unitfisher"),
             "torch": str(torch.__version__),
             "numpy": np.__version__,
-            "pandas": pd.__version__,
+            "pandas": _version("pandas"),
             "pyarrow": pa.__version__,
         },
         "device": device(),

@@ -17,12 +17,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from unitfisher.parts import UNFINISHED, Column, Table, write_atomically
 from unitfisher.provenance import differences, plain, provenance
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class RecordExistsError(FileExistsError):
@@ -135,7 +136,7 @@ class Run:
                 table.flush()
             self._warned = False
 
-    def read(self, table: str = "units") -> pd.DataFrame:
+    def read(self, table: str = "units") -> "pd.DataFrame":
         """Flush, and read the rows of a table in the order of writing.
 
         Raises:
@@ -146,6 +147,8 @@ class Run:
             raise LookupError(
                 f"run {self.folder} has no table {table!r}; it has {self.tables or 'none yet'}"
             )
+        import pandas as pd  # as slow to import as half of torch, and few processes read
+
         return pd.read_parquet(self.folder / table)
 
     def before_closing(self, act: Callable[[], None]) -> None:

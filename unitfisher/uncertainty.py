@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unitfisher.cases import UnitCases
+from unitfisher.memory import workspace
 from unitfisher.products import Moments
 from unitfisher.solvers import dot
 
@@ -134,16 +135,23 @@ def _squares(cases: UnitCases, m: Moments, x: Float[Tensor, "k m u"]) -> Float[T
         squares = second - 2 * shift * first + weight.sum(0)[:, None] * shift**2
         return squares.clamp_min(0.0)
     total = torch.zeros_like(shift)
+    samples = max(1, workspace() // (64 * shift.numel()))  # to treat together
     for column in x.unflatten(1, (-1, t)):
-        for a, weight in zip(about.unflatten(1, (-1, t)).unbind(1), column, strict=True):
-            total += (_weighted(a, weight) - weight.sum(0)[:, None] * shift).square()
+        parts = about.unflatten(1, (-1, t)).split(samples, 1), column.split(samples)
+        for a, weight in zip(*parts, strict=True):
+            sums = _weighted(a, weight) - weight.sum(1)[..., None] * shift
+            total += sums.square().sum(0)
     return total
 
 
-def _weighted(a: Float[Tensor, "g m d"], weight: Float[Tensor, "m u"]) -> Float[Tensor, "u d"]:
-    scale = weight.abs().amax(0).clamp_min(torch.finfo(weight.dtype).tiny)  # tiny ones keep digits
-    grouped: Tensor = (weight / scale).to(a.dtype).T.unflatten(0, (len(a), -1))
-    return (grouped @ a).flatten(0, 1).double() * scale[:, None]
+def _weighted(
+    a: Float[Tensor, "g *n m d"], weight: Float[Tensor, "*n m u"]
+) -> Float[Tensor, "*n u d"]:
+    tiny = torch.finfo(weight.dtype).tiny
+    scale = weight.abs().amax(-2, keepdim=True).clamp_min(tiny)  # small ones keep digits
+    grouped: Tensor = (weight / scale).to(a.dtype).mT.unflatten(-2, (len(a), -1))
+    sums: Tensor = (grouped @ a.movedim(0, -3)).flatten(-3, -2)
+    return sums.double() * scale.mT
 
 
 def _products(a: Float[Tensor, "g m d"], v: Float[Tensor, "u d"]) -> Float[Tensor, "m u"]:

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -145,11 +146,7 @@ class Vmapped(nn.Module):
         self._form = [modules[0]]  # in a list: its parameters are not the ensemble's
 
     def forward(self, x: Float[Tensor, "m n ..."]) -> Float[Tensor, "m n ..."]:
-        form = self._form[0].train(self.training)
-
-        def one(state: dict[str, Tensor], x: Tensor) -> Any:
-            return functional_call(form, state, (x,))
-
+        one = partial(_called, self._form[0].train(self.training))
         state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         if x.device.type == "cpu":
             apart = zip(*(tensor.unbind() for tensor in state.values()), strict=True)
@@ -157,6 +154,10 @@ class Vmapped(nn.Module):
             return torch.stack([one(*of) for of in zip(own, x.unbind(), strict=True)])
         outputs: Tensor = vmap(one, randomness="different")(state, x)
         return outputs
+
+
+def _called(form: nn.Module, state: dict[str, Tensor], x: Tensor) -> Any:
+    return functional_call(form, state, (x,))
 
 
 def _take_parameters(stack: nn.Module, modules: Sequence[nn.Module]) -> None:

@@ -39,6 +39,7 @@ from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.watching import Moment, Watch
 from unitfisher.parts import write_atomically
 
+FORMAT = 1  # of checkpoints: raised when `Trainer.state`, or what it gathers, takes another form
 CROPS = 2**32  # added to a seed, for the generator of crops and flips
 HE = 2.0  # variance of weights times fan-in, of networks that have no other
 DROPOUT = 2**33  # added for every further process, for its own dropout
@@ -74,8 +75,8 @@ class Trainer:
     Raises:
         DamagedDataError: The checkpoint cannot be read.
         RecordExistsError: The folder holds these runs, and ``resume`` is not given.
-        ValueError: The runs there were configured differently, or several processes cannot share
-            the batches.
+        ValueError: The runs there were configured differently, the checkpoint is of another
+            version's form, or several processes cannot share the batches.
     """
 
     def __init__(
@@ -209,6 +210,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return everything that the rest of the training depends on, of all processes."""
         return {
+            "format": FORMAT,
             "members": [tuple(member) for member in self.members],
             "iteration": self.iteration,
             "seconds": self.seconds,
@@ -226,8 +228,15 @@ class Trainer:
         """Go on from `state`; records lose the rows that came after it.
 
         Raises:
-            ValueError: The state is of other members.
+            ValueError: The state is of other members, or of another version's form.
         """
+        written = state.get("format", 0)  # none was named at first
+        if written != FORMAT:
+            raise ValueError(
+                f"{self.checkpoint} is a checkpoint of format {written}, and this unitfisher reads "
+                f"format {FORMAT}: resume with the version that began it, which config.json of its "
+                "records names, or begin anew in another folder"
+            )
         members = [Member(*member) for member in state["members"]]
         if members != self.members:
             raise ValueError(
