@@ -11,9 +11,8 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +51,9 @@ from unitfisher.statistics import (
 )
 from unitfisher.streaming import Streamed, observe_all
 from unitfisher.window import State, Window
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class MonitorState(TypedDict):
@@ -268,7 +270,7 @@ class Monitor:
         self.latest = completed
         return steps
 
-    def to_pandas(self, table: str = "units") -> pd.DataFrame:
+    def to_pandas(self, table: str = "units") -> "pd.DataFrame":
         """Return everything measured, one row per step, layer and unit.
 
         Args:
