@@ -4,8 +4,9 @@ Hooks stand on the layers for the length of one pass. Nothing is set on the user
 gradient edge taken at once survives the in-place activations that break module backward hooks.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def capture(
     following = Follow(seen.retained) if follow else None
     handles = [
         layer.register_forward_hook(
-            _watch(name, seen, following, errors), prepend=True, with_kwargs=True
+            partial(_note, name, seen, following, errors), prepend=True, with_kwargs=True
         )
         for name, layer in layers.items()
     ]
@@ -43,19 +44,26 @@ def capture(
             handle.remove()
 
 
-def _watch(name: str, seen: Seen, following: Follow | None, errors: bool) -> Callable[..., None]:
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return  # inside vmap or grad: shapes and levels are not those of the pass
-        with torch._C.DisableTorchFunction():  # no need to follow what is done here
-            if y.numel() == 0:
-                return  # an expert to which no row was sent
-            x = args[0] if args else kwargs["input"]
-            edge = get_gradient_edge(y) if y.requires_grad else None
-            y_sum = total(y.detach()) if errors else None
-            call = Call(name, layer, x, version_of(x), y, version_of(y), edge, y_sum)
-            seen.calls.append(call)
-            if following is not None:
-                following.open[id(y)] = call, call.y_version, y
-
-    return hook
+def _note(
+    name: str,
+    seen: Seen,
+    following: Follow | None,
+    errors: bool,
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    y: Tensor,
+) -> None:
+    """Note a call of a layer: its forward hook."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return  # inside vmap or grad: shapes and levels are not those of the pass
+    with torch._C.DisableTorchFunction():  # no need to follow what is done here
+        if y.numel() == 0:
+            return  # an expert to which no row was sent
+        x = args[0] if args else kwargs["input"]
+        edge = get_gradient_edge(y) if y.requires_grad else None
+        y_sum = total(y.detach()) if errors else None
+        call = Call(name, layer, x, version_of(x), y, version_of(y), edge, y_sum)
+        seen.calls.append(call)
+        if following is not None:
+            following.open[id(y)] = call, call.y_version, y

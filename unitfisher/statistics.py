@@ -227,17 +227,11 @@ class Angles(NamedTuple):
     def of(cls, mean: Float[Tensor, "g d"], gradient: Gradient, natural: LayerStep) -> "Angles":
         """Means are one for each of g groups of consecutive units."""
         g, dw = gradient.g.flatten(1).to(mean), natural.dw
-        by_group = mean.unsqueeze(-1)
-
-        def with_mean(x: Float[Tensor, "u d"]) -> Float[Tensor, " u"]:
-            grouped: Tensor = x.unflatten(0, (len(mean), -1))
-            return (grouped @ by_group).flatten()
-
         gg, nn, gn = dot(g, g), dot(dw, dw), dot(g, dw)
         mm, mg, mn = (
             dot(mean, mean).repeat_interleave(len(g) // len(mean)),
-            with_mean(g),
-            with_mean(dw),
+            _with_mean(mean, g),
+            _with_mean(mean, dw),
         )
         if gradient.g0 is not None and natural.dw0 is not None:
             g0, dw0 = gradient.g0.to(mean), natural.dw0
@@ -249,6 +243,12 @@ class Angles(NamedTuple):
     def unknown(cls, cases: Cases) -> "Angles":
         """NaN: there was no gradient."""
         return cls(*[torch.full_like(cases.n_eff, torch.nan)] * 3)
+
+
+def _with_mean(mean: Float[Tensor, "g d"], x: Float[Tensor, "u d"]) -> Float[Tensor, " u"]:
+    """Multiply what stands at units with their group's mean."""
+    grouped: Tensor = x.unflatten(0, (len(mean), -1))
+    return (grouped @ mean.unsqueeze(-1)).flatten()
 
 
 class Theory(NamedTuple):
