@@ -64,6 +64,8 @@ class Run:
         resume: bool = False,
         flush_interval: float = 10.0,
     ) -> None:
+        import pandas as pd  # noqa: F401  pyarrow would at its first array, within a training step
+
         self.folder = Path(folder)
         self.config = _open(self.folder, config, resume)
         self.flush_interval = flush_interval
