@@ -4,12 +4,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import pytest
-import torch
-from torch import nn
-
-sys.path.append(str(Path(__file__).parents[1] / "analysis"))
-
 import benchmark
 import benchmark_apart
 import benchmark_cases as cases
@@ -19,8 +13,11 @@ import benchmark_photographs as photographs
 import benchmark_results as results
 import benchmark_timing as timing
 import benchmark_training as training
+import pytest
+import torch
 from benchmark_rows import ROWS, Row, peer
 from benchmark_scaling import Sizes, slope
+from torch import nn
 
 EFFORT = timing.Effort(0.0, least=2)
 QUICK = ("mnist-64/hooks", "mnist-64/all-sign", "mnist-512/natural-128")

@@ -1,16 +1,12 @@
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
-
-import pandas as pd
-import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "analysis"))
 
 import bias_shift
 import claims
 import jobs
+import pandas as pd
+import pytest
 import tables
 import workers
 

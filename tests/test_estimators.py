@@ -1,16 +1,11 @@
 """The comparison of estimators: what a row says, and that the table is whole."""
 
 import json
-import sys
-from pathlib import Path
 
+import estimators
 import pandas as pd
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "analysis"))
-
-import estimators
 
 TINY = estimators.Config(columns=(1, 2), repetitions=2, hidden=(4,), epochs=1, cases=64)
 

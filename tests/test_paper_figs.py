@@ -1,21 +1,7 @@
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import matplotlib.pyplot as plt
-import numpy as np
-import pandas as pd
-import pytest
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from recorded import record
-
-from unitfisher import plotting
-from unitfisher.experiments.presets import PRESETS, Member, Preset
-
-sys.path.append(str(Path(__file__).parents[1] / "paper_figs"))
 
 import activation_changes
 import all as everything
@@ -27,12 +13,22 @@ import cifar100_norm
 import cifar_table
 import final_values
 import imagenet
+import matplotlib.pyplot as plt
 import mnist
+import numpy as np
+import pandas as pd
+import pytest
 import significance
 import style
 import summary
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from recorded import record
 from summaries import summarise
 from summary import Summary
+
+from unitfisher import plotting
+from unitfisher.experiments.presets import PRESETS, Member, Preset
 
 CIFAR = replace(PRESETS["cifar100-11"], seeds=tuple(range(6)), dampings=(0.1, 0.01))
 SHORT = replace(CIFAR, activations=("relu", "elu"), seeds=(0,), iterations=200, tested=500)

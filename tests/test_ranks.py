@@ -9,14 +9,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import train
+from forked import command
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.testing import assert_close
-
-sys.path.append(str(Path(__file__).parents[1] / "analysis"))
-
-import train
-from forked import command
 
 from unitfisher.experiments import Dataset
 from unitfisher.experiments.presets import PRESETS

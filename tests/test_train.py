@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,13 +12,10 @@ import jaxtyping
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path
-
-sys.path.append(str(Path(__file__).parents[1] / "analysis"))
-
 import train
 from forked import FORKED, command
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from unitfisher.experiments import Dataset
 from unitfisher.experiments.images import DamagedDataError
