@@ -384,6 +384,10 @@ def sets(album: Path, tmp_path_factory: pytest.TempPathFactory) -> PhotographSet
     return load_photographs(album, tmp_path_factory.mktemp("cache"))
 
 
+def validated(album: Path, sets: PhotographSets) -> list[Path]:
+    return [album / "val" / name.decode() for name in sets.validation.files.names]
+
+
 def whole(path: Path) -> Tensor:
     rgb = Image.open(path).convert("RGB").resize((256, 256), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.asarray(rgb) / np.float32(255)).permute(2, 0, 1)
@@ -401,7 +405,7 @@ def test_validation_images_are_centre_crops_less_the_mean(
     album: Path, sets: PhotographSets
 ) -> None:
     found = torch.cat([batch.x for batch in sets.validation.in_order(4)])
-    expected = torch.stack([whole(path) for path in sorted(album.glob("val/*/*"))])
+    expected = torch.stack([whole(path) for path in validated(album, sets)])
     assert_close(found, (expected - mean_of(album))[..., 16:240, 16:240])
 
 
@@ -424,7 +428,7 @@ def test_photographs_of_another_size_are_resized_and_cropped_to_it(
 ) -> None:
     sets = load_photographs(album, tmp_path, side=40, seen=32)
     first = next(sets.validation.in_order(1)).x[0]
-    path = min(album.glob("val/*/*"))
+    path = validated(album, sets)[0]
     rgb = Image.open(path).convert("RGB").resize((40, 40), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.asarray(rgb) / np.float32(255)).permute(2, 0, 1)
     assert_close(first, (pixels - sets.train.mean)[:, 4:36, 4:36])
@@ -443,7 +447,11 @@ def test_grey_photographs_have_three_equal_channels(sets: PhotographSets) -> Non
 
 def test_classes_are_numbered_as_in_training(sets: PhotographSets) -> None:
     labels = torch.cat([batch.y for batch in sets.validation.in_order(4)])
-    assert labels.tolist() == [0, 0, 0, 2, 2, 2]
+    assert labels.tolist() == [{b"a": 0, b"c": 2}[n[:1]] for n in sets.validation.files.names]
+
+
+def test_the_first_validation_images_are_not_all_of_the_first_class(sets: PhotographSets) -> None:
+    assert len({name[:1] for name in sets.validation.files.names[:3]}) == 2
 
 
 def test_the_subset_for_validation_is_always_the_same(album: Path, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ class History:
 
     def frame(self, table: str = UNITS) -> "pd.DataFrame":
         """Return all rows of a table, one per step, layer and unit, in order of measuring."""
-        import pandas as pd  # as slow to import as half of torch, and few processes read
+        import pandas as pd  # slow to import, and few processes read
 
         rows = [*self.rows[table], *(columns for held, columns in self._held() if held == table)]
         frames = [pd.DataFrame(_on_host(columns)) for columns in rows]

@@ -149,7 +149,7 @@ class Run:
             raise LookupError(
                 f"run {self.folder} has no table {table!r}; it has {self.tables or 'none yet'}"
             )
-        import pandas as pd  # as slow to import as half of torch, and few processes read
+        import pandas as pd  # slow to import, and few processes read
 
         return pd.read_parquet(self.folder / table)
 

@@ -97,7 +97,8 @@ def load_photographs(
             reads all training images, and kept for these very files.
         side: Pixels of height and width that every photograph is resized to.
         seen: Pixels of a crop's height and width.
-        cases: Of the validation images, a subset drawn at random, always the same; all if fewer.
+        cases: Of the validation images, so many drawn at random, always the same, in the order
+            drawn, so that the first of them are of all classes; all if there are fewer.
         workers: Processes that compute the mean.
 
     Raises:
@@ -117,7 +118,7 @@ def load_photographs(
     path = cache / f"mean-{_checksum(files)}.pt"
     mean = kept(path, lambda: {"mean": _mean(files, workers)})["mean"]
     drawn = torch.randperm(len(validation), generator=torch.Generator().manual_seed(SUBSET_SEED))
-    subset = _files(validation, train, side).subset(drawn[:cases].sort().values)
+    subset = _files(validation, train, side).subset(drawn[:cases])
     return PhotographSets(Photographs(files, mean, seen), Photographs(subset, mean, seen))
 
 
