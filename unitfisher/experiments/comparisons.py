@@ -252,7 +252,10 @@ def build(
     options = {option: value for option, value in given.items() if value is not None}
     refused = [option for option in options if option not in signature(builder).parameters]
     if refused:
-        raise ValueError(f"{name} has its own {' and '.join(refused)}: leave None there")
+        raise ValueError(
+            f"{name} has its own {' and '.join(refused)}: leave None there (in a preset norm none, "
+            f"padding None, weight_variance 2)"
+        )
     return builder(classes, generator, **options)
 
 
