@@ -163,7 +163,6 @@ def test_maps_of_the_compared_networks_shrink_as_in_their_sources(
     assert walk(build(name, 10, None, seeded(0)), 32) == sides
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's: why we pad ourselves
 @pytest.mark.parametrize("size", [2, 6])
 def test_even_receptive_fields_are_padded_as_torch_pads_same(size: int) -> None:
     layers = nn.Sequential(Maker(seeded(0), padding="same").convolution(1, 3, Conv(4, size)))

@@ -17,7 +17,6 @@ from unitfisher.layers import at_units, incoming, parametric, select, supported
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 any_sharing = st.sampled_from(["expand", "joint", "reduce"])
-even_same_kernels = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
 
 class Case(NamedTuple):
@@ -93,7 +92,6 @@ def test_rows_of_a_linear_layer_times_its_weights_are_its_output(case):
     assert_units_give_the_output(*case)
 
 
-@even_same_kernels
 @pytest.mark.parametrize("axes", CONVOLUTIONS)
 @given(data=st.data())
 def test_patches_times_flattened_weights_are_the_convolution(axes, data):
@@ -116,7 +114,6 @@ def test_fisher_of_a_linear_layer_is_the_reference(case, sharing):
     assert_matches_reference(case, sharing)
 
 
-@even_same_kernels
 @pytest.mark.parametrize("axes", CONVOLUTIONS)
 @given(data=st.data(), sharing=any_sharing)
 def test_fisher_of_a_convolution_is_the_reference(axes, data, sharing):

@@ -192,7 +192,6 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_patches_times_weight_plus_bias_is_the_convolution(kind):
     layer, size = CONVOLUTIONS[kind]
