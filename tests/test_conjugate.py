@@ -10,7 +10,7 @@ from strategies import mostly_ones, normal, seeds
 from torch import nn
 from torch.testing import assert_close
 
-from unitfisher import Monitor, conjugate
+from unitfisher import Monitor, conjugate, gram
 from unitfisher.conjugate import solve_by_iterations
 from unitfisher.gram import System, solve_grams
 from unitfisher.memory import within
@@ -55,7 +55,7 @@ def test_iterations_solve_as_cholesky_does(system):
 @given(system=systems(shares=(0.03, 0.3)))
 def test_iterations_alone_solve_what_is_well_conditioned(system):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conjugate, "solve_grams", None)
+        patch.setattr(gram, "solve_grams", None)
         patch.setattr(conjugate, "LOOK", N)  # nobody is late
         found = solve_by_iterations(*system[:4])
     assert_solved(found, system)
@@ -72,7 +72,7 @@ def benign() -> System:
 def test_what_converges_needs_no_factor(monkeypatch):
     system = benign()
     expected = solve_grams(*system).Y
-    monkeypatch.setattr(conjugate, "solve_grams", None)
+    monkeypatch.setattr(gram, "solve_grams", None)
     found = solve_by_iterations(*system[:4])
     assert (found.residual > 0).all()
     assert_close(found.Y, expected, rtol=1e-9, atol=1e-10)
@@ -86,7 +86,7 @@ def test_only_who_is_late_gets_a_factor(monkeypatch):
         taken.append(len(v))
         return solve_grams(K, v, epsilon, rhs)
 
-    monkeypatch.setattr(conjugate, "solve_grams", counted)
+    monkeypatch.setattr(gram, "solve_grams", counted)
     monkeypatch.setattr(conjugate, "PACE", 2)
     found = solve_by_iterations(*system[:4])
     assert taken == [1]

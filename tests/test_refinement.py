@@ -8,7 +8,7 @@ from strategies import mostly_ones, normal, seeds
 from torch import nn
 from torch.testing import assert_close
 
-from unitfisher import Monitor, refinement
+from unitfisher import Monitor, gram, refinement
 from unitfisher.gram import GramSolution, System, solve_grams
 from unitfisher.native import compiled
 from unitfisher.refinement import solve_refined
@@ -76,7 +76,7 @@ def test_every_unit_gets_its_own_solution(solve, system):
 def test_refinement_reaches_double_precision_by_itself(solve, condition, monkeypatch):
     system = benign(condition)
     expected = solve_grams(*system).Y
-    monkeypatch.setattr(refinement, "solve_grams", None)
+    monkeypatch.setattr(gram, "solve_grams", None)
     assert_equal_solutions(solve(*system[:4]).Y, expected, 1e-15 * condition)
 
 
@@ -90,7 +90,7 @@ def test_only_who_is_too_ill_conditioned_gets_a_factor_in_double(solve, monkeypa
         taken.append(len(v))
         return solve_grams(K, v, epsilon, rhs)
 
-    monkeypatch.setattr(refinement, "solve_grams", counted)
+    monkeypatch.setattr(gram, "solve_grams", counted)
     found = solve(*system[:4])
     assert taken == [1]
     assert_equal_solutions(found.Y, expected.Y, 1e-5)
@@ -142,7 +142,7 @@ def test_a_measurement_says_the_same(monkeypatch, dtype):
         expected = monitor.measure(x, y)["0"]
         direct = expected.natural_gradient(*expected.gradient)
     monkeypatch.setattr(refinement, "MANY_CASES", 2)
-    monkeypatch.setattr(refinement, "solve_grams", None)
+    monkeypatch.setattr(gram, "solve_grams", None)
     with Monitor(model, ["0"]) as monitor:
         found = monitor.measure(x, y)["0"]
     assert found.route == "rows"

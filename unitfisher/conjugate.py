@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from unitfisher.gram import solve_grams
-from unitfisher.refinement import Scaled
+from unitfisher.gram import Scaled, solve_others
 from unitfisher.solvers import dot, require_regular
 
 MANY_CASES = 1024  # from so many on iterations can be faster, if there are
@@ -60,13 +59,9 @@ def solve_by_iterations(
     groups = zip(K, *(x.chunk(len(K)) for x in (v, epsilon, rhs)), strict=True)
     found = [_of_group(*group) for group in groups]
     Y, residual = (torch.cat(parts) for parts in zip(*found, strict=True))
-    rest = (~(residual <= ROUNDING * ENOUGH)).nonzero().flatten()
-    if len(rest):
-        own = K if len(K) == 1 else K[rest * len(K) // len(v)]
-        regular = torch.ones_like(residual, dtype=torch.bool)
-        Y[rest], regular[rest] = solve_grams(own, v[rest], epsilon[rest], rhs[rest])
-        require_regular(regular)
-        residual[rest] = 0.0
+    late = ~(residual <= ROUNDING * ENOUGH)
+    require_regular(solve_others(Y, late, K, v, epsilon, rhs))
+    residual[late] = 0.0
     return Iterated(Y, residual)
 
 

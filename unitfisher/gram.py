@@ -8,7 +8,7 @@ import ctypes
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from unitfisher import native
@@ -74,6 +74,47 @@ def solve_grams(
     system = System(K.expand(groups, n, n), v.expand(u, n), epsilon.expand(u), rhs, x.expand(u, n))
     kernel = native.kernel("solve_grams", *system)
     return _by_torch(system) if kernel is None else _by_kernel(kernel, system)
+
+
+def solve_others(
+    Y: Float64[Tensor, "u n r"],
+    units: Bool[Tensor, " u"],
+    K: Float64[Tensor, "g n n"],
+    v: Float64[Tensor, "u n"],
+    epsilon: Float64[Tensor, " u"],
+    rhs: Float64[Tensor, "u n r"],
+) -> Bool[Tensor, " u"]:
+    """Solve these units' systems after another way could not, into Y; return who is regular."""
+    regular, chosen = torch.ones_like(units), units.nonzero().flatten()
+    if len(chosen):
+        own = K if len(K) == 1 else K[chosen * len(K) // len(v)]
+        found = solve_grams(own, v[chosen], epsilon[chosen], rhs[chosen])
+        Y[chosen], regular[chosen] = found
+    return regular
+
+
+class Scaled(NamedTuple):
+    """Systems diag(own) + diag(t) K diag(t), one a row, with diagonals of ones."""
+
+    own: Float64[Tensor, "w n"]
+    t: Float64[Tensor, "w n"]
+
+    @classmethod
+    def of(
+        cls,
+        K: Float64[Tensor, "n n"],
+        v: Float64[Tensor, "u n"],
+        epsilon: Float64[Tensor, " u"],
+    ) -> tuple["Scaled", Float64[Tensor, "u n"]]:
+        """Return also by what solutions and right-hand sides are to be divided."""
+        square = torch.addcmul(epsilon[:, None], v**2, K.diagonal())
+        return cls(epsilon[:, None] / square, v / square.sqrt()), square.sqrt()
+
+    def at(self, rows: Int[Tensor, " w"]) -> "Scaled":
+        return Scaled(self.own[rows], self.t[rows])
+
+    def times(self, x: Float64[Tensor, "w n"], K: Float64[Tensor, "n n"]) -> Float64[Tensor, "w n"]:
+        return torch.addcmul(self.own * x, self.t, (self.t * x) @ K)
 
 
 def _by_kernel(kernel: Kernel, system: System) -> GramSolution:

@@ -5,14 +5,12 @@ precision, which units share, and goes through the same factor again (iterative 
 a unit is too ill-conditioned for that, its factor is made in double.
 """
 
-from typing import NamedTuple
-
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int
+from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
 from unitfisher import native
-from unitfisher.gram import GramSolution, Task, solve_grams
+from unitfisher.gram import GramSolution, Scaled, Task, solve_others
 from unitfisher.native import Kernel
 from unitfisher.solvers import outer
 
@@ -22,30 +20,6 @@ ENOUGH = 1e-12  # of the relative residual
 STEPS = 12
 SLOW = 0.1  # of the residual left by a step: the factor is of little use
 TOGETHER = 16  # units a thread: as many as the longest vector takes
-
-
-class Scaled(NamedTuple):
-    """Systems diag(own) + diag(t) K diag(t), one a row, with diagonals of ones."""
-
-    own: Float64[Tensor, "w n"]
-    t: Float64[Tensor, "w n"]
-
-    @classmethod
-    def of(
-        cls,
-        K: Float64[Tensor, "n n"],
-        v: Float64[Tensor, "u n"],
-        epsilon: Float64[Tensor, " u"],
-    ) -> tuple["Scaled", Float64[Tensor, "u n"]]:
-        """Return also by what solutions and right-hand sides are to be divided."""
-        square = torch.addcmul(epsilon[:, None], v**2, K.diagonal())
-        return cls(epsilon[:, None] / square, v / square.sqrt()), square.sqrt()
-
-    def at(self, rows: Int[Tensor, " w"]) -> "Scaled":
-        return Scaled(self.own[rows], self.t[rows])
-
-    def times(self, x: Float64[Tensor, "w n"], K: Float64[Tensor, "n n"]) -> Float64[Tensor, "w n"]:
-        return torch.addcmul(self.own * x, self.t, (self.t * x) @ K)
 
 
 def pays(K: Float[Tensor, "g n n"], units: int) -> bool:
@@ -72,11 +46,7 @@ def solve_refined(
         for part in zip(*(x.split(together) for x in of_group), strict=True):
             found.append(_of_part(own, correlation, root, *part))
     Y, refined = (torch.cat(parts) for parts in zip(*found, strict=True))
-    regular, rest = torch.ones_like(refined), (~refined).nonzero().flatten()
-    if len(rest):
-        own = K if groups == 1 else K[rest * groups // len(v)]
-        Y[rest], regular[rest] = solve_grams(own, v[rest], epsilon[rest], rhs[rest])
-    return GramSolution(Y, regular)
+    return GramSolution(Y, solve_others(Y, ~refined, K, v, epsilon, rhs))
 
 
 def _of_part(
