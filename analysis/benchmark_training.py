@@ -27,6 +27,7 @@ from benchmark_timing import PLAIN, Candidate, Effort, device_clock, faster, int
 from torch import Tensor
 
 from unitfisher.experiments import Dataset, mlp
+from unitfisher.experiments.allocation import keep_freed_memory
 from unitfisher.experiments.images import Batch
 from unitfisher.experiments.photographs import load_photographs
 from unitfisher.experiments.presets import PRESETS, Preset
@@ -73,6 +74,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Measure, and save after each group of rows."""
+    keep_freed_memory()  # as train.py does
     start, results = time.perf_counter(), []
     for measure in (of_ensemble, of_cifar, of_photographs, of_shares):
         results += measure(config)

@@ -22,6 +22,7 @@ import tyro
 from tqdm import tqdm
 
 from unitfisher.experiments import DataNotFoundError, Dataset, load
+from unitfisher.experiments.allocation import keep_freed_memory
 from unitfisher.experiments.data import data_root
 from unitfisher.experiments.images import DamagedDataError, load_cifar
 from unitfisher.experiments.photographs import PhotographSets, load_photographs
@@ -62,6 +63,7 @@ class Where:
 
 def main(name: str, preset: Preset, where: Where) -> int:
     """Train all members; return the exit code."""
+    keep_freed_memory()
     if where.threads:
         torch.set_num_threads(where.threads)
     ranks = Ranks.joined()
