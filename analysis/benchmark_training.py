@@ -74,7 +74,6 @@ class Config:
 
 def main(config: Config) -> None:
     """Measure, and save after each group of rows."""
-    keep_freed_memory()  # as train.py does
     start, results = time.perf_counter(), []
     for measure in (of_ensemble, of_cifar, of_photographs, of_shares):
         results += measure(config)
@@ -286,4 +285,5 @@ def save(results: Sequence[Result], config: Config, seconds: float) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as train.py does
     sys.exit(main(tyro.cli(Config)))

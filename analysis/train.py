@@ -63,7 +63,6 @@ class Where:
 
 def main(name: str, preset: Preset, where: Where) -> int:
     """Train all members; return the exit code."""
-    keep_freed_memory()
     if where.threads:
         torch.set_num_threads(where.threads)
     ranks = Ranks.joined()
@@ -178,6 +177,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Preset, Where]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     try:
         sys.exit(main(*parse(sys.argv[1:])))
     except (

@@ -25,7 +25,7 @@ from unitfisher.experiments.trainer import Trainer
 CLOCKS = ("seconds", "monitoring")
 TABLES = ["activations", "finished", "path", "plan", "training", "units"]
 SHORT = (
-    "--measurements 2 --dampings 1e-2 1e-3 --units 2 --rows 16 --probe 16 --tested 16 "
+    "--measurements 2 --dampings 1e-2 1e-3 --units 2 --rows 16 --probe 8 --tested 8 "
     "--batch-size 2 --threads 1"
 )
 # whitening takes a minute of every process: test_images has it on real images
@@ -116,7 +116,7 @@ def test_the_largest_networks_of_the_presets_take_a_step(name: str, tmp_path: Pa
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     data = Dataset(x, torch.arange(4), x[:1], torch.arange(1))
     with Trainer(preset, preset.members, data, tmp_path) as trainer:
-        some = [p.flatten()[:10_000] for p in trainer.parameters]
+        some = [p[:, :100] for p in trainer.parameters]
         before = [numbers.clone() for numbers in some]
         trainer.step()
         assert trainer.loss.isfinite().all()
