@@ -108,7 +108,7 @@ def main(
     Args:
         records: Folders of analysis/train.py.
         name: Of the folder in paper_figs/tables.
-        note: What the record does not know, such as the number of classes of photographs.
+        note: What the record does not know, such as why it ended.
     """
     print(summarise(name, records, note).write())
 

@@ -23,6 +23,7 @@ def record(
         config = asdict(preset) | {"device": "cpu"} | member._asdict()
         for several in ("activations", "rates", "seeds"):
             del config[several]
+        config |= {"train_cases": 700, "classes": 10}
         with Run(folder / member.name, config) as run:
             for time in times:
                 lost = member in diverging and time > 0

@@ -1,5 +1,6 @@
 """An ensemble's members train as each would alone."""
 
+import json
 import platform
 import subprocess
 import sys
@@ -347,6 +348,12 @@ def test_the_fishers_of_a_member_are_those_of_its_network(trained: Trainer) -> N
         # a member's weights lie otherwise in memory: products in float32 round otherwise
         k = torch.tensor(found["k"].to_numpy())
         assert_close(k, of.k, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_the_record_says_of_how_many_cases_and_classes(trained: Trainer) -> None:
+    text = (trained.checkpoint.parent / "elu-lr0.01-s1" / "config.json").read_text()
+    config = json.loads(text)["config"]
+    assert (config["train_cases"], config["classes"]) == (len(trained.source.data.train_x), 10)
 
 
 def test_freed_memory_is_kept_where_the_c_library_can() -> None:

@@ -167,7 +167,10 @@ def test_summaries_need_records(empty: Path) -> None:
             "cifar-100, network cifar11, batch norm, batch 100, rate 0.01, "
             "125,000 of 165,000 iterations, 2 seeds; ",
         ),
-        ("imagenet-15", "photographs, crops of 224 from 256 pixels, network imagenet15, "),
+        (
+            "imagenet-15",
+            "photographs, 700 of 10 classes, crops of 224 from 256 pixels, network imagenet15, ",
+        ),
         (
             "mnist-autoencoder",
             "mnist, hidden 1000-500-250-30-250-500-1000, batch 64, rates 0.01, 0.001, "

@@ -22,6 +22,7 @@ PROBE_SEED = 1  # the same probe set in every run
 class Source(Protocol):
     """Batches of each member's own, and fixed sets to evaluate on."""
 
+    cases: int  # that are trained on
     classes: int
     shape: torch.Size  # of one case's input
     device: torch.device
@@ -69,7 +70,8 @@ class Held:
     ) -> None:
         _require_sharable(len(data.train_x), size, ranks)
         self.data, self.augment, self.ranks = data, augment, ranks
-        self.classes, self.shape = data.classes, data.train_x.shape[1:]
+        self.cases, self.classes = len(data.train_x), data.classes
+        self.shape = data.train_x.shape[1:]
         self.device = data.train_x.device
         self.orders = Orders(len(data.train_x), size, generators)
 
@@ -122,7 +124,7 @@ class Read:
     ) -> None:
         _require_sharable(len(sets.train), size, ranks)
         self.sets, self.members, self.workers = sets, members, workers
-        self.classes = int(sets.train.files.labels.max()) + 1
+        self.cases, self.classes = len(sets.train), int(sets.train.files.labels.max()) + 1
         self.device = sets.train.mean.device
         self.stream = Stream(sets.train, size, seed, workers=workers, ranks=ranks)
         self.shape = self.probe(1).x.shape[1:]

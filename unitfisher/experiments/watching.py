@@ -57,6 +57,7 @@ class Watch:
         config = asdict(preset) | {"device": str(source.device)} | member._asdict()
         for several in ("activations", "rates", "seeds"):
             del config[several]
+        config |= {"train_cases": source.cases, "classes": source.classes}
         self.run = Run(folder / member.name, config, resume=resume)
         self.monitor = Monitor(
             model,
