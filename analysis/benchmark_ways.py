@@ -18,9 +18,9 @@ import unitfisher
 from unitfisher.capture import capture
 from unitfisher.chain import Chain
 from unitfisher.errors import Estimator
-from unitfisher.fisher import Observer
 from unitfisher.layers import select
 from unitfisher.likelihoods import likelihood_of
+from unitfisher.observer import Observer
 from unitfisher.passes import Chance, device_of, exactly
 
 

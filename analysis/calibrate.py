@@ -25,7 +25,7 @@ from unitfisher.costs import ROUTES, Rates, Sizes, admissible, iterations, secon
 from unitfisher.gram import solve_grams
 from unitfisher.passes import exactly
 from unitfisher.provenance import device
-from unitfisher.statistics import Theory
+from unitfisher.theory import Theory
 
 Run = Callable[[], object]
 GRID = (  # cases and inputs, from where rows are best to where iterations are

@@ -14,7 +14,7 @@ from unitfisher.blocks import Block
 from unitfisher.cases import UnitCases
 from unitfisher.memory import within
 from unitfisher.solvers import SingularFisherError
-from unitfisher.statistics import theory
+from unitfisher.theory import theory
 
 ALIKE = [4, 5, 5, 5, 5, 3]  # inputs and units: three layers of one form
 TOL = {"rtol": 1e-9, "atol": 1e-12}

@@ -51,7 +51,7 @@ def outputs_of(monitor: unitfisher.Monitor) -> list[Tensor]:
 
 
 def known(monitor: unitfisher.Monitor) -> bool:
-    return bool(monitor._chain.links)
+    return bool(monitor._live.chain.links)
 
 
 @given(

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from unitfisher import Monitor
 from unitfisher.cases import UnitCases
 from unitfisher.costs import DAMPED, ROUTES, Sizes, admissible, iterations, route_of, seconds
-from unitfisher.fisher import Gradient
 from unitfisher.memory import within
-from unitfisher.statistics import Theory, unit_steps
+from unitfisher.observer import Gradient
+from unitfisher.steps import unit_steps
+from unitfisher.theory import Theory
 
 D, U = 6, 4
 COUNTS = {"far-fewer": 2, "as-many": D, "somewhat-more": 9, "many": 40, "far-more": 200}

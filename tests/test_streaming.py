@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from unitfisher import MemoryBudgetError, Monitor
 from unitfisher.cases import UnitCases
-from unitfisher.fisher import NonFiniteError
+from unitfisher.observer import NonFiniteError
 from unitfisher.operator import unit_fisher_operator
 
 NETS = {name: NETWORKS[name] for name in ("mlp", "weight-reuse", "sequence", "softmax-regression")}

@@ -14,7 +14,7 @@ from unitfisher import Monitor, Run, UnitMoments, UnitStatistics, bias_shift_cor
 from unitfisher.blocks import Block
 from unitfisher.cases import UnitCases
 from unitfisher.memory import within
-from unitfisher.statistics import theory
+from unitfisher.theory import theory
 from unitfisher.uncertainty import _influence
 
 DRAWS = 150

@@ -1,7 +1,6 @@
 """unitfisher: the unit natural gradient and bias shift of any PyTorch model, in live training."""
 
 from unitfisher.attachment import UncoveredLayersWarning as UncoveredLayersWarning
-from unitfisher.fisher import NonFiniteError as NonFiniteError
 from unitfisher.fisher import unit_fisher as unit_fisher
 from unitfisher.layers import LayerSelectionError as LayerSelectionError
 from unitfisher.likelihoods import Bernoulli as Bernoulli
@@ -12,6 +11,7 @@ from unitfisher.likelihoods import OutputError as OutputError
 from unitfisher.loader import LoaderError as LoaderError
 from unitfisher.moments import UnitMoments as UnitMoments
 from unitfisher.monitor import Monitor as Monitor
+from unitfisher.observer import NonFiniteError as NonFiniteError
 from unitfisher.operator import UnitFisherOperator as UnitFisherOperator
 from unitfisher.operator import unit_fisher_operator as unit_fisher_operator
 from unitfisher.passes import activation_statistics as activation_statistics

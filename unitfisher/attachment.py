@@ -1,35 +1,17 @@
-"""How a Monitor stands on a model: its hooks, which passes concern it, what it may observe."""
+"""What a Monitor may be attached to, and observe; options that it refuses."""
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
-from typing import Any, ClassVar
-from weakref import WeakSet
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from unitfisher.layers import PER_SAMPLE, LayerSelectionError, parametric
+from unitfisher.live import Hook
 
 
 class UncoveredLayersWarning(UserWarning):
     """Modules with parameters that the Monitor does not observe."""
-
-
-class Hook:
-    """A Monitor's hook on a model. Copies and pickles of the model carry an idle one instead."""
-
-    standing: ClassVar[WeakSet["Hook"]] = WeakSet()  # a hook that is removed is gone
-
-    def __init__(self, act: Callable[..., None], layers: Collection[nn.Module]) -> None:
-        self.act, self.layers = act, layers
-        self.standing.add(self)
-
-    def __call__(self, *args: Any) -> None:
-        self.act(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")  # does nothing, needs nothing to be unpickled
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -45,16 +27,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
         )
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     return model.module if isinstance(model, wrappers) else model
-
-
-def elsewhere() -> bool:
-    """Inside torch.func, a compiler's trace, or a recomputation during backward."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._current_graph_task_id() != -1
-    )
 
 
 def sample_units(

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from unitfisher.cases import Incoming, UnitCases
 from unitfisher.costs import DAMPED, layers_together
-from unitfisher.fisher import Gradient, Observation
 from unitfisher.memory import workspace
+from unitfisher.observer import Gradient, Observation
 from unitfisher.solvers import SingularFisherError
 from unitfisher.streaming import Cases, Streamed
 

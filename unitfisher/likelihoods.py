@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
+
+from unitfisher.contrasts import contrasts, most_probable, positive, signed_contrasts
 
 Output = Float[Tensor, "n t y"]
 
@@ -98,7 +99,7 @@ class Categorical:
         Column j is √(π_j r_j / (π_j + r_j)) (e_j - π_{>j} / r_j) with r_j = Σ_{i>j} π_i.
         """
         pi = z.double().softmax(-1)
-        scale, rest = _contrasts(pi)
+        scale, rest = contrasts(pi)
         classes = torch.arange(z.shape[-1], device=z.device)
         j = classes[start:stop, None]
         later = pi.unsqueeze(-2) / rest[..., start:stop].unsqueeze(-1) * (classes > j)
@@ -106,20 +107,20 @@ class Categorical:
         return column.movedim(-2, 0).to(z.dtype)  # n t r y before
 
     def signed(self, z: Output, signs: Float[Tensor, "r n t"]) -> Output:
-        return _signed_contrasts(z.double().softmax(-1), signs).to(z.dtype)
+        return signed_contrasts(z.double().softmax(-1), signs).to(z.dtype)
 
     def top(self, z: Output) -> Output:
         """√(π_m r) (e_m - π_{≠m} / r), m the most probable class and r = 1 - π_m."""
-        pi, is_top = _most_probable(z)
+        pi, is_top = most_probable(z)
         others = pi.masked_fill(is_top, 0.0)
         r = others.sum(-1, keepdim=True)
         scale = (pi.amax(-1, keepdim=True) * r).sqrt()
-        return (scale * (is_top.double() - others / _positive(r))).to(z.dtype)
+        return (scale * (is_top.double() - others / positive(r))).to(z.dtype)
 
     def signed_rest(self, z: Output, signs: Float[Tensor, "r n t"]) -> Output:
         """Without the most probable class's mass its column vanishes; the others stay a root."""
-        pi, is_top = _most_probable(z)
-        return _signed_contrasts(pi.masked_fill(is_top, 0.0), signs).to(z.dtype)
+        pi, is_top = most_probable(z)
+        return signed_contrasts(pi.masked_fill(is_top, 0.0), signs).to(z.dtype)
 
     def sample(self, z: Output, generator: torch.Generator) -> Tensor:
         pi = z.detach().double().softmax(-1).flatten(0, 1)
@@ -226,36 +227,6 @@ def likelihood_of(choice: str | Likelihood) -> Likelihood:
         return choice
     names = ", ".join(map(repr, BY_NAME))
     raise ValueError(f"likelihood must be one of {names} or a Likelihood object, got {choice!r}")
-
-
-def _contrasts(pi: Output) -> tuple[Float[Tensor, "n t r"], Float[Tensor, "n t r"]]:
-    """Return √(π_j r_j / (π_j + r_j)) and r_j, the mass after j, for all classes but the last.
-
-    Tails are sums of positive numbers: a saturated softmax keeps its digits.
-    """
-    tail = pi.flip(-1).cumsum(-1).flip(-1)
-    rest = tail[..., 1:]
-    scale = pi[..., :-1].sqrt() * rest.sqrt() / _positive(tail[..., :-1]).sqrt()
-    return scale, _positive(rest)  # s and r
-
-
-def _signed_contrasts(pi: Output, signs: Float[Tensor, "r n t"]) -> Output:
-    """Class i of Σ_j ε_j column j, by prefix sums: ε_i s_i - π_i Σ_{j<i} ε_j s_j / r_j."""
-    scale, rest = _contrasts(pi)
-    own = scale * signs.movedim(0, -1)
-    earlier = (own / rest).cumsum(-1)
-    return F.pad(own, (0, 1)) - pi * F.pad(earlier, (1, 0))
-
-
-def _most_probable(z: Output) -> tuple[Output, Bool[Tensor, "n t y"]]:
-    """Return the probabilities, and where the largest stands; one of several that tie."""
-    pi = z.double().softmax(-1)
-    classes = torch.arange(z.shape[-1], device=z.device)
-    return pi, classes == pi.argmax(-1, keepdim=True)
-
-
-def _positive(x: Tensor) -> Tensor:
-    return x.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def _independent(output: Tensor, name: str) -> Output:

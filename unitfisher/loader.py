@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from unitfisher.cases import UnitCases
-from unitfisher.fisher import Observation, Observer, observe_now
 from unitfisher.memory import within
+from unitfisher.observer import Observation, Observer, observe_now
 from unitfisher.passes import Chance, device_of, exactly
 from unitfisher.plan import MemoryBudgetError, Planner
 

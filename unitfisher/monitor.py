@@ -8,18 +8,14 @@ Labels, loss, parameters, gradients and the global random state are not touched.
 import warnings
 import weakref
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import torch
 from torch import Tensor, nn
 
 from unitfisher.attachment import (
-    Hook,
     UncoveredLayersWarning,
-    elsewhere,
     name_uncovered,
     require_counts,
     require_numbers,
@@ -28,27 +24,27 @@ from unitfisher.attachment import (
     unwrapped,
 )
 from unitfisher.calls import Seen
-from unitfisher.capture import capture
-from unitfisher.chain import Chain
 from unitfisher.errors import Estimator, require_choice
-from unitfisher.fisher import Gradient, Observation, Observer, observe_now, require_finite
 from unitfisher.history import ACTIVATIONS, PLAN, UNITS, History, columns_of_activations
 from unitfisher.layers import Layers, select
 from unitfisher.likelihoods import Likelihood, likelihood_of
+from unitfisher.live import Live, Wanted
 from unitfisher.loader import Batches, is_loader
 from unitfisher.memory import DEFAULT, bytes_in, within
+from unitfisher.observer import Observation, Observer, observe_now, require_finite
 from unitfisher.passes import Chance, Pick, device_of, exactly, kept
 from unitfisher.plan import Plan, Planner
 from unitfisher.record import Run
 from unitfisher.schedule import Overhead, Schedule, due
 from unitfisher.statistics import (
-    LayerStep,
     UnitStatistics,
     bytes_of,
+    gradients_of,
     statistics,
     tensors_of,
     with_gradients,
 )
+from unitfisher.steps import LayerStep
 from unitfisher.streaming import Streamed, observe_all
 from unitfisher.window import State, Window
 
@@ -169,8 +165,10 @@ class Monitor:
         )
         planner.attached(chosen, self._observer.units)
         self.latest, self.targets, self.step = {}, None, 0
-        config: dict[str, Any] = {"layers": list(chosen), "units": units, "every": every}
-        config |= {
+        config = {
+            "layers": list(chosen),
+            "units": units,
+            "every": every,
             "window": window,
             "rows": rows,
             "estimator": estimator,
@@ -181,10 +179,10 @@ class Monitor:
         self._history = History.opened(record, config)
         self._window = Window(window)
         self._paused = False
-        self._pass: tuple[ExitStack, Seen, int, bool] | None = None  # is it measured whole?
-        self._chain = Chain()
         self._uncalled: set[str] = set()
-        self._attach()
+        self._live = Live(self.model, chosen, self._begin, self._end)
+        self._close = weakref.finalize(self, self._history.close)
+        self._close.atexit = False  # a run that closes at exit asks for what is held
 
     def __repr__(self) -> str:
         of, layers = type(self.model).__name__, ", ".join(self.layers)
@@ -257,11 +255,7 @@ class Monitor:
                 "nothing was measured yet: run a training pass or monitor.measure(x) (a model that "
                 "was compiled after attaching calls no hooks: measure(x) is the way there)"
             )
-        gradients = {
-            name: gradient
-            for name, measured in self.latest.items()
-            if (gradient := _gradient_of(self.layers[name], measured)) is not None
-        }
+        gradients = gradients_of(self.layers, self.latest)
         if not gradients:
             raise ValueError("no observed layer has a gradient: call loss.backward() first")
         with exactly(device_of(self.model)), within(self._planner.workspace):
@@ -294,9 +288,7 @@ class Monitor:
 
     def detach(self) -> None:
         """Take the hooks off the model and close the record; safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._drop_pass()
+        self._live.remove()
         self._close()
 
     def __enter__(self) -> "Monitor":
@@ -352,51 +344,32 @@ class Monitor:
         total = latest + window + history
         return {"latest": latest, "window": window, "history": history, "total": total}
 
-    def _attach(self) -> None:
-        observed = list(self.layers.values())
-        self._handles = [
-            self.model.register_forward_pre_hook(Hook(self._before, observed)),
-            self.model.register_forward_hook(Hook(self._after, observed), always_call=True),
-        ]
-        self._close = weakref.finalize(self, self._history.close)
-        self._close.atexit = False  # a run that closes at exit asks for what is held
-
-    def _before(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        self._drop_pass()  # a pass that was interrupted
-        if not self._concerned():
-            return
+    def _begin(self) -> Wanted | None:
+        """Count a training pass; say what is wanted of it."""
         self._history.commit()
         step, self.step = self.step, self.step + 1
-        whole = due(self.every, step)
-        if self._paused or not (whole or (self.activations and step % self.activations == 0)):
-            return
-        stack = ExitStack()
-        watched = capture(self.layers, errors=whole, follow=not self._chain.links)
-        self._pass = stack, stack.enter_context(watched), step, whole
-
-    def _after(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        if self._pass is None:
-            if self._concerned():
-                self.targets = None
-            return
-        (stack, seen, step, whole), self._pass = self._pass, None
         targets, self.targets = self.targets, None
-        stack.close()
-        if result is None:  # forward raised, and this hook runs on the way out
+        errors = due(self.every, step)
+        averages = self.activations is not None and step % self.activations == 0
+        if self._paused or not (errors or averages):
+            return None
+        return Wanted(step, errors, averages, targets)
+
+    def _end(self, seen: Seen, result: Any, wanted: Wanted) -> None:
+        """Measure a training pass, before its graph is used."""
+        if wanted.averages:
+            self._history.append(ACTIVATIONS, columns_of_activations(seen.averages(), wanted.step))
+        if not wanted.errors:
             return
-        self._chain.settle(seen, result)
-        if self.activations and step % self.activations == 0:
-            self._history.append(ACTIVATIONS, columns_of_activations(seen.averages(), step))
-        if not whole:
-            return
-        with exactly(device_of(model)):
+        with exactly(device_of(self.model)):
             self._forget_solved()
             try:
-                with kept(model):
-                    observations = self._observer.observe(result, seen, targets)
+                with kept(self.model):
+                    observations = self._observer.observe(result, seen, wanted.targets)
             finally:
                 seen.forget_gradients()
-            self._keep(self._prepared(self._window.pooled(observations)), step, "train")
+            pooled = self._window.pooled(observations)
+            self._keep(self._prepared(pooled), wanted.step, "train")
 
     def _prepared(self, observations: dict[str, Observation]) -> dict[str, Observation]:
         """Draw the rows asked for, and solve their systems as planned."""
@@ -414,14 +387,6 @@ class Monitor:
         for measured in self.latest.values():
             measured.block.forget()
             measured.alone.forget()
-
-    def _concerned(self) -> bool:
-        return self.model.training and torch.is_grad_enabled() and not elsewhere()
-
-    def _drop_pass(self) -> None:
-        if self._pass is not None:
-            (stack, *_), self._pass = self._pass, None
-            stack.close()
 
     def _keep(
         self,
@@ -455,12 +420,3 @@ class Monitor:
                 UncoveredLayersWarning,
                 stacklevel=2,
             )
-
-
-def _gradient_of(layer: nn.Module, measured: UnitStatistics) -> Gradient | None:
-    """Rows of .grad of the measured units; None where a needed gradient is missing."""
-    g = getattr(layer.weight, "grad", None)
-    g0 = getattr(layer.bias, "grad", None)
-    if g is None or (measured.biased and g0 is None):
-        return None
-    return Gradient(g[measured.units], None if g0 is None else g0[measured.units])

@@ -15,8 +15,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from unitfisher.cases import UnitCases
-from unitfisher.fisher import NonFiniteError
 from unitfisher.moments import UnitMoments
+from unitfisher.observer import NonFiniteError
 from unitfisher.products import UnitProducts
 from unitfisher.solvers import SingularFisherError
 from unitfisher.statistics import UnitStatistics

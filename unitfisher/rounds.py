@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from unitfisher.cases import UnitCases
-from unitfisher.fisher import Gradient
 from unitfisher.loader import Batches, named
+from unitfisher.observer import Gradient
 from unitfisher.products import UnitProducts, name_unconverged
 from unitfisher.solvers import SingularFisherError, dot
 from unitfisher.theorems import about_mu_q

@@ -1,34 +1,17 @@
 """What one measurement says of one layer: the theorems' quantities for every unit."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from unitfisher.blocks import Block, blocks, joined_gradients
-from unitfisher.cases import UnitCases
-from unitfisher.diagnostics import cosine, mean_share
-from unitfisher.fisher import Gradient, Observation
-from unitfisher.products import Moments
-from unitfisher.solvers import SingularFisherError, dot
+from unitfisher.diagnostics import mean_share
+from unitfisher.observer import Gradient, Observation
+from unitfisher.steps import Angles, LayerStep, in_shape_of, natural_gradient
 from unitfisher.streaming import Cases, Streamed
-from unitfisher.theorems import (
-    bias_shift_correction,
-    damping_share,
-    unit_natural_gradient,
-    weight_natural_gradient,
-)
-from unitfisher.uncertainty import StandardErrors
-
-
-class LayerStep(NamedTuple):
-    """Unit natural gradient in the shapes of the layer's weight and bias."""
-
-    dw: Tensor
-    dw0: Float[Tensor, " u"] | None  # None for a layer without bias
+from unitfisher.theory import theory
 
 
 @dataclass(frozen=True)
@@ -166,6 +149,19 @@ def statistics(
     return {name: measured[name] for name in observations}
 
 
+def gradients_of(
+    layers: Mapping[str, nn.Module], measured: Mapping[str, UnitStatistics]
+) -> dict[str, Gradient]:
+    """Return the current ``.grad`` of the measured units, of layers that have a whole one."""
+    found = {}
+    for name, of in measured.items():
+        g = getattr(layers[name].weight, "grad", None)
+        g0 = getattr(layers[name].bias, "grad", None)
+        if g is not None and (g0 is not None or not of.biased):
+            found[name] = Gradient(g[of.units], None if g0 is None else g0[of.units])
+    return found
+
+
 def with_gradients(
     measured: Mapping[str, UnitStatistics], gradients: Mapping[str, Gradient]
 ) -> tuple[dict[str, LayerStep], dict[str, UnitStatistics]]:
@@ -187,144 +183,6 @@ def with_gradients(
                 known = Angles(*own)._asdict()
                 completed[name] = replace(measured[name], gradient=gradients[name], **known)
     return steps, completed
-
-
-def natural_gradient(block: Block, damping: float, gradient: Gradient) -> LayerStep:
-    """Return F⁻¹ (g, g0) of a block's units in double precision, (u, d) and (u,)."""
-    dw = block.cases.mean.new_full((block.cases.units, block.cases.inputs), torch.nan)
-    dw0 = dw[:, 0].clone()
-    for part, m in block.cases.damped_parts(damping) if block.finite else ():
-        try:
-            step = unit_steps(m, gradient.of_units(part))
-        except SingularFisherError as error:
-            raise block.named(error, part) from None
-        dw[part], dw0[part] = step.dw, 0.0 if step.dw0 is None else step.dw0
-    return LayerStep(dw, None if gradient.g0 is None else dw0)
-
-
-def in_shape_of(gradient: Gradient, step: LayerStep) -> LayerStep:
-    (g, g0), (dw, dw0) = gradient, step
-    bias = None if g0 is None or dw0 is None else dw0.to(g0.dtype)
-    return LayerStep(dw.to(g.dtype).view_as(g), bias)
-
-
-def unit_steps(m: Moments, gradient: Gradient) -> LayerStep:
-    """Return F⁻¹ (g, g0) in double precision; without a bias A⁻¹ g."""
-    g, g0 = gradient.g.flatten(1).to(m.mu_q.dtype), gradient.g0
-    if g0 is None:
-        return LayerStep(weight_natural_gradient(m, g), None)
-    return LayerStep(*unit_natural_gradient(m, g, g0.to(m.mu_q.dtype)))
-
-
-class Angles(NamedTuple):
-    """How a gradient stands to its unit natural gradient and to the incoming mean."""
-
-    cosine: Float[Tensor, " u"]
-    bias_shift_share_gradient: Float[Tensor, " u"]
-    bias_shift_share_natural: Float[Tensor, " u"]
-
-    @classmethod
-    def of(cls, mean: Float[Tensor, "g d"], gradient: Gradient, natural: LayerStep) -> "Angles":
-        """Means are one for each of g groups of consecutive units."""
-        g, dw = gradient.g.flatten(1).to(mean), natural.dw
-        gg, nn, gn = dot(g, g), dot(dw, dw), dot(g, dw)
-        mm, mg, mn = (
-            dot(mean, mean).repeat_interleave(len(g) // len(mean)),
-            _with_mean(mean, g),
-            _with_mean(mean, dw),
-        )
-        if gradient.g0 is not None and natural.dw0 is not None:
-            g0, dw0 = gradient.g0.to(mean), natural.dw0
-            gg, nn, gn = gg + g0**2, nn + dw0**2, gn + g0 * dw0
-            mm, mg, mn = mm + 1, mg + g0, mn + dw0
-        return cls(cosine(gn, gg, nn), cosine(mg, mm, gg).abs(), cosine(mn, mm, nn).abs())
-
-    @classmethod
-    def unknown(cls, cases: Cases) -> "Angles":
-        """NaN: there was no gradient."""
-        return cls(*[torch.full_like(cases.n_eff, torch.nan)] * 3)
-
-
-def _with_mean(mean: Float[Tensor, "g d"], x: Float[Tensor, "u d"]) -> Float[Tensor, " u"]:
-    """Multiply what stands at units with their group's mean."""
-    grouped: Tensor = x.unflatten(0, (len(mean), -1))
-    return (grouped @ mean.unsqueeze(-1)).flatten()
-
-
-class Theory(NamedTuple):
-    """What the theorems say of a layer's units at one damping."""
-
-    c: Float[Tensor, " u"]
-    mean_q: Float[Tensor, "u d"]
-    s: Float[Tensor, " u"]
-    k: Float[Tensor, " u"]
-    corrected_mean: Float[Tensor, "u d"]
-    damping_share: Float[Tensor, " u"]
-    residual: Float[Tensor, " u"]
-    converged: Bool[Tensor, " u"]
-    mean_share_q: Float[Tensor, " u"]
-
-    @classmethod
-    def of(cls, m: Moments, damped: Moments) -> "Theory":
-        s, k = bias_shift_correction(damped)
-        living = torch.where(m.alive, 1.0, torch.nan)
-        return cls(
-            c=m.c,
-            mean_q=m.mu_q * living[:, None],
-            s=s,
-            k=k,
-            corrected_mean=m.from_mu_p((1 + k)[:, None] * m.mu_q),
-            damping_share=damping_share(damped),
-            residual=damped.residual,
-            converged=damped.residual <= damped.tolerance,
-            mean_share_q=m.mu_q_squared / (m.mu_q_squared + m.trace_Var_q) * living,
-        )
-
-    @classmethod
-    def unknown(cls, cases: Cases) -> "Theory":
-        """NaN for every quantity: the pass was not finite."""
-        wide = cases.mean.new_full((cases.units, cases.inputs), torch.nan)
-        of_inputs = ("mean_q", "corrected_mean")
-        nothing = cls(*(wide if name in of_inputs else wide[:, 0] for name in cls._fields))
-        return nothing._replace(converged=torch.zeros_like(cases.dead))
-
-
-def theory(block: Block, damping: float, gradient: Gradient | None) -> dict[str, Any]:
-    """Compute what the theorems say, part after part of the units: fields of UnitStatistics."""
-    cases = block.cases
-    if not block.finite:
-        unknown = Theory.unknown(cases)
-        errors = StandardErrors.alike(torch.nan, unknown.mean_q)
-        return {**unknown._asdict(), **errors._asdict(), **Angles.unknown(cases)._asdict()}
-    found = []
-    for (part, m), (_, damped) in zip(cases.parts(), cases.damped_parts(damping), strict=True):
-        try:
-            of_part = {
-                **Theory.of(m, damped)._asdict(),
-                **_errors(cases, part, m, damped)._asdict(),
-            }
-            if gradient is not None:
-                own = gradient.of_units(part)
-                angles = Angles.of(block.center(part), own, unit_steps(damped, own))
-                of_part |= angles._asdict()
-        except SingularFisherError as error:
-            raise block.named(error, part) from None
-        found.append(of_part)
-    joined = {name: together([of_part[name] for of_part in found]) for name in found[0]}
-    return joined if gradient is not None else joined | Angles.unknown(cases)._asdict()
-
-
-def _errors(cases: Cases, part: slice, m: Moments, damped: Moments) -> StandardErrors:
-    if isinstance(cases, UnitCases):
-        own = cases if part == slice(None) else cases.of_units(part)  # which may copy activations
-        return StandardErrors.of(own, m, damped)
-    if not cases.variance.any():
-        return StandardErrors.alike(0.0, m.mu_q)
-    return StandardErrors.of_c(cases.variance[part].sqrt() / cases.samples, m)
-
-
-def together(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def tensors_of(measured: UnitStatistics) -> list[Tensor]:

@@ -7,10 +7,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unitfisher.cases import UnitCases
-from unitfisher.fisher import Gradient, Observation
 from unitfisher.loader import Batches
 from unitfisher.memory import within
 from unitfisher.moments import UnitMoments
+from unitfisher.observer import Gradient, Observation
 from unitfisher.outputs import UnitMeans
 from unitfisher.products import UnitProducts
 from unitfisher.rounds import Rounds, solve_together

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unitfisher.cases import UnitCases
-from unitfisher.fisher import Observation
+from unitfisher.observer import Observation
 
 State = dict[str, list[tuple[Tensor, Tensor, int, int]]]  # a, delta, samples, replicates
 

@@ -1,0 +1,108 @@
+"""Two hooks on a model: between them a pass in training is watched, if its Monitor wants that.
+
+Passes in eval mode, without gradients, inside ``torch.func``, in a compiler's trace or in a
+recomputation during backward are no training passes.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack, nullcontext
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from unitfisher.calls import Seen
+from unitfisher.capture import capture
+from unitfisher.chain import Chain
+
+
+class Hook:
+    """A Monitor's hook on a model. Copies and pickles of the model carry an idle one instead."""
+
+    standing: ClassVar[WeakSet["Hook"]] = WeakSet()  # a hook that is removed is gone
+
+    def __init__(self, act: Callable[..., None], layers: Collection[nn.Module]) -> None:
+        self.act, self.layers = act, layers
+        self.standing.add(self)
+
+    def __call__(self, *args: Any) -> None:
+        self.act(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # does nothing, needs nothing to be unpickled
+
+
+class Wanted(NamedTuple):
+    """What a Monitor wants of a training pass."""
+
+    step: int
+    errors: bool  # the whole measurement
+    averages: bool  # mean and variance of the outputs
+    targets: Tensor | None
+
+
+class Live:
+    """Stands on a model until it is removed.
+
+    Args:
+        model: Whose passes are watched.
+        layers: What is watched in them.
+        begin: Called at every training pass; says what is wanted of it, None for nothing.
+        end: Called when a wanted pass has ended, with what was seen and what forward returned.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        begin: Callable[[], Wanted | None],
+        end: Callable[[Seen, Any, Wanted], None],
+    ) -> None:
+        self.layers, self.begin, self.end = layers, begin, end
+        self.chain = Chain()
+        self._watched: tuple[ExitStack, Seen, Wanted] | None = None
+        observed = list(layers.values())
+        self._handles = [
+            model.register_forward_pre_hook(Hook(self._before, observed)),
+            model.register_forward_hook(Hook(self._after, observed), always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off; safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._drop()
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        self._drop()  # a pass that was interrupted
+        wanted = self.begin() if _trains(model) else None
+        if wanted is not None:
+            stack = ExitStack()
+            watched = capture(self.layers, errors=wanted.errors, follow=not self.chain.links)
+            self._watched = stack, stack.enter_context(watched), wanted
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        if self._watched is None:
+            return
+        (stack, seen, wanted), self._watched = self._watched, None
+        stack.close()
+        if result is not None:  # else forward raised, and this hook runs on the way out
+            self.chain.settle(seen, result)
+            self.end(seen, result, wanted)
+
+    def _drop(self) -> None:
+        if self._watched is not None:
+            (stack, *_), self._watched = self._watched, None
+            stack.close()
+
+
+def _trains(model: nn.Module) -> bool:
+    return (
+        model.training
+        and torch.is_grad_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and torch._C._current_graph_task_id() == -1
+    )

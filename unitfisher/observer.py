@@ -1,0 +1,214 @@
+"""From one forward pass to every layer's cases.
+
+The pass may be the user's own, in training: nothing is called twice, no gradient is stored, and
+the graph is left for the user's backward.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from unitfisher.calls import Call, Seen, all_finite
+from unitfisher.capture import capture
+from unitfisher.cases import UnitCases
+from unitfisher.errors import (
+    Estimator,
+    bytes_of_column,
+    columns,
+    columns_together,
+    send_all_back,
+    send_back,
+)
+from unitfisher.layers import LayerSelectionError
+from unitfisher.likelihoods import Output, OutputError
+from unitfisher.memory import AMPLE, within
+from unitfisher.observed import Folding, Observed
+from unitfisher.outputs import UnitMeans
+from unitfisher.passes import Chance, Pick, arguments, pick_output, undisturbed
+from unitfisher.plan import Planner
+from unitfisher.shapes import shapes_of
+
+
+class NonFiniteError(FloatingPointError):
+    """Activations, logits or errors hold NaN or infinity."""
+
+
+class Gradient(NamedTuple):
+    """A layer's gradient, averaged over samples."""
+
+    g: Float[Tensor, "u *d"]
+    g0: Float[Tensor, " u"] | None  # None for a layer without bias
+
+    def of_units(self, part: slice) -> "Gradient":
+        return Gradient(self.g[part], None if self.g0 is None else self.g0[part])
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one pass says of one layer."""
+
+    cases: UnitCases
+    means: UnitMeans  # of the units' outputs
+    gradient: Gradient | None
+    fault: str | None  # where NaN or infinity was found first
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Which layers and units are observed, and how their Fisher is estimated."""
+
+    layers: Mapping[str, nn.Module]
+    estimator: Estimator
+    units: Mapping[str, Int[Tensor, " u"]]
+    chance: Chance
+    output: Pick = None
+    planner: Planner | None = None
+
+    def observe(self, result: Any, seen: Seen, targets: Tensor | None) -> dict[str, Observation]:
+        """Turn a pass into the cases of every layer that took part in it.
+
+        Args:
+            result: What the model's forward returned.
+            seen: What `capture` saw of that forward.
+            targets: Observed labels, for ``fisher="empirical"`` and for gradients; may be None.
+
+        Raises:
+            OutputError: The output does not fit the likelihood, or has no graph.
+            LayerSelectionError: A layer's part in the pass cannot be told.
+        """
+        with torch.enable_grad():  # the choice may compute
+            output = pick_output(result, self.output)
+        if output.numel() == 0:
+            raise OutputError(f"the batch is empty: the output has shape {tuple(output.shape)}")
+        z = self.estimator.likelihood.arrange(output.detach())
+        edges = _edges(output, seen)
+        fault = seen.fault() or (None if z.isfinite().all() else "the logits after the last layer")
+        z = z if fault is None else z.nan_to_num(0.0, 0.0, 0.0)  # so that labels can be drawn
+        with self._planned(seen, z):
+            cases, gradients = self._sent_back(output, z, edges, seen, targets)
+        means = seen.means()
+        faults = dict.fromkeys(cases, fault) if fault else _faulty_errors(cases)
+        return {
+            name: Observation(cases[name], means[name], gradients.get(name), faults.get(name))
+            for name in cases
+        }
+
+    def _sent_back(
+        self,
+        output: Tensor,
+        z: Output,
+        edges: Sequence[GradientEdge],
+        seen: Seen,
+        targets: Tensor | None,
+    ) -> tuple[dict[str, UnitCases], dict[str, Gradient]]:
+        """Send the columns back, and the score of the targets; return cases and gradients."""
+        observed = self._observed(seen, samples=len(z))
+        replicates = self.estimator.replicates
+        foldings = {name: Folding(layer, replicates) for name, layer in observed.items()}
+        column = bytes_of_column(z, seen, self.estimator)
+        together = columns_together(output, column, self._convolutional)
+        blocks = columns(z, self.estimator, self.chance.on(z.device), targets, together)
+        for grads in send_all_back(output, edges, blocks):
+            for name, by_call in _by_layer(seen.calls, grads).items():
+                foldings[name].add(observed[name].errors(by_call))
+        gradients: dict[str, Gradient] = {}
+        if targets is not None:
+            score = self.estimator.likelihood.score(z, targets).unsqueeze(0)
+            for name, by_call in _by_layer(seen.calls, send_back(output, edges, score)).items():
+                g, g0 = observed[name].gradient(observed[name].errors(by_call))
+                gradients[name] = Gradient(g, None if self.layers[name].bias is None else g0)
+        return {name: folded.cases() for name, folded in foldings.items()}, gradients
+
+    @property
+    def workspace(self) -> int:
+        return AMPLE if self.planner is None else self.planner.workspace
+
+    def _planned(self, seen: Seen, z: Output) -> AbstractContextManager[None]:
+        """Refuse what would take too much memory; else share it out."""
+        if self.planner is None:
+            return nullcontext()
+        shapes = shapes_of(seen, self.layers, self.units, self.estimator, z)
+        column = bytes_of_column(z, seen, self.estimator)
+        return within(self.planner.plan(shapes, column).workspace)
+
+    def _observed(self, seen: Seen, samples: int) -> dict[str, Observed]:
+        sharing = self.estimator.sharing
+        return {
+            name: Observed(name, self.layers[name], calls, samples, sharing, self.units.get(name))
+            for name, calls in seen.by_layer().items()
+        }
+
+    @property
+    def _convolutional(self) -> bool:
+        return any(not isinstance(layer, nn.Linear) for layer in self.layers.values())
+
+
+def observe_now(
+    model: nn.Module, inputs: Any, observer: Observer, targets: Tensor | None
+) -> dict[str, Observation]:
+    """Run the model once in eval mode and observe that pass; leave the model as it was.
+
+    Inputs are a tensor, a tuple of arguments or a mapping of keyword arguments.
+    """
+    args, kwargs = arguments(inputs)
+    with undisturbed(model), torch.inference_mode(False):
+        with torch.enable_grad(), capture(observer.layers) as seen:
+            result = model(*args, **kwargs)
+        return observer.observe(result, seen, targets)
+
+
+def _edges(output: Tensor, seen: Seen) -> list[GradientEdge]:
+    """Return where errors arrive, for every call; the model's output must have a graph to all."""
+    if not seen.calls:
+        raise LayerSelectionError(
+            "none of the observed layers was called in this forward pass (compiled code calls no "
+            "hooks: attach to the model that was compiled, and run that)"
+        )
+    if not output.requires_grad:
+        raise OutputError("the model's output has no graph: does forward detach it?")
+    edges = []
+    for call in seen.calls:
+        if call.edge is None:
+            raise LayerSelectionError(
+                f"layer {call.layer!r} ran without a graph (no_grad, frozen with frozen inputs, or "
+                f"reentrant checkpointing), so no error reaches it: leave it out with layers=..., "
+                f"or use torch.utils.checkpoint(use_reentrant=False)"
+            )
+        edges.append(call.edge)
+    return edges
+
+
+def _by_layer(
+    calls: Sequence[Call], grads: Sequence[Tensor | None]
+) -> dict[str, list[Tensor | None]]:
+    found: dict[str, list[Tensor | None]] = {}
+    for call, grad in zip(calls, grads, strict=True):
+        found.setdefault(call.layer, []).append(grad)
+    return found
+
+
+def _faulty_errors(cases: Mapping[str, UnitCases]) -> dict[str, str]:
+    """Name the layers to which NaN or infinite errors came back; one look where there are none."""
+    if all_finite([of.delta.sum() for of in cases.values()]):
+        return {}  # what follows looks again: a sum may overflow
+    return {
+        name: f"the errors at layer {name!r}"
+        for name, of in cases.items()
+        if not of.delta.isfinite().all()
+    }
+
+
+def require_finite(faults: Iterable[str | None]) -> None:
+    for fault in faults:
+        if fault is not None:
+            raise NonFiniteError(
+                f"{fault} hold NaN or infinity: nothing of this pass was recorded. "
+                f"Lower the learning rate or look at the input; a Monitor with "
+                f"on_nonfinite='record' keeps such measurements, marked as not finite"
+            )

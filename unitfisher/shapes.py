@@ -1,0 +1,101 @@
+"""The sizes of a layer's part in one pass, and the bytes that these take."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from unitfisher.calls import Seen
+from unitfisher.costs import Sizes, engine
+from unitfisher.errors import Estimator
+from unitfisher.layers import at_units
+from unitfisher.likelihoods import Output
+
+
+class Shape(NamedTuple):
+    """What one pass shows of a layer."""
+
+    samples: int
+    positions: int
+    inputs: int
+    units: int
+    groups: int
+    itemsize: int
+    columns: int  # of errors that are kept apart, position by position; 0 where they fold
+    averaged: bool  # over positions: sharing="reduce"
+    engine: str
+    replicates: int = 0  # columns kept to tell their spread
+
+    @property
+    def cases(self) -> int:
+        return self.samples * (1 if self.columns or self.averaged else self.positions)
+
+    @property
+    def bytes_of_case(self) -> int:
+        """Activations, errors and D."""
+        positions = self.positions if self.columns else 1
+        item = 8 if self.averaged else self.itemsize
+        errors = positions * self.bytes_of_errors
+        return item * positions * self.inputs * self.groups + (errors + 8) * self.units
+
+    @property
+    def bytes_of_errors(self) -> int:
+        """Of a unit at one position: columns, or the square root of their sum of squares."""
+        return self.itemsize * (self.columns or self.replicates) or 8
+
+    @property
+    def bytes_observing(self) -> int:
+        """What a pass holds beside its cases until its last error has come back."""
+        every = self.samples * self.positions
+        activations = self.itemsize * self.inputs * self.groups
+        return every * (activations + self.bytes_of_errors * self.units)
+
+    @property
+    def bytes_of_results(self) -> int:
+        """E_q(a) and the corrected mean of every unit."""
+        return 16 * self.units * self.inputs
+
+    def sizes(self, cases: int) -> Sizes:
+        return Sizes(
+            rows=cases * max(1, self.columns),
+            inputs=self.inputs,
+            units=self.units,
+            groups=self.groups,
+            joined=cases * self.positions if self.columns else 0,
+            itemsize=8 if self.averaged else self.itemsize,
+            engine=self.engine,
+        )
+
+
+def shapes_of(
+    seen: Seen,
+    layers: Mapping[str, nn.Module],
+    units: Mapping[str, Int[Tensor, " u"]],
+    estimator: Estimator,
+    z: Output,
+) -> dict[str, Shape]:
+    """Read off a pass what its measurement will have to hold."""
+    shapes = {}
+    for name, calls in seen.by_layer().items():
+        samples = len(z)
+        nets = [at_units(call.module, call.y) for call in calls]
+        positions = sum(net.shape[0] * net.shape[1] for net in nets) // samples
+        several, sharing = positions > 1, estimator.sharing
+        shapes[name] = bare(layers[name], units.get(name))._replace(
+            samples=samples,
+            positions=positions,
+            itemsize=8 if calls[0].activations.dtype == torch.float64 else 4,
+            columns=estimator.count(z) if several and sharing == "joint" else 0,
+            averaged=sharing == "reduce",
+            replicates=estimator.count(z) if estimator.replicates > 1 else 0,
+        )
+    return shapes
+
+
+def bare(layer: nn.Module, units: Int[Tensor, " u"] | None) -> Shape:
+    weight, groups = layer.get_parameter("weight"), getattr(layer, "groups", 1)
+    observed = len(weight) if units is None else len(units)
+    own = observed if groups > 1 and units is not None else groups
+    return Shape(0, 1, weight[0].numel(), observed, own, 4, 0, False, engine(weight.device))

@@ -1,0 +1,84 @@
+"""The unit natural gradients of a block of layers, and how gradients stand to them."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unitfisher.blocks import Block
+from unitfisher.diagnostics import cosine
+from unitfisher.observer import Gradient
+from unitfisher.products import Moments
+from unitfisher.solvers import SingularFisherError, dot
+from unitfisher.streaming import Cases
+from unitfisher.theorems import unit_natural_gradient, weight_natural_gradient
+
+
+class LayerStep(NamedTuple):
+    """Unit natural gradient in the shapes of the layer's weight and bias."""
+
+    dw: Tensor
+    dw0: Float[Tensor, " u"] | None  # None for a layer without bias
+
+
+def natural_gradient(block: Block, damping: float, gradient: Gradient) -> LayerStep:
+    """Return F⁻¹ (g, g0) of a block's units in double precision, (u, d) and (u,)."""
+    dw = block.cases.mean.new_full((block.cases.units, block.cases.inputs), torch.nan)
+    dw0 = dw[:, 0].clone()
+    for part, m in block.cases.damped_parts(damping) if block.finite else ():
+        try:
+            step = unit_steps(m, gradient.of_units(part))
+        except SingularFisherError as error:
+            raise block.named(error, part) from None
+        dw[part], dw0[part] = step.dw, 0.0 if step.dw0 is None else step.dw0
+    return LayerStep(dw, None if gradient.g0 is None else dw0)
+
+
+def in_shape_of(gradient: Gradient, step: LayerStep) -> LayerStep:
+    (g, g0), (dw, dw0) = gradient, step
+    bias = None if g0 is None or dw0 is None else dw0.to(g0.dtype)
+    return LayerStep(dw.to(g.dtype).view_as(g), bias)
+
+
+def unit_steps(m: Moments, gradient: Gradient) -> LayerStep:
+    """Return F⁻¹ (g, g0) in double precision; without a bias A⁻¹ g."""
+    g, g0 = gradient.g.flatten(1).to(m.mu_q.dtype), gradient.g0
+    if g0 is None:
+        return LayerStep(weight_natural_gradient(m, g), None)
+    return LayerStep(*unit_natural_gradient(m, g, g0.to(m.mu_q.dtype)))
+
+
+class Angles(NamedTuple):
+    """How a gradient stands to its unit natural gradient and to the incoming mean."""
+
+    cosine: Float[Tensor, " u"]
+    bias_shift_share_gradient: Float[Tensor, " u"]
+    bias_shift_share_natural: Float[Tensor, " u"]
+
+    @classmethod
+    def of(cls, mean: Float[Tensor, "g d"], gradient: Gradient, natural: LayerStep) -> "Angles":
+        """Means are one for each of g groups of consecutive units."""
+        g, dw = gradient.g.flatten(1).to(mean), natural.dw
+        gg, nn, gn = dot(g, g), dot(dw, dw), dot(g, dw)
+        mm, mg, mn = (
+            dot(mean, mean).repeat_interleave(len(g) // len(mean)),
+            _with_mean(mean, g),
+            _with_mean(mean, dw),
+        )
+        if gradient.g0 is not None and natural.dw0 is not None:
+            g0, dw0 = gradient.g0.to(mean), natural.dw0
+            gg, nn, gn = gg + g0**2, nn + dw0**2, gn + g0 * dw0
+            mm, mg, mn = mm + 1, mg + g0, mn + dw0
+        return cls(cosine(gn, gg, nn), cosine(mg, mm, gg).abs(), cosine(mn, mm, nn).abs())
+
+    @classmethod
+    def unknown(cls, cases: Cases) -> "Angles":
+        """NaN: there was no gradient."""
+        return cls(*[torch.full_like(cases.n_eff, torch.nan)] * 3)
+
+
+def _with_mean(mean: Float[Tensor, "g d"], x: Float[Tensor, "u d"]) -> Float[Tensor, " u"]:
+    """Multiply what stands at units with their group's mean."""
+    grouped: Tensor = x.unflatten(0, (len(mean), -1))
+    return (grouped @ mean.unsqueeze(-1)).flatten()

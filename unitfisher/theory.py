@@ -1,0 +1,94 @@
+"""What the theorems say of a block of layers, part after part of its units."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from unitfisher.blocks import Block
+from unitfisher.cases import UnitCases
+from unitfisher.observer import Gradient
+from unitfisher.products import Moments
+from unitfisher.solvers import SingularFisherError
+from unitfisher.steps import Angles, unit_steps
+from unitfisher.streaming import Cases
+from unitfisher.theorems import bias_shift_correction, damping_share
+from unitfisher.uncertainty import StandardErrors
+
+
+class Theory(NamedTuple):
+    """What the theorems say of a layer's units at one damping."""
+
+    c: Float[Tensor, " u"]
+    mean_q: Float[Tensor, "u d"]
+    s: Float[Tensor, " u"]
+    k: Float[Tensor, " u"]
+    corrected_mean: Float[Tensor, "u d"]
+    damping_share: Float[Tensor, " u"]
+    residual: Float[Tensor, " u"]
+    converged: Bool[Tensor, " u"]
+    mean_share_q: Float[Tensor, " u"]
+
+    @classmethod
+    def of(cls, m: Moments, damped: Moments) -> "Theory":
+        s, k = bias_shift_correction(damped)
+        living = torch.where(m.alive, 1.0, torch.nan)
+        return cls(
+            c=m.c,
+            mean_q=m.mu_q * living[:, None],
+            s=s,
+            k=k,
+            corrected_mean=m.from_mu_p((1 + k)[:, None] * m.mu_q),
+            damping_share=damping_share(damped),
+            residual=damped.residual,
+            converged=damped.residual <= damped.tolerance,
+            mean_share_q=m.mu_q_squared / (m.mu_q_squared + m.trace_Var_q) * living,
+        )
+
+    @classmethod
+    def unknown(cls, cases: Cases) -> "Theory":
+        """NaN for every quantity: the pass was not finite."""
+        wide = cases.mean.new_full((cases.units, cases.inputs), torch.nan)
+        of_inputs = ("mean_q", "corrected_mean")
+        nothing = cls(*(wide if name in of_inputs else wide[:, 0] for name in cls._fields))
+        return nothing._replace(converged=torch.zeros_like(cases.dead))
+
+
+def theory(block: Block, damping: float, gradient: Gradient | None) -> dict[str, Any]:
+    """Compute what the theorems say, part after part of the units: fields of UnitStatistics."""
+    cases = block.cases
+    if not block.finite:
+        unknown = Theory.unknown(cases)
+        errors = StandardErrors.alike(torch.nan, unknown.mean_q)
+        return {**unknown._asdict(), **errors._asdict(), **Angles.unknown(cases)._asdict()}
+    found = []
+    for (part, m), (_, damped) in zip(cases.parts(), cases.damped_parts(damping), strict=True):
+        try:
+            of_part = {
+                **Theory.of(m, damped)._asdict(),
+                **_errors(cases, part, m, damped)._asdict(),
+            }
+            if gradient is not None:
+                own = gradient.of_units(part)
+                angles = Angles.of(block.center(part), own, unit_steps(damped, own))
+                of_part |= angles._asdict()
+        except SingularFisherError as error:
+            raise block.named(error, part) from None
+        found.append(of_part)
+    joined = {name: together([of_part[name] for of_part in found]) for name in found[0]}
+    return joined if gradient is not None else joined | Angles.unknown(cases)._asdict()
+
+
+def _errors(cases: Cases, part: slice, m: Moments, damped: Moments) -> StandardErrors:
+    if isinstance(cases, UnitCases):
+        own = cases if part == slice(None) else cases.of_units(part)  # which may copy activations
+        return StandardErrors.of(own, m, damped)
+    if not cases.variance.any():
+        return StandardErrors.alike(0.0, m.mu_q)
+    return StandardErrors.of_c(cases.variance[part].sqrt() / cases.samples, m)
+
+
+def together(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
