@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from unitfisher import Monitor, UnitStatistics
+from unitfisher.fisher import materialised
 
 TOL = {"rtol": 1e-9, "atol": 1e-12}
 SHARINGS = ["expand", "joint"]
@@ -32,7 +33,7 @@ def normal(*shape: int) -> Tensor:
 
 
 def fishers(m: UnitStatistics) -> Tensor:
-    return m.cases.fisher(biased=True)
+    return materialised(m.cases, biased=True)
 
 
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
@@ -43,7 +44,7 @@ def test_the_fisher_of_one_case_drawn_is_right_on_average(make, sharing):
     found: dict[bytes, Tensor] = {}
     for seed in range(500):
         drawn = whole.cases.drawn(1, torch.Generator().manual_seed(seed))
-        F = drawn.fisher(biased=True)
+        F = materialised(drawn, biased=True)
         found[F.numpy().tobytes()] = F
     count = whole.cases.a.shape[1]
     assert len(found) == count  # every case was drawn

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from unitfisher.cases import Incoming, UnitCases
+from unitfisher.cases import UnitCases
 from unitfisher.costs import DAMPED, layers_together
+from unitfisher.incoming import Incoming
 from unitfisher.memory import workspace
 from unitfisher.observer import Gradient, Observation
 from unitfisher.solvers import SingularFisherError

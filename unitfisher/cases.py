@@ -4,10 +4,9 @@ A case is a sample (joint, reduce) or one position of a sample (expand), with r 
 From them come the moments, for as many units at a time as memory allows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,22 +14,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from unitfisher.costs import Sizes, engine, route_of, units_together
-from unitfisher.memory import workspace
+from unitfisher.incoming import Incoming, pieces
 from unitfisher.moments import UnitMoments
 from unitfisher.products import Moments, UnitProducts
 from unitfisher.rows import UnitRows
-from unitfisher.solvers import dot
 from unitfisher.weighted import Weighted
-
-
-class Incoming(NamedTuple):
-    """E_p(a) and E_p‖a - E_p(a)‖², one for all units or, where groups see others, one a unit."""
-
-    mean: Float[Tensor, "*g d"]
-    trace_variance: Float[Tensor, "*g"]
-
-
-CACHED = 2**21  # bytes of activations: larger pieces leave the cache between two operations
 
 
 @dataclass(frozen=True)
@@ -100,27 +88,7 @@ class UnitCases:
 
     @cached_property
     def _incoming(self) -> Incoming:
-        if self.incoming is not None:
-            return self.incoming
-        groups, count = len(self.a), self.a.shape[1] * self.a.shape[2]
-        first = self.a[:, :1, :1]  # about some case, or a large mean loses its digits
-        total = squares = torch.zeros((), dtype=torch.float64, device=self.a.device)
-        for piece in self._pieces():
-            about = self.a[:, piece] - first
-            total = total + about.sum(2).sum(1, dtype=torch.float64)
-            squares = squares + about.square_().sum((1, 2, 3))
-        shift = total / count
-        spread = (squares / count - dot(shift, shift)).clamp_min(0.0)
-        of_groups = first.double()[:, 0, 0] + shift, spread
-        if groups == 1:
-            return Incoming(*(x[0] for x in of_groups))
-        return Incoming(*(x.repeat_interleave(self.units // groups, 0) for x in of_groups))
-
-    def _pieces(self) -> Iterator[slice]:
-        """Part the cases so that on a CPU what is made of a piece stays in the cache."""
-        count, case = self.a.shape[1], self.a[:, :1].nbytes
-        piece = max(1, CACHED // case) if self.a.device.type == "cpu" else count
-        return (slice(start, start + piece) for start in range(0, count, piece))
+        return self.incoming or Incoming.of(self.a, self.units)
 
     @property
     def n_eff(self) -> Float[Tensor, " u"]:
@@ -163,36 +131,12 @@ class UnitCases:
             m = UnitMoments.of(a, self.D, origin=origin, samples=self.samples)
             return replace(m, sum_a=(self.mean - m.origin) * m.cases)
         origin = self._origin.double() if origin is None else origin
-        G, S = self._gradients(origin)
+        G, S = self.joined_gradients(origin)
         about = torch.zeros_like(origin)  # G is about the origin already
         joined = UnitMoments.of_gradients(
             G, S, self.mean - origin, origin=about, samples=self.samples
         )
         return replace(joined, origin=origin)
-
-    def fisher(self, *, biased: bool) -> Float[Tensor, "u e e"]:
-        """Materialise the Fishers, bias last, in the precision of the activations."""
-        e = self.inputs + biased
-        F = self.a.new_empty(self.units, e, e)
-        parted = max(1, workspace() // (64 * self.rows * e))
-        for start in range(0, self.units, parted):
-            part = slice(start, start + parted)
-            Z = self.of_units(part)._root(biased=biased)
-            torch.matmul(Z.mT, Z, out=F[part])
-        return F
-
-    def _root(self, *, biased: bool) -> Float[Tensor, "u n e"]:
-        """Return each unit's rows Z with Zᵀ Z = F."""
-        rows: Tensor
-        if self.delta.shape[2] == 1:
-            a = self.a.squeeze(2)
-            a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if biased else a
-            weight = (self.D / self.samples).sqrt().to(a.dtype).T
-            rows = weight.unflatten(0, (len(a), -1)).unsqueeze(-1) * a.unsqueeze(1)
-            return rows.flatten(0, 1)
-        G, S = self._gradients(torch.zeros_like(self.mean))
-        rows = (torch.cat([G, S.unsqueeze(-1)], -1) if biased else G) / self.samples**0.5
-        return rows.to(self.a.dtype).transpose(0, 1)
 
     def _mean_q(self) -> Float[Tensor, "u d"]:
         """E_q(a) about the origin, in the precision of the activations."""
@@ -235,13 +179,10 @@ class UnitCases:
     def by_group(self) -> list["UnitCases"]:
         """The cases of each group's units."""
         groups = len(self.a)
-        incoming: list[Incoming | None] = [None] * groups
-        if self.incoming is not None:  # one for all units of a group
-            first = slice(None, None, self.units // groups)
-            incoming = [
-                Incoming(*own) for own in zip(*(x[first] for x in self.incoming), strict=True)
-            ]
-        parts = zip(self.a.split(1), self.delta.chunk(groups, -1), incoming, strict=True)
+        given: Sequence[Incoming | None] = [None] * groups
+        if self.incoming is not None:
+            given = self.incoming.by_group(groups)
+        parts = zip(self.a.split(1), self.delta.chunk(groups, -1), given, strict=True)
         return [replace(self, a=a, delta=delta, incoming=of_all) for a, delta, of_all in parts]
 
     def drawn(self, rows: int, generator: torch.Generator) -> "UnitCases":
@@ -255,14 +196,15 @@ class UnitCases:
         chosen = torch.randperm(count, generator=generator, device=generator.device)[:rows]
         chosen = chosen.to(self.a.device)
         delta = self.delta[:, chosen] * (count / rows) ** 0.5
-        incoming = Incoming(self.mean, self.trace_variance)
-        return replace(self, a=self.a[:, chosen], delta=delta, incoming=incoming, population=count)
+        return replace(
+            self, a=self.a[:, chosen], delta=delta, incoming=self._incoming, population=count
+        )
 
     def of_units(self, part: slice) -> "UnitCases":
         a, incoming = self.a, self.incoming
         if len(a) > 1:  # keep only the groups of these units, one each
             a = a.repeat_interleave(self.units // len(a), 0)[part]
-            incoming = incoming and Incoming(*(x[part] for x in incoming))
+            incoming = incoming and incoming.of_units(part)
         delta = self.delta[..., part]
         return replace(self, a=a, delta=delta, incoming=incoming, whole=self)
 
@@ -281,7 +223,7 @@ class UnitCases:
             total = self.D.sum(0)
             v = w = (self.D / torch.where(total > 0, total, 1.0)).sqrt().T.contiguous()
         else:
-            G, S = self._gradients(self.mean)
+            G, S = self.joined_gradients(self.mean)
             total = (S**2).sum(0)
             scale = torch.where(total > 0, total, 1.0).rsqrt()[:, None]
             about, w = G.transpose(0, 1), S.T * scale
@@ -301,7 +243,7 @@ class UnitCases:
         patience = None if self.solver == "iterative" else max(20, self.inputs // 4)
         return replace(moments, patience=patience)
 
-    def _gradients(
+    def joined_gradients(
         self, origin: Float[Tensor, "*g d"]
     ) -> tuple[Float[Tensor, "r u d"], Float[Tensor, "r u"]]:
         """Per case and column: Σ_t δ (a - origin) for each unit's weights, Σ_t δ for its bias.
@@ -312,7 +254,7 @@ class UnitCases:
         delta = self.delta.to(self.a.dtype).unflatten(-1, (groups, -1)).movedim(2, -1)  # r m g v t
         shape = columns, count, groups, units // groups, self.inputs
         G = self.delta.new_empty(shape, dtype=torch.float64)
-        for piece in self._pieces():
+        for piece in pieces(self.a):
             about = (self.a[:, piece] - self._group_origin).transpose(0, 1)  # m g t d
             G[:, piece] = delta[:, piece] @ about
         G, S = G.flatten(2, 3).flatten(0, 1), self._joined_errors().flatten(0, 1)

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from unitfisher.cases import UnitCases
 from unitfisher.errors import Estimator
 from unitfisher.layers import Layers, LayerSelectionError, match, supported
 from unitfisher.likelihoods import Likelihood, likelihood_of
+from unitfisher.memory import workspace
 from unitfisher.observer import Observer, observe_now, require_finite
 from unitfisher.passes import Chance, Pick
 from unitfisher.per_sample import unit_fisher_per_sample
@@ -62,13 +65,39 @@ def unit_fisher(
         require_finite(observation.fault for observation in observations.values())
         for name, observation in observations.items():
             biased = covered[name].bias is not None
-            blocks[name] = observation.cases.fisher(biased=biased)
+            blocks[name] = materialised(observation.cases, biased=biased)
     for name in chosen.keys() - covered.keys():
         require_joint(name, chosen[name], estimator)
         blocks |= unit_fisher_per_sample(
             model, inputs, name, estimator, targets=targets, output=output, seed=seed
         )
     return blocks
+
+
+def materialised(cases: UnitCases, *, biased: bool) -> Float[Tensor, "u e e"]:
+    """Form the Fishers of these cases, bias last, in the precision of the activations."""
+    e = cases.inputs + biased
+    F = cases.a.new_empty(cases.units, e, e)
+    parted = max(1, workspace() // (64 * cases.rows * e))
+    for start in range(0, cases.units, parted):
+        part = slice(start, start + parted)
+        Z = _root(cases.of_units(part), biased=biased)
+        torch.matmul(Z.mT, Z, out=F[part])
+    return F
+
+
+def _root(cases: UnitCases, *, biased: bool) -> Float[Tensor, "u n e"]:
+    """Return each unit's rows Z with Zᵀ Z = F."""
+    rows: Tensor
+    if cases.delta.shape[2] == 1:
+        a = cases.a.squeeze(2)
+        a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if biased else a
+        weight = (cases.D / cases.samples).sqrt().to(a.dtype).T
+        rows = weight.unflatten(0, (len(a), -1)).unsqueeze(-1) * a.unsqueeze(1)
+        return rows.flatten(0, 1)
+    G, S = cases.joined_gradients(torch.zeros_like(cases.mean))
+    rows = (torch.cat([G, S.unsqueeze(-1)], -1) if biased else G) / cases.samples**0.5
+    return rows.to(cases.a.dtype).transpose(0, 1)
 
 
 def require_joint(name: str, layer: nn.Module, estimator: Estimator) -> None:
