@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jaxtyping
@@ -141,6 +142,17 @@ def test_half_precision_trains_as_well(tmp_path: Path) -> None:
     found = losses(tmp_path / "half")
     assert found == pytest.approx(losses(tmp_path / "plain"), rel=0.02)
     assert found != losses(tmp_path / "plain")
+
+
+def test_a_compiled_training_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # not made to be compiled
+    aot = partial(torch.compile, backend="aot_eager")  # all of it but machine code, in seconds
+    monkeypatch.setattr(torch, "compile", aot)
+    for out, more in {"plain": [], "compiled": ["--compile"]}.items():
+        given = [*TINY.split(), *more, "--out", str(tmp_path / out)]
+        assert train.main(*train.parse(given)) == 0
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_the_end_says_how_fast_it_was_and_what_the_monitors_took(
