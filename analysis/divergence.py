@@ -1,0 +1,138 @@
+"""From which initial weights do the paper's networks diverge at once, and in how many steps?
+
+    python analysis/divergence.py --data-root DIR
+
+begins the presets that do not start from He's initial weights from these, and from their own, with
+the real data, and counts steps until a network's loss is NaN or infinite. Data sets that are not
+below DIR are downloaded, photographs left out. Ten minutes on one core. Writes table.md, table.csv
+and config.json to ``<out>``; feeds no figure.
+"""
+
+import json
+import logging
+import math
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import tyro
+from tables import markdown
+from tqdm import trange
+from train import Where, opened
+
+from unitfisher.experiments import DataNotFoundError
+from unitfisher.experiments.presets import PRESETS
+from unitfisher.experiments.trainer import Trainer
+from unitfisher.provenance import plain, provenance
+
+HE = 2.0
+BEGINNINGS = {  # networks, and how many steps are enough to see it
+    "mnist-autoencoder": (replace(PRESETS["mnist-autoencoder"], rates=(1e-2, 1e-3)), 100),
+    "cifar100-11": (PRESETS["cifar100-11"], 12),
+    "imagenet-15": (
+        replace(PRESETS["imagenet-15"], rates=(1e-2, 1e-3), side=56, crop=48, batch_size=8),
+        20,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Count the steps to divergence."""
+
+    data_root: Path | None = None
+    """Folder of the data as torchvision lays them out (or set UNITFISHER_DATA)."""
+    photographs: Path | None = None
+    """Folder of photographs, with train and val; default: <data-root>."""
+    presets: tuple[str, ...] = tuple(BEGINNINGS)
+    """Which to begin."""
+    steps: int | None = None
+    """At most; default 100, 12 and 20."""
+    cache: Path = Path("runs/cache")
+    """Folder of whitening and mean images, computed once."""
+    out: Path = Path("runs/divergence")
+    """Folder that receives the table."""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.presets) - set(BEGINNINGS):
+            raise ValueError(
+                f"no beginning of {', '.join(unknown)}: choose from {list(BEGINNINGS)}"
+            )
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be 1 or more, got {self.steps}")
+
+
+def main(config: Config) -> int:
+    """Train, print and save the table."""
+    logging.getLogger("unitfisher").setLevel(logging.ERROR)
+    rows = [row for name in config.presets for row in begun(name, config)]
+    table = pd.DataFrame(rows)
+    made = provenance(plain({**asdict(config), **dict.fromkeys(PATHS)}))
+    written = (
+        f"Steps until the loss is NaN or infinite; seed 0, {made['device']}, torch "
+        f"{made['versions']['torch']}.\n\n{markdown(readable(table))}"
+    )
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "table.md").write_text(written)
+    (config.out / "config.json").write_text(json.dumps(made, indent=2) + "\n")
+    table.to_csv(config.out / "table.csv", index=False)
+    print(written)
+    return 0
+
+
+PATHS = ("data_root", "photographs", "cache", "out")  # say nothing of the result
+
+
+def begun(name: str, config: Config) -> Iterator[dict[str, object]]:
+    """Begin a preset's networks from both initial weights; a row for each network."""
+    preset, steps = BEGINNINGS[name]
+    steps = config.steps or steps
+    preset = replace(preset, seeds=(0,), probe=8, tested=1)
+    photographs = preset.dataset == "photographs"
+    root = config.photographs if photographs and config.photographs else config.data_root
+    try:
+        data = opened(preset, Where(data_root=root), config.cache)
+    except DataNotFoundError as error:
+        print(f"{name} is left out: {error}", file=sys.stderr)
+        return
+    for variance in (HE, preset.weight_variance):
+        of = replace(preset, weight_variance=variance)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(of, of.members, data, Path(folder))
+            with trainer:
+                lasted = steps_that_last(trainer, steps, f"{name}, variance {variance:.3g}")
+        for member, last in zip(of.members, lasted, strict=True):
+            row = {"preset": name, "weight variance": variance, "rate": member.rate}
+            yield row | {"activation": member.activation, "diverged at": last, "of": steps}
+
+
+def steps_that_last(trainer: Trainer, steps: int, title: str) -> list[float]:
+    """Return at which step each member diverges; NaN for one that does not."""
+    diverged = [math.nan] * len(trainer.members)
+    for step in trange(1, steps + 1, desc=title):
+        trainer.step()
+        for i, loss in enumerate(trainer.loss.tolist()):
+            if math.isnan(diverged[i]) and not math.isfinite(loss):
+                diverged[i] = step
+        if not any(map(math.isnan, diverged)):
+            break
+    return diverged
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """A row for each beginning, a column for each activation."""
+    steps = table["of"].map("none in {}".format)
+    said = table["diverged at"].map("{:.0f}".format).where(table["diverged at"].notna(), steps)
+    beginning = ["preset", "weight variance", "rate"]
+    wide = table.assign(said=said).pivot(index=beginning, columns="activation", values="said")
+    wide = wide.sort_index(ascending=[True, False, False]).reset_index()
+    wide["weight variance"] = wide["weight variance"].map("{:.3g}".format)
+    wide["rate"] = wide["rate"].map("{:g}".format)
+    return wide.fillna("")
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config)))
