@@ -17,15 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from unitfisher.experiments.convnets import (
-    Conv,
-    Maker,
-    Parts,
-    Stack,
-    cifar11,
-    cifar18,
-    imagenet15,
-)
+from unitfisher.experiments.convnets import cifar11, cifar18, imagenet15
+from unitfisher.experiments.stacks import Conv, Maker, Parts, Stack
 
 NIN: Final[tuple[Stack, ...]] = (
     (Conv(192, 5), Conv(160, 1), Conv(96, 1)),

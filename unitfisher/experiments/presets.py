@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
+from unitfisher.experiments.convnets import RATES
 from unitfisher.experiments.models import ActivationName
 from unitfisher.experiments.tasks import TaskName
 
@@ -147,7 +148,6 @@ _CIFAR11 = Preset(
     rows=512,
     fisher="rademacher",
 )
-_LAST = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.0)
 # [R] rate ÷ 10 after 35,000 steps, 50,000 with dropout in all layers, 40,000 more at 1.5 times
 # those rates; [I] 35,000 in between, and another ÷ 10 for the last phase
 _CIFAR18 = Preset(
@@ -164,10 +164,10 @@ _CIFAR18 = Preset(
     momentum=0.9,
     weight_decay=5e-4,
     phases=(
-        Phase(0, 1.0, _LAST),
-        Phase(35_000, 0.1, _LAST),
-        Phase(70_000, 0.1, _LAST, "all"),
-        Phase(120_000, 0.01, tuple(1.5 * rate for rate in _LAST), "all"),
+        Phase(0, 1.0, RATES),
+        Phase(35_000, 0.1, RATES),
+        Phase(70_000, 0.1, RATES, "all"),
+        Phase(120_000, 0.01, tuple(1.5 * rate for rate in RATES), "all"),
     ),
     probe=256,
     units=4,

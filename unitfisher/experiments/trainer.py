@@ -25,7 +25,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unitfisher.experiments.comparisons import build
-from unitfisher.experiments.convnets import set_dropout
 from unitfisher.experiments.data import Dataset
 from unitfisher.experiments.descent import Descent
 from unitfisher.experiments.ensembles import Ensemble
@@ -35,6 +34,7 @@ from unitfisher.experiments.photographs import PhotographSets
 from unitfisher.experiments.presets import Member, Phase, Preset
 from unitfisher.experiments.ranks import ALONE, Ranks
 from unitfisher.experiments.sources import Held, Read, Source
+from unitfisher.experiments.stacks import set_dropout
 from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.watching import Moment, Watch
 from unitfisher.parts import write_atomically
