@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import unitfisher
-from unitfisher.experiments.comparisons import DSN, NETWORKS, LocalNorm, Maxout, Supervised, build
+from unitfisher.experiments.comparisons import DSN, LocalNorm, Maxout, Supervised
 from unitfisher.experiments.convnets import (
     CIFAR11,
     CIFAR18,
@@ -27,6 +27,7 @@ from unitfisher.experiments.convnets import (
 )
 from unitfisher.experiments.ensembles import Ensemble
 from unitfisher.experiments.models import ACTIVATIONS
+from unitfisher.experiments.networks import NETWORKS, build
 from unitfisher.experiments.stacks import Conv, HalvingPool, Maker, Stack, set_dropout
 
 PLAN = ((Conv(4, 3),), (Conv(5, 1), Conv(6, 2)))

@@ -42,7 +42,7 @@ class Preset:
     dataset: DatasetName
     """Data set; "photographs" are folders train and val with a folder for each class."""
     network: str = "mlp"
-    """Fully connected ("mlp"), a name of unitfisher.experiments.comparisons.NETWORKS, or
+    """Fully connected ("mlp"), a name of unitfisher.experiments.networks.NETWORKS, or
     torchvision:NAME or timm:NAME."""
     hidden: tuple[int, ...] = ()
     """Hidden units of the fully connected network, layer by layer."""

@@ -12,7 +12,6 @@ runs/mnist/
 import math
 import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,14 +21,13 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from unitfisher.experiments.comparisons import build
 from unitfisher.experiments.data import Dataset
 from unitfisher.experiments.descent import Descent
 from unitfisher.experiments.ensembles import Ensemble
 from unitfisher.experiments.images import DamagedDataError
-from unitfisher.experiments.models import mlp
+from unitfisher.experiments.networks import network
 from unitfisher.experiments.photographs import PhotographSets
 from unitfisher.experiments.presets import Member, Phase, Preset
 from unitfisher.experiments.ranks import ALONE, Ranks
@@ -41,7 +39,6 @@ from unitfisher.parts import write_atomically
 
 FORMAT = 1  # of checkpoints: raised when `Trainer.state`, or what it gathers, takes another form
 CROPS = 2**32  # added to a seed, for the generator of crops and flips
-HE = 2.0  # variance of weights times fan-in, of networks that have no other
 DROPOUT = 2**33  # added for every further process, for its own dropout
 
 
@@ -326,37 +323,6 @@ class Trainer:
                 f"by step {self.iteration}: the loss is NaN or infinite, and is recorded so",
                 stacklevel=3,
             )
-
-
-def network(
-    preset: Preset, member: Member, source: Source, generator: torch.Generator
-) -> nn.Sequential:
-    """Build a member's network, with the weights that its seed draws.
-
-    Raises:
-        ValueError: The preset's network, or an option of it, is unknown.
-    """
-    if preset.network == "mlp":
-        inputs = source.shape.numel()
-        outputs = source.classes if TASKS[preset.task].classifies else inputs
-        return mlp(
-            [inputs, *preset.hidden, outputs],
-            member.activation,
-            generator,
-            weight_variance=preset.weight_variance,
-        )
-    norm = preset.norm if preset.norm != "none" else None
-    variance = preset.weight_variance if preset.weight_variance != HE else None
-    built = build(
-        preset.network,
-        source.classes,
-        member.activation,
-        generator,
-        norm=norm,
-        padding=preset.padding,
-        weight_variance=variance,
-    )
-    return built if isinstance(built, nn.Sequential) else nn.Sequential(OrderedDict(network=built))
 
 
 def source_of(
