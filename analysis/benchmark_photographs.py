@@ -13,7 +13,8 @@ from typing import Final, NamedTuple
 import torch
 from PIL import Image
 
-from unitfisher.experiments.photographs import PhotographSets, Stream
+from unitfisher.experiments.photographs import PhotographSets
+from unitfisher.experiments.streams import Stream
 
 MADE_UP, SIZE = 128, (500, 375)  # as large as ImageNet's are on average, about
 AHEAD, BATCHES = 6, 6  # read before the clock starts: what workers had in store; and timed

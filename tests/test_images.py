@@ -21,7 +21,7 @@ from strategies import TOL, normal, seeds
 from torch import Tensor
 from torch.testing import assert_close
 
-from unitfisher.experiments import DataNotFoundError, Dataset, photographs, whitening
+from unitfisher.experiments import DataNotFoundError, Dataset, photographs, streams, whitening
 from unitfisher.experiments.images import (
     Batch,
     DamagedDataError,
@@ -32,13 +32,9 @@ from unitfisher.experiments.images import (
     kept,
     load_cifar,
 )
-from unitfisher.experiments.photographs import (
-    Photographs,
-    PhotographSets,
-    Stream,
-    load_photographs,
-)
+from unitfisher.experiments.photographs import Photographs, PhotographSets, load_photographs
 from unitfisher.experiments.ranks import Ranks
+from unitfisher.experiments.streams import Stream
 from unitfisher.experiments.whitening import Zca, contrast_normalised, whitened
 
 
@@ -414,7 +410,7 @@ def test_training_images_are_the_drawn_crops_less_the_mean(
 ) -> None:
     stream, paths = Stream(sets.train, 4, seed=3), sorted(album.glob("train/*/*"))
     found = torch.cat([stream.next().x for _ in range(3)])
-    generator = photographs._generator(3, 0)
+    generator = streams._generator(3, 0)
     order = torch.randperm(10, generator=generator)
     crops = draw_crops((10,), 32, generator)
     for x, case in zip(found, order, strict=True):

@@ -11,8 +11,9 @@ from torch import Tensor
 from unitfisher.experiments.data import Dataset, probe
 from unitfisher.experiments.images import PAD, Batch, Crops, cropped, draw_crops
 from unitfisher.experiments.orders import Orders
-from unitfisher.experiments.photographs import PhotographSets, Stream
+from unitfisher.experiments.photographs import PhotographSets
 from unitfisher.experiments.ranks import ALONE, Ranks
+from unitfisher.experiments.streams import Stream
 
 EVALUATED = 2_000_000  # numbers of the input, at a time
 PROBE_SEED = 1  # the same probe set in every run
