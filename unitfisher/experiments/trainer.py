@@ -31,14 +31,13 @@ from unitfisher.experiments.networks import network
 from unitfisher.experiments.photographs import PhotographSets
 from unitfisher.experiments.presets import Member, Phase, Preset
 from unitfisher.experiments.ranks import ALONE, Ranks
-from unitfisher.experiments.sources import Held, Read, Source
+from unitfisher.experiments.sources import source_of
 from unitfisher.experiments.stacks import set_dropout
 from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.watching import Moment, Watch
 from unitfisher.parts import write_atomically
 
 FORMAT = 1  # of checkpoints: raised when `Trainer.state`, or what it gathers, takes another form
-CROPS = 2**32  # added to a seed, for the generator of crops and flips
 DROPOUT = 2**33  # added for every further process, for its own dropout
 
 
@@ -323,26 +322,6 @@ class Trainer:
                 f"by step {self.iteration}: the loss is NaN or infinite, and is recorded so",
                 stacklevel=3,
             )
-
-
-def source_of(
-    preset: Preset,
-    data: Dataset | PhotographSets,
-    members: Sequence[Member],
-    generators: Sequence[torch.Generator],
-    workers: int,
-    ranks: Ranks,
-) -> Source:
-    """Open the members' batches; orders are drawn by their generators."""
-    if isinstance(data, PhotographSets):
-        seeds = {member.seed for member in members}
-        if len(seeds) > 1:
-            raise ValueError(f"photographs are read for one seed at a time, not for {seeds}")
-        seed, size = members[0].seed, preset.batch_size
-        return Read(data, size, seed, len(members), workers=workers, ranks=ranks)
-    crops = {m.seed: torch.Generator().manual_seed(CROPS + m.seed) for m in members}
-    augment = [crops[member.seed] for member in members] if preset.augmented else []
-    return Held(data, preset.batch_size, generators, augment, ranks=ranks)
 
 
 def _read(checkpoint: Path, device: torch.device) -> dict[str, Any]:
