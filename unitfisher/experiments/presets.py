@@ -121,6 +121,14 @@ class Preset:
             for seed in self.seeds
         ]
 
+    def steps(self, per_epoch: int) -> int:
+        """Count the steps of the whole training, where an epoch has so many."""
+        return self.iterations or self.epochs * per_epoch
+
+    def steps_between(self, per_epoch: int) -> int:
+        """Count the steps from one evaluation to the next."""
+        return self.every or per_epoch
+
     def phase(self, iteration: int) -> Phase:
         """What holds at a step."""
         begun = [phase for phase in self.phases if phase.start <= iteration]

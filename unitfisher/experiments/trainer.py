@@ -147,12 +147,12 @@ class Trainer:
     @property
     def iterations(self) -> int:
         """Count the steps of the whole training."""
-        return self.preset.iterations or self.preset.epochs * len(self.source)
+        return self.preset.steps(len(self.source))
 
     @property
     def every(self) -> int:
         """Count the steps from one evaluation to the next."""
-        return self.preset.every or len(self.source)
+        return self.preset.steps_between(len(self.source))
 
     def __iter__(self) -> Iterator[Progress]:
         """Train to the end from where it stands, keeping checkpoints; yield after each step.

@@ -70,8 +70,8 @@ class Watch:
             record=self.run,
         )
         self._probe = source.probe(preset.probe)
-        every = preset.every or len(source)
-        self._steps = preset.iterations or preset.epochs * len(source)
+        every = preset.steps_between(len(source))
+        self._steps = preset.steps(len(source))
         self._measured = {
             min(every * n, self._steps)
             for n in measured_epochs(-(-self._steps // every), preset.measurements)
