@@ -19,10 +19,11 @@ from torch.testing import assert_close
 from unitfisher import Monitor
 from unitfisher.experiments import Dataset, load, mlp, train
 from unitfisher.experiments.descent import Descent
+from unitfisher.experiments.divergence import DivergedError
 from unitfisher.experiments.ensembles import Ensemble
 from unitfisher.experiments.orders import Orders
 from unitfisher.experiments.presets import PRESETS, Member, Preset
-from unitfisher.experiments.trainer import DivergedError, Trainer
+from unitfisher.experiments.trainer import Trainer
 from unitfisher.experiments.training import Schedule
 from unitfisher.record import RecordExistsError
 
@@ -330,7 +331,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         trainer.save()
         kept = trainer.checkpoint.read_bytes()
         trainer.step()
-        monkeypatch.setattr("unitfisher.experiments.trainer.write_atomically", full)
+        monkeypatch.setattr("unitfisher.experiments.checkpoints.write_atomically", full)
         with pytest.warns(UserWarning, match="no checkpoint was written .*No space left"):
             trainer.save()
         assert trainer.checkpoint.read_bytes() == kept

@@ -1,7 +1,7 @@
 """Every network by its name, and those of a preset."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from types import MappingProxyType
@@ -80,14 +80,27 @@ def build(
     return builder(classes, generator, **options)
 
 
-def network(
-    preset: Preset, member: Member, source: Source, generator: torch.Generator
-) -> nn.Sequential:
-    """Build a member's network, with the weights that its seed draws.
+def networks_of(
+    preset: Preset,
+    members: Sequence[Member],
+    generators: Sequence[torch.Generator],
+    source: Source,
+) -> list[nn.Sequential]:
+    """Build each member's network, with the weights that its seed draws.
 
     Raises:
         ValueError: The preset's network, or an option of it, is unknown.
     """
+    networks = []
+    for member, generator in zip(members, generators, strict=True):
+        generator.manual_seed(member.seed)  # a seed's members start alike, and leave it alike
+        networks.append(_network(preset, member, generator, source))
+    return networks
+
+
+def _network(
+    preset: Preset, member: Member, generator: torch.Generator, source: Source
+) -> nn.Sequential:
     if preset.network == "mlp":
         inputs = source.shape.numel()
         sizes = [inputs, *preset.hidden, TASKS[preset.task].outputs(inputs, source.classes)]

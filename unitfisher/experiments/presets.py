@@ -3,6 +3,7 @@
 [R] marks what was read in the paper, [I] what it leaves open and is chosen here.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
@@ -24,6 +25,10 @@ class Member(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.activation}-lr{self.rate:g}-s{self.seed}"
+
+
+def named(members: Iterable[Member]) -> str:
+    return ", ".join(member.name for member in members)
 
 
 class Phase(NamedTuple):
