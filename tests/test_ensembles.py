@@ -338,7 +338,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 
 
 def test_the_fishers_of_a_member_are_those_of_its_network(trained: Trainer) -> None:
-    x, y = trained.watches[3]._probe
+    x, y = trained.watches[3].probe
     alone = mlp([64, 16, 12, 10], "elu", seeded(0))
     alone.load_state_dict(trained.ensemble.members[3].state_dict())
     expected = Monitor(alone, "hidden*", units=8).measure(x, targets=y)
