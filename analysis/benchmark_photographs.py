@@ -1,19 +1,26 @@
-"""Ways to read photographs, for benchmark_training.py: ours with and without workers, and DALI's.
+"""Rows of photographs: read in several ways, shown to a network, and both together.
 
 DALI is a peer to be measured where it is installed (``pip install nvidia-dali-cuda130``); the
 trainings do not use it.
 """
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import torch
+from benchmark_results import Result
+from benchmark_trainers import Config, opened, rated
 from PIL import Image
 
-from unitfisher.experiments.photographs import PhotographSets, Stream
+from unitfisher.experiments.images import Batch
+from unitfisher.experiments.photographs import PhotographSets, load_photographs
+from unitfisher.experiments.presets import PRESETS
+from unitfisher.experiments.streams import Stream
 
 MADE_UP, SIZE = 128, (500, 375)  # as large as ImageNet's are on average, about
 AHEAD, BATCHES = 6, 6  # read before the clock starts: what workers had in store; and timed
@@ -104,3 +111,38 @@ def made_up(folder: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(coarse.numpy()).resize(SIZE).save(path, "JPEG", quality=90)
     return folder
+
+
+def of_photographs(config: Config) -> list[Result]:
+    """Images a second: of loaders, of the network alone, and of both."""
+    results, case = [], f"{config.crop}×{config.crop}, n = {config.batch}"
+    with tempfile.TemporaryDirectory() as made:
+        root = config.photographs or made_up(Path(made))
+        sets = load_photographs(root, Path(made), seen=config.crop).to(config.device)
+        album = Album(sets, root / "train", config.batch)
+        for name, reader in READERS.items():
+            key, title = f"photographs/{name}", f"reading photographs: {reader.title}"
+            try:
+                rates = sustained(reader.batches(album), config.batch, config.rounds)
+            except ImportError as error:
+                names = key, title, case, None, None, "images/s"
+                results.append(Result(*names, "failed", note=str(error)))
+            else:
+                results.append(rated(key, title, case, rates, "images/s"))
+        preset = replace(
+            PRESETS["imagenet-15"],
+            network=config.network,
+            weight_variance=1.0 if config.network == "imagenet15" else 2.0,
+            activations=("elu",),
+            batch_size=config.batch,
+            probe=2,
+        )
+        with opened(preset, sets, config, workers=2) as trainer:
+            together = sustained(iter(trainer.step, object()), config.batch, config.rounds)
+            x, y = trainer.source.next()
+            trainer.source.next = lambda: Batch(x, y)  # type: ignore[method-assign]
+            alone = sustained(iter(trainer.step, object()), config.batch, config.rounds)
+    for name, rates in {"alone": alone, "read by 2 workers": together}.items():
+        key = f"photographs/{name.split()[0]}"
+        results.append(rated(key, f"training of {config.network}, {name}", case, rates, "images/s"))
+    return results

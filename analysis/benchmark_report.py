@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -47,13 +46,20 @@ def table(results: Sequence[Result]) -> str:
 
 def save(results: Sequence[Result], folder: Path, config: Any, seconds: float) -> None:
     """Write benchmark.json, benchmark.md and scaling.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    record = provenance({}) | {"config": plain(config)} | conditions(seconds)
+    record = provenance(plain(config)) | conditions(seconds)
     record["versions"] |= {name: version_of(name) for name in DISTRIBUTIONS}
-    record["rows"] = [plain(asdict(result)) for result in results]
-    (folder / "benchmark.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    (folder / "benchmark.md").write_text(f"{sentence(record)}\n\n{table(results)}")
+    write(results, folder, record, sentence(record, results))
     draw([result for result in results if result.points], folder / "scaling.png")
+
+
+def write(
+    results: Sequence[Result], folder: Path, record: Mapping[str, Any], sentence: str
+) -> None:
+    """Write benchmark.json, and benchmark.md with a sentence on the conditions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = json.dumps({**record, "rows": plain(results)}, indent=2, ensure_ascii=False)
+    (folder / "benchmark.json").write_text(f"{whole}\n")
+    (folder / "benchmark.md").write_text(f"{sentence}\n\n{table(results)}")
 
 
 def conditions(seconds: float) -> dict[str, Any]:
@@ -73,17 +79,17 @@ def compiled_kernel() -> bool:
     return import_module("unitfisher.native").compiled()
 
 
-def sentence(record: Mapping[str, Any]) -> str:
+def sentence(record: Mapping[str, Any], results: Sequence[Result]) -> str:
     versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "unitfisher"))
-    rounds = [row["rounds"] for row in record["rows"] if row["rounds"]]
-    discarded = sum(row["discarded"] for row in record["rows"])
+    rounds = sum(result.rounds for result in results)
+    discarded = sum(result.discarded for result in results)
     clock = "time on the cores" if record["config"]["clock"] == "cpu" else "wall clock"
     kernel = "with" if record["compiled_kernel"] else "without"
     return (
         f"{record['device']}; {versions}, {kernel} a compiled kernel; {record['finished']}, "
         f"{record['seconds']:.0f} s. Ratios are of medians ({clock}) to one plain forward + "
         f"backward pass of the same network and batch (random data) unless said, with quartiles "
-        f"over rounds; {discarded} of {sum(rounds)} turns were disturbed and thrown away."
+        f"over rounds; {discarded} of {rounds} turns were disturbed and thrown away."
     )
 
 

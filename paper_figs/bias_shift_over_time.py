@@ -8,13 +8,10 @@ gradient) is drawn at three dampings, above how much of s the damping makes.
 """
 
 from collections.abc import Mapping
-from functools import partial
-from typing import Annotated
 
-import numpy as np
 import pandas as pd
 import style
-import tyro
+from bias_shift_figures import chosen_rate, foot, main, receiving
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from summary import Summary, with_and_without_norm
@@ -65,29 +62,6 @@ def draw(name: str) -> Figure:
     return style.finish(figure, lines, foot(found, missing, rate), kinds)
 
 
-def chosen_rate(summary: Summary) -> float:
-    """The largest rate at which every network stayed finite, or the smallest."""
-    rates = set(summary.training["rate"])
-    return max(rates - set(summary.diverged["rate"]), default=min(rates))
-
-
-def receiving(summary: Summary, rate: float) -> pd.DataFrame:
-    """The layers that receive activations: all but the first, with the angle in degrees."""
-    layers = summary.layers[summary.layers["rate"] == rate]
-    after = layers[layers["layer"] != layers["layer"].iloc[0]]
-    return after.assign(angle=np.degrees(np.arccos(after["cosine"].clip(-1, 1))))
-
-
-def foot(found: Mapping[str, Summary], missing: list[str], rate: float) -> str:
-    """What is averaged, and of what."""
-    first, *more = found.items()
-    several = len(first[1].training["rate"].unique()) > 1
-    notes = [first[1].conditions, *(f"{norm}: {s.outcome}" for norm, s in more)]
-    notes += [f"shown: rate {rate:g}"] if several else []
-    units = f"layers after the first, mean or median over {first[1].config['units']} units of each"
-    return "; ".join([*notes, units, first[1].spread, *missing])
-
-
 def _over_time(
     ax: Axes, layers: Mapping[str, pd.DataFrame], damping: float, value: str, time: str
 ) -> plotting.Lines:
@@ -124,15 +98,5 @@ def _short(count: int) -> str:
     return f"{count / 1000:g}k" if count >= 1000 else str(count)
 
 
-def main(names: Annotated[tuple[str, ...], tyro.conf.Positional] = ("mnist",)) -> None:
-    """Draw some trainings.
-
-    Args:
-        names: Of folders in paper_figs/tables.
-    """
-    for name in names:
-        print(style.save(partial(draw, name), f"bias_shift_over_time_{name}"))
-
-
 if __name__ == "__main__":
-    tyro.cli(main)
+    main(draw, "bias_shift_over_time")

@@ -3,12 +3,8 @@
 python paper_figs/bias_shift_per_layer.py mnist cifar100-11
 """
 
-from functools import partial
-from typing import Annotated
-
 import style
-import tyro
-from bias_shift_over_time import chosen_rate, foot, receiving
+from bias_shift_figures import chosen_rate, foot, main, receiving
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from summary import with_and_without_norm
@@ -56,15 +52,5 @@ def draw(name: str) -> Figure:
     return style.finish(figure, lines, note, kinds)
 
 
-def main(names: Annotated[tuple[str, ...], tyro.conf.Positional] = ("mnist",)) -> None:
-    """Draw some trainings.
-
-    Args:
-        names: Of folders in paper_figs/tables.
-    """
-    for name in names:
-        print(style.save(partial(draw, name), f"bias_shift_per_layer_{name}"))
-
-
 if __name__ == "__main__":
-    tyro.cli(main)
+    main(draw, "bias_shift_per_layer")

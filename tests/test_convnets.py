@@ -12,26 +12,23 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import unitfisher
-from unitfisher.experiments.comparisons import DSN, NETWORKS, LocalNorm, Maxout, Supervised, build
+from unitfisher.experiments.comparisons import DSN, LocalNorm, Maxout, Supervised
 from unitfisher.experiments.convnets import (
     CIFAR11,
     CIFAR18,
     IMAGENET15,
     RATES,
-    Conv,
-    HalvingPool,
-    Maker,
     PyramidPool,
-    Stack,
     all_convolutional,
     cifar11,
     cifar18,
     imagenet15,
     pyramidal,
-    set_dropout,
 )
 from unitfisher.experiments.ensembles import Ensemble
 from unitfisher.experiments.models import ACTIVATIONS
+from unitfisher.experiments.networks import NETWORKS, build
+from unitfisher.experiments.stacks import Conv, HalvingPool, Maker, Stack, set_dropout
 
 PLAN = ((Conv(4, 3),), (Conv(5, 1), Conv(6, 2)))
 SMALL = sorted(set(NETWORKS) - {"imagenet15"})  # its 165 million numbers are made on no device

@@ -19,10 +19,11 @@ from torch.testing import assert_close
 from unitfisher import Monitor
 from unitfisher.experiments import Dataset, load, mlp, train
 from unitfisher.experiments.descent import Descent
+from unitfisher.experiments.divergence import DivergedError
 from unitfisher.experiments.ensembles import Ensemble
 from unitfisher.experiments.orders import Orders
 from unitfisher.experiments.presets import PRESETS, Member, Preset
-from unitfisher.experiments.trainer import DivergedError, Trainer
+from unitfisher.experiments.trainer import Trainer
 from unitfisher.experiments.training import Schedule
 from unitfisher.record import RecordExistsError
 
@@ -330,14 +331,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         trainer.save()
         kept = trainer.checkpoint.read_bytes()
         trainer.step()
-        monkeypatch.setattr("unitfisher.experiments.trainer.write_atomically", full)
+        monkeypatch.setattr("unitfisher.experiments.checkpoints.write_atomically", full)
         with pytest.warns(UserWarning, match="no checkpoint was written .*No space left"):
             trainer.save()
         assert trainer.checkpoint.read_bytes() == kept
 
 
 def test_the_fishers_of_a_member_are_those_of_its_network(trained: Trainer) -> None:
-    x, y = trained.watches[3]._probe
+    x, y = trained.watches[3].probe
     alone = mlp([64, 16, 12, 10], "elu", seeded(0))
     alone.load_state_dict(trained.ensemble.members[3].state_dict())
     expected = Monitor(alone, "hidden*", units=8).measure(x, targets=y)

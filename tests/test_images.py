@@ -21,9 +21,10 @@ from strategies import TOL, normal, seeds
 from torch import Tensor
 from torch.testing import assert_close
 
-from unitfisher.experiments import DataNotFoundError, Dataset, photographs, whitening
+from unitfisher.experiments import DataNotFoundError, Dataset, photographs, streams, whitening
 from unitfisher.experiments.images import (
     Batch,
+    Crops,
     DamagedDataError,
     Files,
     augmented,
@@ -32,13 +33,9 @@ from unitfisher.experiments.images import (
     kept,
     load_cifar,
 )
-from unitfisher.experiments.photographs import (
-    Photographs,
-    PhotographSets,
-    Stream,
-    load_photographs,
-)
+from unitfisher.experiments.photographs import Photographs, PhotographSets, load_photographs
 from unitfisher.experiments.ranks import Ranks
+from unitfisher.experiments.streams import Stream
 from unitfisher.experiments.whitening import Zca, contrast_normalised, whitened
 
 
@@ -306,10 +303,9 @@ def geometries(draw) -> Geometry:
     return Geometry(x, draw(st.integers(0, 4)), draw(st.integers(0, 2**32)))
 
 
-def one_by_one(case: Geometry) -> Tensor:
+def one_by_one(case: Geometry, crops: Crops) -> Tensor:
     h, w = case.x.shape[-2:]
     images = case.x.flatten(0, -4)
-    crops = draw_crops(case.x.shape[:-3], 2 * case.pad, seeded(case.seed))
     seen = []
     for image, top, left, mirrored in zip(
         images, *(d.flatten().tolist() for d in crops), strict=True
@@ -321,7 +317,8 @@ def one_by_one(case: Geometry) -> Tensor:
 
 @given(case=geometries())
 def test_augmentation_is_padding_cropping_and_mirroring_one_by_one(case: Geometry) -> None:
-    assert torch.equal(augmented(case.x, seeded(case.seed), pad=case.pad), one_by_one(case))
+    crops = draw_crops(case.x.shape[:-3], 2 * case.pad, seeded(case.seed))
+    assert torch.equal(augmented(case.x, crops, pad=case.pad), one_by_one(case, crops))
 
 
 def test_draws_of_one_member_are_shared_by_all_when_wished() -> None:
@@ -343,14 +340,14 @@ def test_every_shift_and_side_is_as_likely() -> None:
 
 def test_augmenting_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
-    augmented(torch.rand(3, 3, 8, 8, generator=seeded()), seeded())
+    augmented(torch.rand(3, 3, 8, 8, generator=seeded()), draw_crops((3,), 8, seeded()))
     assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.gpu
 def test_augmentation_is_the_same_on_a_gpu() -> None:
-    x = torch.rand(50, 3, 32, 32)
-    assert torch.equal(augmented(x.cuda(), seeded()).cpu(), augmented(x, seeded()))
+    x, crops = torch.rand(50, 3, 32, 32), draw_crops((50,), 8, seeded())
+    assert torch.equal(augmented(x.cuda(), crops).cpu(), augmented(x, crops))
 
 
 @pytest.mark.gpu
@@ -414,7 +411,7 @@ def test_training_images_are_the_drawn_crops_less_the_mean(
 ) -> None:
     stream, paths = Stream(sets.train, 4, seed=3), sorted(album.glob("train/*/*"))
     found = torch.cat([stream.next().x for _ in range(3)])
-    generator = photographs._generator(3, 0)
+    generator = streams._generator(3, 0)
     order = torch.randperm(10, generator=generator)
     crops = draw_crops((10,), 32, generator)
     for x, case in zip(found, order, strict=True):

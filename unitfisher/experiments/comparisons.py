@@ -1,15 +1,10 @@
-"""The networks that the paper's table compares with, and every network by its name.
+"""The networks that the paper's table compares with.
 
 For images of 32×32, layer by layer as in the file that each function names; the weights are drawn
 as for the paper's own networks, not as in these files. Pooling rounds up, as in all of them.
 """
 
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
-from functools import partial
-from importlib import import_module
-from inspect import signature
-from types import MappingProxyType, ModuleType
 from typing import Final, NamedTuple
 
 import torch
@@ -17,15 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from unitfisher.experiments.convnets import (
-    Conv,
-    Maker,
-    Parts,
-    Stack,
-    cifar11,
-    cifar18,
-    imagenet15,
-)
+from unitfisher.experiments.stacks import Conv, Maker, Parts, Stack
 
 NIN: Final[tuple[Stack, ...]] = (
     (Conv(192, 5), Conv(160, 1), Conv(96, 1)),
@@ -196,124 +183,3 @@ def _class_maps(plan: Sequence[Stack], classes: int, make: Maker, *, pooled: boo
 def _average(act: nn.Module | None = None) -> Parts:
     parts = Parts({"act": act} if act is not None else {})
     return parts | {"average": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
-
-
-NETWORKS: Final = MappingProxyType[str, Callable[..., nn.Module]](
-    {
-        "cifar11": cifar11,
-        "cifar18": cifar18,
-        "imagenet15": imagenet15,
-        "cuda-convnet": cuda_convnet,
-        "nin": nin,
-        "dsn": dsn,
-        "maxout": maxout,
-        "all-cnn-c": all_cnn_c,
-    }
-)
-
-
-def build(
-    name: str,
-    classes: int,
-    activation: str | None,
-    generator: torch.Generator,
-    *,
-    norm: str | None = None,
-    padding: str | None = None,
-    weight_variance: float | None = None,
-) -> nn.Module:
-    """Build a network by its name; an option that is None is the network's own.
-
-    Args:
-        name: A key of ``NETWORKS``, or "torchvision:NAME" or "timm:NAME" for a model of these
-            packages, with their initial weights.
-        classes: How many outputs the network has.
-        activation: A key of ``ACTIVATIONS``. In a package's model it takes the place of every
-            ``nn.ReLU`` module; activations that the model calls as functions stay.
-        generator: Draws the weights.
-        norm: As of ``Maker``, where the network's builder takes it.
-        padding: The same.
-        weight_variance: The same.
-
-    Raises:
-        ValueError: The name is unknown, or the network does not take one of the options.
-        ModuleNotFoundError: The package is not installed.
-    """
-    package, _, model = name.partition(":")
-    if name in NETWORKS:
-        builder = NETWORKS[name]
-    elif package in PACKAGES and model:
-        builder = partial(_from_package, package, model)
-    else:
-        forms = ", ".join([*NETWORKS, *(f"{package}:NAME" for package in PACKAGES)])
-        raise ValueError(f"no network {name!r}; there are {forms} (as in torchvision:resnet18)")
-    given: dict[str, str | float | None] = {"activation": activation, "norm": norm}
-    given |= {"padding": padding, "weight_variance": weight_variance}
-    options = {option: value for option, value in given.items() if value is not None}
-    refused = [option for option in options if option not in signature(builder).parameters]
-    if refused:
-        raise ValueError(
-            f"{name} has its own {' and '.join(refused)}: leave None there (in a preset norm none, "
-            f"padding None, weight_variance 2)"
-        )
-    return builder(classes, generator, **options)
-
-
-def _from_package(
-    package: str,
-    model: str,
-    classes: int,
-    generator: torch.Generator,
-    activation: str | None = None,
-) -> nn.Module:
-    make = Maker(generator, activation or "relu")
-    create = PACKAGES[package](model)
-    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    with torch.random.fork_rng(devices=[]):  # models are made on the CPU
-        torch.default_generator.manual_seed(seed)
-        network = create(model, num_classes=classes)
-    if activation is not None:
-        _replace_relus(network, make)
-    return network
-
-
-def _replace_relus(network: nn.Module, make: Maker) -> None:
-    modules = network.named_modules(remove_duplicate=False)
-    names = [name for name, module in modules if type(module) is nn.ReLU]
-    if not names:
-        raise ValueError(f"{type(network).__name__} has no nn.ReLU to replace: activation=None")
-    for name in names:
-        network.set_submodule(name, make.act())
-
-
-def _torchvision(model: str) -> Callable[..., nn.Module]:
-    models = _installed("torchvision.models")
-    _require_known(model, models.list_models(module=models))
-    create: Callable[..., nn.Module] = models.get_model
-    return create
-
-
-def _timm(model: str) -> Callable[..., nn.Module]:
-    timm = _installed("timm")
-    _require_known(model, timm.list_models())
-    create: Callable[..., nn.Module] = timm.create_model
-    return create
-
-
-PACKAGES: Final = MappingProxyType({"torchvision": _torchvision, "timm": _timm})
-
-
-def _installed(module: str) -> ModuleType:
-    package = module.partition(".")[0]
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"networks named {package}:NAME need the package ({error}): pip install {package}"
-        ) from error
-
-
-def _require_known(model: str, models: Sequence[str]) -> None:
-    if model not in models:
-        near = ", ".join(get_close_matches(model, models)) or f"{len(models)} others"
-        raise ValueError(f"the package has no model {model!r}; there are {near}")

@@ -1,39 +1,17 @@
-"""The paper's convolutional networks, from its notation: layers × units × receptive field.
+"""The paper's convolutional networks.
 
-[R] marks what was read in the paper, [I] what it leaves open and is chosen here. Open everywhere:
-the padding (both common conventions are here), the initialisation (uniform, biases 0, as the
-authors' framework has it; He's variance, or another), and that dropout stands between activation
-and pooling.
+[R] marks what was read in the paper, [I] what it leaves open and is chosen here.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import sqrt
-from typing import Final, NamedTuple, TypeVar
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from unitfisher.errors import require_choice
-from unitfisher.experiments.models import ACTIVATIONS
-
-Parts = OrderedDict[str, nn.Module]
-Weighted = TypeVar("Weighted", nn.Conv2d, nn.Linear)
-
-
-class Conv(NamedTuple):
-    """A convolution in the paper's notation; ``pad`` zeros a side, None: as the convention says."""
-
-    units: int
-    size: int
-    stride: int = 1
-    pad: int | None = None
-
-
-Stack = tuple[Conv, ...]
+from unitfisher.experiments.stacks import Conv, Maker, Stack, set_dropout, stacks
 
 # [R] all stacks but the last, 1 × classes × 1, which is the output
 CIFAR11: Final[tuple[Stack, ...]] = (
@@ -65,89 +43,6 @@ IMAGENET15: Final[tuple[Stack, ...]] = (
 RATES: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.0)
 
 
-@dataclass(frozen=True)
-class Maker:
-    """Makes the layers of one network: what they have in common, and who draws their weights.
-
-    One seed gives the same initial weights for every activation, normalisation and padding.
-
-    Args:
-        generator: Draws the weights from a uniform distribution about 0; biases start at 0.
-        activation: A key of ``ACTIVATIONS``.
-        norm: "none" or "batch", before the activation.
-        padding: "caffe" (⌊size / 2⌋ zeros on every side, so that even sizes enlarge the map;
-            pooling rounds up) or "same" (the map's size stays; pooling rounds down).
-        weight_variance: Of the weights, times fan-in: 2 as of He.
-
-    Raises:
-        ValueError: One of the names is unknown.
-    """
-
-    generator: torch.Generator
-    activation: str = "elu"
-    norm: str = "none"
-    padding: str = "caffe"
-    weight_variance: float = 2.0
-
-    def __post_init__(self) -> None:
-        require_choice("activation", self.activation, tuple(ACTIVATIONS))
-        require_choice("norm", self.norm, ("none", "batch"))
-        require_choice("padding", self.padding, ("caffe", "same"))
-
-    def draw(self, layer: Weighted) -> Weighted:
-        """Give a layer that was made on the meta device its initial weights."""
-        bound = sqrt(3 * self.weight_variance / layer.weight[0].numel())
-        weight = torch.empty(layer.weight.shape)
-        weight.uniform_(-bound, bound, generator=self.generator)
-        layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(torch.zeros(len(weight)))
-        return layer
-
-    def convolution(self, i: int, channels: int, conv: Conv) -> Parts:
-        """Make ``conv{i}`` and what follows it; before it ``pad{i}``, if sides differ."""
-        units, size, stride, pad = conv
-        parts = Parts()
-        if pad is None and self.padding == "same" and size % 2 == 0:
-            less, more = size // 2 - 1, size // 2  # shared out as by torch's padding="same"
-            parts[f"pad{i}"] = nn.ZeroPad2d((less, more, less, more))
-            pad = 0
-        pad = size // 2 if pad is None else pad
-        layer = nn.Conv2d(channels, units, size, stride, pad, device="meta")
-        parts[f"conv{i}"] = self.draw(layer)
-        return parts | self.activated(i, nn.BatchNorm2d(units))
-
-    def hidden(self, i: int, inputs: int, units: int) -> Parts:
-        """Make the fully connected ``hidden{i}`` and what follows it."""
-        layer = self.draw(nn.Linear(inputs, units, device="meta"))
-        return Parts({f"hidden{i}": layer}) | self.activated(i, nn.BatchNorm1d(units))
-
-    def activated(self, i: int, norm: nn.Module) -> Parts:
-        """Make ``norm{i}``, if there is one, and ``act{i}``."""
-        parts = Parts({f"norm{i}": norm} if self.norm == "batch" else {})
-        parts[f"act{i}"] = self.act()
-        return parts
-
-    def act(self) -> nn.Module:
-        return ACTIVATIONS[self.activation].module()
-
-    def pool(self) -> nn.Module:
-        return HalvingPool("ceil" if self.padding == "caffe" else "floor")
-
-
-class HalvingPool(nn.Module):
-    """2×2 max-pooling with stride 2, which leaves an axis of length one as it is."""
-
-    def __init__(self, rounding: str) -> None:
-        super().__init__()
-        self.rounding = rounding
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h2 w2"]:
-        window = [min(2, size) for size in x.shape[2:]]
-        return F.max_pool2d(x, window, ceil_mode=self.rounding == "ceil")
-
-    def extra_repr(self) -> str:
-        return self.rounding
-
-
 class PyramidPool(nn.Module):
     """Spatial pyramid pooling: the maxima of 4×4, 2×2 and 1×1 bins of a map of any size.
 
@@ -167,43 +62,6 @@ class PyramidPool(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bins={self.bins}"
-
-
-def stacks(plan: Sequence[Stack], make: Maker, *, channels: int = 3) -> Parts:
-    """Make ``stack1``, ..., each of ``conv1``, ``act1``, ``drop1``, ``conv2``, ..., ``pool``.
-
-    Every layer has its dropout, of rate 0 until ``set_dropout`` says otherwise.
-    """
-    parts = Parts()
-    for s, convs in enumerate(plan, start=1):
-        stack = Parts()
-        for i, conv in enumerate(convs, start=1):
-            stack |= make.convolution(i, channels, conv)
-            stack[f"drop{i}"] = nn.Dropout(0.0)
-            channels = conv.units
-        parts[f"stack{s}"] = nn.Sequential(stack | {"pool": make.pool()})
-    return parts
-
-
-def set_dropout(network: nn.Module, rates: Sequence[float], *, layers: str = "last") -> None:
-    """Set the dropout rate of each stack, before training or between its phases.
-
-    Args:
-        network: Made of ``stacks``.
-        rates: One for each stack.
-        layers: "last", or "all" layers of a stack, as the 18-net has them in its last phases.
-
-    Raises:
-        ValueError: There are not as many rates as stacks, or ``layers`` is neither.
-    """
-    require_choice("layers", layers, ("last", "all"))
-    drops = [[m for m in stack.children() if type(m) is nn.Dropout] for stack in network.children()]
-    drops = [stack for stack in drops if stack]
-    if len(drops) != len(rates):
-        raise ValueError(f"{len(rates)} dropout rates for {len(drops)} stacks: give one for each")
-    for stack, rate in zip(drops, rates, strict=True):
-        for drop in stack:
-            drop.p = rate if layers == "all" or drop is stack[-1] else 0.0
 
 
 def all_convolutional(

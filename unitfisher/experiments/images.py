@@ -109,22 +109,18 @@ def load_cifar(name: str, root: Path | str) -> Dataset:
 
 
 def augmented(
-    x: Float[Tensor, "*n c h w"], generator: torch.Generator, *, pad: int = PAD
+    x: Float[Tensor, "*n c h w"], crops: Crops, *, pad: int = PAD
 ) -> Float[Tensor, "*n c h w"]:
-    """Pad with zeros, crop to the old size at random, mirror half: each image by its own draw.
-
-    Members (a leading axis) have their own draws. For draws that they share, give `cropped` the
-    padded images and `draw_crops` of one member's shape.
+    """Pad with zeros, crop to the old size, mirror: each image as was drawn for it.
 
     Args:
         x: Preprocessed images, on any device.
-        generator: On the CPU it gives the same crops whatever the device of the images.
+        crops: Of the padded images, as `cropped` takes them.
         pad: Pixels on each side.
 
     References:
         Clevert et al. (2016), section 4.2: 4 zero pixels, 32 × 32 crops, horizontal flips.
     """
-    crops = draw_crops(x.shape[:-3], 2 * pad, generator)
     return cropped(F.pad(x, [pad] * 4), crops, x.shape[-2:])
 
 

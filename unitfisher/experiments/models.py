@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import sqrt
 from types import MappingProxyType
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 ActivationName = Literal["relu", "lrelu", "srelu", "elu", "prelu", "gelu", "silu", "selu"]
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 class SReLU(nn.Module):
@@ -66,15 +67,20 @@ def mlp(
         raise ValueError(f"no activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     for i, (fan_in, fan_out) in enumerate(pairwise(sizes[:-1]), start=1):
-        parts[f"hidden{i}"] = _uniform(fan_in, fan_out, weight_variance, generator)
+        layer = nn.Linear(fan_in, fan_out, device="meta")
+        parts[f"hidden{i}"] = drawn(layer, weight_variance, generator)
         parts[f"act{i}"] = ACTIVATIONS[activation].module()
-    parts["output"] = _uniform(sizes[-2], sizes[-1], weight_variance, generator)
+    output = nn.Linear(sizes[-2], sizes[-1], device="meta")
+    parts["output"] = drawn(output, weight_variance, generator)
     return nn.Sequential(parts)
 
 
-def _uniform(fan_in: int, fan_out: int, variance: float, generator: torch.Generator) -> nn.Linear:
-    layer = nn.Linear(fan_in, fan_out, device="meta")  # takes nothing from the global generator
-    bound = sqrt(3 * variance / fan_in)
-    weight = torch.empty(fan_out, fan_in).uniform_(-bound, bound, generator=generator)
-    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(torch.zeros(fan_out))
+def drawn(layer: Layer, variance: float, generator: torch.Generator) -> Layer:
+    """Give a layer its initial weights: uniform of that variance times fan-in, and biases of 0.
+
+    The layer is made on the meta device, where it takes nothing from the global generator.
+    """
+    bound = sqrt(3 * variance / layer.weight[0].numel())
+    weight = torch.empty(layer.weight.shape).uniform_(-bound, bound, generator=generator)
+    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(torch.zeros(len(weight)))
     return layer

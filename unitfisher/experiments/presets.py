@@ -3,10 +3,12 @@
 [R] marks what was read in the paper, [I] what it leaves open and is chosen here.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
+from unitfisher.experiments.convnets import RATES
 from unitfisher.experiments.models import ActivationName
 from unitfisher.experiments.tasks import TaskName
 
@@ -25,6 +27,10 @@ class Member(NamedTuple):
         return f"{self.activation}-lr{self.rate:g}-s{self.seed}"
 
 
+def named(members: Iterable[Member]) -> str:
+    return ", ".join(member.name for member in members)
+
+
 class Phase(NamedTuple):
     """What holds from a step on, until the next phase."""
 
@@ -41,7 +47,7 @@ class Preset:
     dataset: DatasetName
     """Data set; "photographs" are folders train and val with a folder for each class."""
     network: str = "mlp"
-    """Fully connected ("mlp"), a name of unitfisher.experiments.comparisons.NETWORKS, or
+    """Fully connected ("mlp"), a name of unitfisher.experiments.networks.NETWORKS, or
     torchvision:NAME or timm:NAME."""
     hidden: tuple[int, ...] = ()
     """Hidden units of the fully connected network, layer by layer."""
@@ -120,6 +126,14 @@ class Preset:
             for seed in self.seeds
         ]
 
+    def steps(self, per_epoch: int) -> int:
+        """Count the steps of the whole training, where an epoch has so many."""
+        return self.iterations or self.epochs * per_epoch
+
+    def steps_between(self, per_epoch: int) -> int:
+        """Count the steps from one evaluation to the next."""
+        return self.every or per_epoch
+
     def phase(self, iteration: int) -> Phase:
         """What holds at a step."""
         begun = [phase for phase in self.phases if phase.start <= iteration]
@@ -147,7 +161,6 @@ _CIFAR11 = Preset(
     rows=512,
     fisher="rademacher",
 )
-_LAST = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.0)
 # [R] rate ÷ 10 after 35,000 steps, 50,000 with dropout in all layers, 40,000 more at 1.5 times
 # those rates; [I] 35,000 in between, and another ÷ 10 for the last phase
 _CIFAR18 = Preset(
@@ -164,10 +177,10 @@ _CIFAR18 = Preset(
     momentum=0.9,
     weight_decay=5e-4,
     phases=(
-        Phase(0, 1.0, _LAST),
-        Phase(35_000, 0.1, _LAST),
-        Phase(70_000, 0.1, _LAST, "all"),
-        Phase(120_000, 0.01, tuple(1.5 * rate for rate in _LAST), "all"),
+        Phase(0, 1.0, RATES),
+        Phase(35_000, 0.1, RATES),
+        Phase(70_000, 0.1, RATES, "all"),
+        Phase(120_000, 0.01, tuple(1.5 * rate for rate in RATES), "all"),
     ),
     probe=256,
     units=4,

@@ -4,16 +4,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from unitfisher.experiments.data import Dataset, probe
-from unitfisher.experiments.images import PAD, Batch, Crops, cropped, draw_crops
+from unitfisher.experiments.images import PAD, Batch, Crops, augmented, draw_crops
 from unitfisher.experiments.orders import Orders
-from unitfisher.experiments.photographs import PhotographSets, Stream
+from unitfisher.experiments.photographs import PhotographSets
+from unitfisher.experiments.presets import Member, Preset
 from unitfisher.experiments.ranks import ALONE, Ranks
+from unitfisher.experiments.streams import Stream
 
+CROPS = 2**32  # added to a seed, for the generator of crops and flips
 EVALUATED = 2_000_000  # numbers of the input, at a time
 PROBE_SEED = 1  # the same probe set in every run
 
@@ -46,6 +48,30 @@ class Source(Protocol):
     def state(self) -> dict[str, Any]: ...
 
     def load(self, state: Mapping[str, Any]) -> None: ...
+
+
+def source_of(
+    preset: Preset,
+    data: Dataset | PhotographSets,
+    members: Sequence[Member],
+    generators: Sequence[torch.Generator],
+    workers: int,
+    ranks: Ranks,
+) -> Source:
+    """Open the members' batches; orders are drawn by their generators.
+
+    Raises:
+        ValueError: The members have several seeds, and the data are photographs.
+    """
+    if isinstance(data, PhotographSets):
+        seeds = {member.seed for member in members}
+        if len(seeds) > 1:
+            raise ValueError(f"photographs are read for one seed at a time, not for {seeds}")
+        seed, size = members[0].seed, preset.batch_size
+        return Read(data, size, seed, len(members), workers=workers, ranks=ranks)
+    crops = {m.seed: torch.Generator().manual_seed(CROPS + m.seed) for m in members}
+    augment = [crops[member.seed] for member in members] if preset.augmented else []
+    return Held(data, preset.batch_size, generators, augment, ranks=ranks)
 
 
 class Held:
@@ -106,7 +132,7 @@ class Held:
         crops = {g: draw_crops((whole,), 2 * PAD, g) for g in dict.fromkeys(self.augment)}
         drawn = map(torch.stack, zip(*(crops[g] for g in self.augment), strict=True))
         of_members = Crops(*map(self.ranks.share, drawn))
-        return cropped(F.pad(x, [PAD] * 4), of_members, x.shape[-2:])
+        return augmented(x, of_members)
 
 
 class Read:

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from unitfisher.experiments.data import Dataset
-
 TaskName = Literal["classification", "reconstruction", "bernoulli-reconstruction"]
 
 
@@ -24,9 +22,9 @@ class Task(NamedTuple):
     def classifies(self) -> bool:
         return self.likelihood == "categorical"
 
-    def outputs(self, data: Dataset) -> int:
+    def outputs(self, inputs: int, classes: int) -> int:
         """How many outputs a network for this task has."""
-        return data.classes if self.classifies else data.inputs
+        return classes if self.classifies else inputs
 
     def target(self, x: Tensor, y: Tensor) -> Tensor:
         """What the outputs are compared with: the classes, or the inputs themselves."""

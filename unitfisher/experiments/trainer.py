@@ -2,7 +2,7 @@
 
 runs/mnist/
     checkpoint.pt              where all members are; replaced as a whole
-    mnist-elu-s0/              each member's record (see `unitfisher.Run`):
+    elu-lr0.01-s0/             each member's record (see `unitfisher.Run`):
         training/                  loss and error by epoch
         activations/               every hidden unit's mean and variance on the probe set
         units/, path/              Fisher quantities on the probe set, and by damping
@@ -11,42 +11,30 @@ runs/mnist/
 
 import math
 import time
-import warnings
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal, NamedTuple
 
-import pyarrow as pa
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from unitfisher.experiments.comparisons import build
-from unitfisher.experiments.convnets import set_dropout
+from unitfisher.experiments import checkpoints
 from unitfisher.experiments.data import Dataset
 from unitfisher.experiments.descent import Descent
+from unitfisher.experiments.divergence import diverged
 from unitfisher.experiments.ensembles import Ensemble
-from unitfisher.experiments.images import DamagedDataError
-from unitfisher.experiments.models import mlp
+from unitfisher.experiments.networks import networks_of
 from unitfisher.experiments.photographs import PhotographSets
 from unitfisher.experiments.presets import Member, Phase, Preset
 from unitfisher.experiments.ranks import ALONE, Ranks
-from unitfisher.experiments.sources import Held, Read, Source
+from unitfisher.experiments.sources import source_of
+from unitfisher.experiments.stacks import set_dropout
 from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.watching import Moment, Watch
-from unitfisher.parts import write_atomically
 
-FORMAT = 1  # of checkpoints: raised when `Trainer.state`, or what it gathers, takes another form
-CROPS = 2**32  # added to a seed, for the generator of crops and flips
-HE = 2.0  # variance of weights times fan-in, of networks that have no other
 DROPOUT = 2**33  # added for every further process, for its own dropout
-
-
-class DivergedError(ArithmeticError):
-    """Every training of an ensemble has come to a loss that is NaN or infinite."""
 
 
 class Progress(NamedTuple):
@@ -99,17 +87,11 @@ class Trainer:
         by_seed = {member.seed: torch.Generator() for member in members}
         generators = [by_seed[member.seed] for member in members]
         self.source = source_of(preset, data, members, generators, workers, ranks)
-        networks = []
-        for member, generator in zip(members, generators, strict=True):
-            generator.manual_seed(member.seed)  # a seed's members start alike, and leave it alike
-            networks.append(network(preset, member, self.source, generator))
         self.device = self.source.device
+        networks = networks_of(preset, members, generators, self.source)
         self.ensemble = Ensemble(networks).to(self.device)
-        if ranks.size > 1 and next(self.ensemble.buffers(), None) is not None:
-            raise ValueError(
-                "batch normalisation would see shares of a batch, each process another one: "
-                "train without it, or in one process"
-            )
+        if ranks.size > 1:
+            _require_no_statistics(self.ensemble)
         self.parameters: list[Tensor] = list(self.ensemble.parameters())
         self.descent = Descent(
             self.parameters,
@@ -128,16 +110,21 @@ class Trainer:
         self._diverged = torch.zeros(len(members), dtype=torch.bool)
         # of dropout, which draws from torch's own generator
         torch.manual_seed(members[0].seed + DROPOUT * ranks.rank)
+        self._begin(folder, resume)
+
+    def _begin(self, folder: Path, resume: bool) -> None:
+        """Open the records, and go on from the checkpoint if there is one to go on from."""
+        members = zip(self.members, self.ensemble.members, strict=True)
         with ExitStack() as opened:
             self.watches = [
                 opened.enter_context(
-                    Watch(preset, member, model, self.source, folder, resume=resume)
+                    Watch(self.preset, member, model, self.source, folder, resume=resume)
                 )
-                for member, model in zip(members, self.ensemble.members, strict=True)
-                if ranks.is_first
+                for member, model in members
+                if self.ranks.is_first
             ]
             if resume and self.checkpoint.exists():
-                self.load(_read(self.checkpoint, self.device))
+                self.load(checkpoints.read(self.checkpoint, self.device))
             else:
                 for watch in self.watches:
                     watch.clear()  # of a training that was killed before its first checkpoint
@@ -151,12 +138,12 @@ class Trainer:
     @property
     def iterations(self) -> int:
         """Count the steps of the whole training."""
-        return self.preset.iterations or self.preset.epochs * len(self.source)
+        return self.preset.steps(len(self.source))
 
     @property
     def every(self) -> int:
         """Count the steps from one evaluation to the next."""
-        return self.preset.every or len(self.source)
+        return self.preset.steps_between(len(self.source))
 
     def __iter__(self) -> Iterator[Progress]:
         """Train to the end from where it stands, keeping checkpoints; yield after each step.
@@ -196,21 +183,14 @@ class Trainer:
         """
         self._count_seconds()
         self._name_diverged()
-        state = self.state()
-        if not self.ranks.is_first:
-            return
-        content = pa.BufferOutputStream()  # which gives its bytes without a copy: they may be GiB
-        torch.save(state, content)
-        try:
-            unfinished = self.checkpoint.with_suffix(".unfinished")
-            write_atomically(self.checkpoint, content.getvalue(), unfinished)
-        except OSError as error:
-            warnings.warn(f"no checkpoint was written ({error}); the last one stays", stacklevel=2)
+        state = self.state()  # of which every process has a share
+        if self.ranks.is_first:
+            checkpoints.write(self.checkpoint, state)
 
     def state(self) -> dict[str, Any]:
         """Return everything that the rest of the training depends on, of all processes."""
         return {
-            "format": FORMAT,
+            "format": checkpoints.FORMAT,
             "members": [tuple(member) for member in self.members],
             "iteration": self.iteration,
             "seconds": self.seconds,
@@ -221,28 +201,16 @@ class Trainer:
             "loss": self.loss,
             "diverged": self._diverged,
             "watches": [watch.state() for watch in self.watches],
-            "random": self.ranks.gathered(_random_states(self.device)),
+            "random": self.ranks.gathered(checkpoints.random_states(self.device)),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`; records lose the rows that came after it.
 
         Raises:
-            ValueError: The state is of other members, or of another version's form.
+            ValueError: The state is of other members or processes, or of another version's form.
         """
-        written = state.get("format", 0)  # none was named at first
-        if written != FORMAT:
-            raise ValueError(
-                f"{self.checkpoint} is a checkpoint of format {written}, and this unitfisher reads "
-                f"format {FORMAT}: resume with the version that began it, which config.json of its "
-                "records names, or begin anew in another folder"
-            )
-        members = [Member(*member) for member in state["members"]]
-        if members != self.members:
-            raise ValueError(
-                f"{self.checkpoint} is of {_named(members)}, not of {_named(self.members)}; "
-                "resume with the same activations, rates and seeds, or choose another folder"
-            )
+        checkpoints.require_own(state, self.members, self.checkpoint)
         self.iteration, self.seconds = state["iteration"], state["seconds"]
         self.monitoring = state["monitoring"]
         self.ensemble.load_state_dict(state["ensemble"])
@@ -251,19 +219,7 @@ class Trainer:
         self.loss, self._diverged = state["loss"], state["diverged"].cpu()
         for watch, of in zip(self.watches, state["watches"], strict=self.ranks.is_first):
             watch.load(of)
-        self._load_random(state["random"])
-
-    def _load_random(self, drawn: Sequence[Tensor]) -> None:
-        each = len(_random_states(self.device))
-        if len(drawn) != each * self.ranks.size:
-            raise ValueError(
-                f"{self.checkpoint} is of {len(drawn) // each} processes on one kind of device, "
-                f"not of {self.ranks.size} on {self.device}: resume as it was begun"
-            )
-        own = drawn[each * self.ranks.rank :]
-        torch.set_rng_state(own[0].cpu())
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(own[1].cpu(), self.device)
+        checkpoints.load_random(state["random"], self.device, self.ranks, self.checkpoint)
 
     def close(self) -> None:
         """Write what was recorded; safe to call twice."""
@@ -298,9 +254,9 @@ class Trainer:
         losses = (self.loss / steps).tolist()
         self.loss.zero_()
         self.ensemble.eval()
-        for watch, loss, diverged in zip(self.watches, losses, self._diverged, strict=False):
+        for watch, loss, lost in zip(self.watches, losses, self._diverged, strict=False):
             when = Moment(self.epoch, self.iteration, self.seconds, self.monitoring)
-            self.monitoring += watch.record(when, loss, measure=not diverged)
+            self.monitoring += watch.record(when, loss, measure=not lost)
         self.ensemble.train()
         finite = [loss for loss in losses if math.isfinite(loss)]
         return sum(finite) / len(finite) if finite else math.nan
@@ -310,90 +266,18 @@ class Trainer:
         self.seconds, self._clock = self.seconds + now - self._clock, now
 
     def _name_diverged(self) -> None:
-        """Warn of members that diverge; stop when none is left."""
-        diverged = ~self.loss.isfinite().cpu()
-        news = diverged & ~self._diverged
-        self._diverged |= diverged
-        if self._diverged.all():
-            raise DivergedError(
-                f"by step {self.iteration} the loss of {_named(self.members)} is NaN or infinite; "
-                f"{self.checkpoint} holds the last finite state that was kept. "
-                "Train with a smaller rate, in another folder"
-            )
-        if news.any() and self.ranks.is_first:
-            warnings.warn(
-                f"{_named(m for m, new in zip(self.members, news, strict=True) if new)} diverged "
-                f"by step {self.iteration}: the loss is NaN or infinite, and is recorded so",
-                stacklevel=3,
-            )
-
-
-def network(
-    preset: Preset, member: Member, source: Source, generator: torch.Generator
-) -> nn.Sequential:
-    """Build a member's network, with the weights that its seed draws.
-
-    Raises:
-        ValueError: The preset's network, or an option of it, is unknown.
-    """
-    if preset.network == "mlp":
-        inputs = source.shape.numel()
-        outputs = source.classes if TASKS[preset.task].classifies else inputs
-        return mlp(
-            [inputs, *preset.hidden, outputs],
-            member.activation,
-            generator,
-            weight_variance=preset.weight_variance,
+        self._diverged = diverged(
+            self._diverged,
+            self.loss,
+            self.members,
+            step=self.iteration,
+            checkpoint=self.checkpoint,
         )
-    norm = preset.norm if preset.norm != "none" else None
-    variance = preset.weight_variance if preset.weight_variance != HE else None
-    built = build(
-        preset.network,
-        source.classes,
-        member.activation,
-        generator,
-        norm=norm,
-        padding=preset.padding,
-        weight_variance=variance,
-    )
-    return built if isinstance(built, nn.Sequential) else nn.Sequential(OrderedDict(network=built))
 
 
-def source_of(
-    preset: Preset,
-    data: Dataset | PhotographSets,
-    members: Sequence[Member],
-    generators: Sequence[torch.Generator],
-    workers: int,
-    ranks: Ranks,
-) -> Source:
-    """Open the members' batches; orders are drawn by their generators."""
-    if isinstance(data, PhotographSets):
-        seeds = {member.seed for member in members}
-        if len(seeds) > 1:
-            raise ValueError(f"photographs are read for one seed at a time, not for {seeds}")
-        seed, size = members[0].seed, preset.batch_size
-        return Read(data, size, seed, len(members), workers=workers, ranks=ranks)
-    crops = {m.seed: torch.Generator().manual_seed(CROPS + m.seed) for m in members}
-    augment = [crops[member.seed] for member in members] if preset.augmented else []
-    return Held(data, preset.batch_size, generators, augment, ranks=ranks)
-
-
-def _read(checkpoint: Path, device: torch.device) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = torch.load(checkpoint, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        raise DamagedDataError(
-            f"{checkpoint} cannot be read as a checkpoint ({error}); bring back a copy, or delete "
-            "it to begin anew"
-        ) from error
-    return state
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *on_device]
-
-
-def _named(members: Iterable[Member]) -> str:
-    return ", ".join(member.name for member in members)
+def _require_no_statistics(ensemble: Ensemble) -> None:
+    if next(ensemble.buffers(), None) is not None:
+        raise ValueError(
+            "batch normalisation would see shares of a batch, each process another one: "
+            "train without it, or in one process"
+        )

@@ -69,10 +69,10 @@ class Watch:
             rows=preset.rows,
             record=self.run,
         )
-        self._probe = source.probe(preset.probe)
-        every = preset.every or len(source)
-        self._steps = preset.iterations or preset.epochs * len(source)
-        self._measured = {
+        self.probe = source.probe(preset.probe)
+        every = preset.steps_between(len(source))
+        self._steps = preset.steps(len(source))
+        self.measured = {
             min(every * n, self._steps)
             for n in measured_epochs(-(-self._steps // every), preset.measurements)
         }
@@ -85,13 +85,13 @@ class Watch:
             loss: Mean over the epoch's steps, as they were taken.
             measure: Measure Fishers too, if it is time: of finite networks.
         """
-        x, y = self._probe
+        x, y = self.probe
         start = time.perf_counter()
         with capture(self.monitor.layers, errors=False) as seen:  # one pass gives both
             at_probe = evaluate(self.model, [(x, y)], self.task)
         then = {"epoch": when.epoch, "iteration": when.iteration}
         record_activations(self.run, then, seen.means())
-        if measure and when.iteration in self._measured:
+        if measure and when.iteration in self.measured:
             self.monitor.step = when.iteration
             measured = self.monitor.measure(x, targets=self.task.target(x, y))
             record_path(self.run, then, measured, self.preset.dampings)

@@ -1,0 +1,92 @@
+"""A training's checkpoint: one file, replaced as a whole, that only its own training goes on from.
+
+What stands in it, `Trainer.state` says.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Final
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from unitfisher.experiments.images import DamagedDataError
+from unitfisher.experiments.presets import Member, named
+from unitfisher.experiments.ranks import Ranks
+from unitfisher.parts import write_atomically
+
+FORMAT: Final = 1  # raised when `Trainer.state`, or what it gathers, takes another form
+
+
+def read(path: Path, device: torch.device) -> dict[str, Any]:
+    """Bring back a state, onto the device.
+
+    Raises:
+        DamagedDataError: The file cannot be read.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise DamagedDataError(
+            f"{path} cannot be read as a checkpoint ({error}); bring back a copy, or delete "
+            "it to begin anew"
+        ) from error
+    return state
+
+
+def write(path: Path, state: Mapping[str, Any]) -> None:
+    """Replace the file; where the disk is full the old one stays, and a warning says so."""
+    content = pa.BufferOutputStream()  # which gives its bytes without a copy: they may be GiB
+    torch.save(state, content)
+    try:
+        write_atomically(path, content.getvalue(), path.with_suffix(".unfinished"))
+    except OSError as error:
+        warnings.warn(f"no checkpoint was written ({error}); the last one stays", stacklevel=3)
+
+
+def require_own(state: Mapping[str, Any], members: Sequence[Member], path: Path) -> None:
+    """Refuse what these members cannot go on from.
+
+    Raises:
+        ValueError: The state is of other members, or of another version's form.
+    """
+    written = state.get("format", 0)  # none was named at first
+    if written != FORMAT:
+        raise ValueError(
+            f"{path} is a checkpoint of format {written}, and this unitfisher reads "
+            f"format {FORMAT}: resume with the version that began it, which config.json of its "
+            "records names, or begin anew in another folder"
+        )
+    found = [Member(*member) for member in state["members"]]
+    if found != list(members):
+        raise ValueError(
+            f"{path} is of {named(found)}, not of {named(members)}; "
+            "resume with the same activations, rates and seeds, or choose another folder"
+        )
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """Return what torch's own generators will draw from, in this process."""
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_device]
+
+
+def load_random(states: Sequence[Tensor], device: torch.device, ranks: Ranks, path: Path) -> None:
+    """Let this process draw as it did; the states are all processes', in a row.
+
+    Raises:
+        ValueError: There were more processes, or fewer, or their devices were of another kind.
+    """
+    each = len(random_states(device))
+    if len(states) != each * ranks.size:
+        raise ValueError(
+            f"{path} is of {len(states) // each} processes on one kind of device, "
+            f"not of {ranks.size} on {device}: resume as it was begun"
+        )
+    own = states[each * ranks.rank :]
+    torch.set_rng_state(own[0].cpu())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(own[1].cpu(), device)

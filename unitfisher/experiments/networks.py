@@ -1,0 +1,119 @@
+"""Every network by its name, and those of a preset."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import signature
+from types import MappingProxyType
+from typing import Final
+
+import torch
+from torch import nn
+
+from unitfisher.experiments.comparisons import all_cnn_c, cuda_convnet, dsn, maxout, nin
+from unitfisher.experiments.convnets import cifar11, cifar18, imagenet15
+from unitfisher.experiments.models import mlp
+from unitfisher.experiments.packages import PACKAGES, model_of
+from unitfisher.experiments.presets import Member, Preset
+from unitfisher.experiments.sources import Source
+from unitfisher.experiments.tasks import TASKS
+
+HE: Final = 2.0  # variance of weights times fan-in, of networks that have no other
+NETWORKS: Final = MappingProxyType[str, Callable[..., nn.Module]](
+    {
+        "cifar11": cifar11,
+        "cifar18": cifar18,
+        "imagenet15": imagenet15,
+        "cuda-convnet": cuda_convnet,
+        "nin": nin,
+        "dsn": dsn,
+        "maxout": maxout,
+        "all-cnn-c": all_cnn_c,
+    }
+)
+
+
+def build(
+    name: str,
+    classes: int,
+    activation: str | None,
+    generator: torch.Generator,
+    *,
+    norm: str | None = None,
+    padding: str | None = None,
+    weight_variance: float | None = None,
+) -> nn.Module:
+    """Build a network by its name; an option that is None is the network's own.
+
+    Args:
+        name: A key of ``NETWORKS``, or "torchvision:NAME" or "timm:NAME" for a model of these
+            packages, with their initial weights.
+        classes: How many outputs the network has.
+        activation: A key of ``ACTIVATIONS``. In a package's model it takes the place of every
+            ``nn.ReLU`` module; activations that the model calls as functions stay.
+        generator: Draws the weights.
+        norm: As of ``Maker``, where the network's builder takes it.
+        padding: The same.
+        weight_variance: The same.
+
+    Raises:
+        ValueError: The name is unknown, or the network does not take one of the options.
+        ModuleNotFoundError: The package is not installed.
+    """
+    package, _, model = name.partition(":")
+    if name in NETWORKS:
+        builder = NETWORKS[name]
+    elif package in PACKAGES and model:
+        builder = partial(model_of, package, model)
+    else:
+        forms = ", ".join([*NETWORKS, *(f"{package}:NAME" for package in PACKAGES)])
+        raise ValueError(f"no network {name!r}; there are {forms} (as in torchvision:resnet18)")
+    given: dict[str, str | float | None] = {"activation": activation, "norm": norm}
+    given |= {"padding": padding, "weight_variance": weight_variance}
+    options = {option: value for option, value in given.items() if value is not None}
+    refused = [option for option in options if option not in signature(builder).parameters]
+    if refused:
+        raise ValueError(
+            f"{name} has its own {' and '.join(refused)}: leave None there (in a preset norm none, "
+            f"padding None, weight_variance 2)"
+        )
+    return builder(classes, generator, **options)
+
+
+def networks_of(
+    preset: Preset,
+    members: Sequence[Member],
+    generators: Sequence[torch.Generator],
+    source: Source,
+) -> list[nn.Sequential]:
+    """Build each member's network, with the weights that its seed draws.
+
+    Raises:
+        ValueError: The preset's network, or an option of it, is unknown.
+    """
+    networks = []
+    for member, generator in zip(members, generators, strict=True):
+        generator.manual_seed(member.seed)  # a seed's members start alike, and leave it alike
+        networks.append(_network(preset, member, generator, source))
+    return networks
+
+
+def _network(
+    preset: Preset, member: Member, generator: torch.Generator, source: Source
+) -> nn.Sequential:
+    if preset.network == "mlp":
+        inputs = source.shape.numel()
+        sizes = [inputs, *preset.hidden, TASKS[preset.task].outputs(inputs, source.classes)]
+        return mlp(sizes, member.activation, generator, weight_variance=preset.weight_variance)
+    norm = preset.norm if preset.norm != "none" else None
+    variance = preset.weight_variance if preset.weight_variance != HE else None
+    built = build(
+        preset.network,
+        source.classes,
+        member.activation,
+        generator,
+        norm=norm,
+        padding=preset.padding,
+        weight_variance=variance,
+    )
+    return built if isinstance(built, nn.Sequential) else nn.Sequential(OrderedDict(network=built))
