@@ -25,10 +25,11 @@ from unitfisher.experiments import (
     probe,
     train,
 )
+from unitfisher.experiments.sources import PROBE_SEED
 from unitfisher.experiments.watching import measured_epochs, record_activations, record_path
 
 WIDTH = 128
-PROBE_SEED = 1  # the same probe set in every run
+
 TABLES = ("activations", "training", "path", "finished")  # what a report reads of a run
 LIVE = 12  # how often, about, a training batch is measured as it passes
 

@@ -21,8 +21,9 @@ def diverged(
     *,
     step: int,
     checkpoint: Path,
+    aloud: bool,
 ) -> Bool[Tensor, " m"]:
-    """Mark the members that have diverged, those of before among them, and warn of new ones.
+    """Mark the members that have diverged, those of before among them; warn aloud of new ones.
 
     Raises:
         DivergedError: None is left.
@@ -35,7 +36,7 @@ def diverged(
             f"{checkpoint} holds the last finite state that was kept. "
             "Train with a smaller rate, in another folder"
         )
-    if news.any():
+    if aloud and news.any():
         warnings.warn(
             f"{named(m for m, new in zip(members, news, strict=True) if new)} diverged "
             f"by step {step}: the loss is NaN or infinite, and is recorded so",

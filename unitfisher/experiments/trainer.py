@@ -272,6 +272,7 @@ class Trainer:
             self.members,
             step=self.iteration,
             checkpoint=self.checkpoint,
+            aloud=self.ranks.is_first,  # all processes have the same loss
         )
 
 
