@@ -115,8 +115,7 @@ class Summary:
         hidden = "-".join(f"{n}×{width}" if n > 1 else str(width) for width, n in runs)
         yield config["dataset"]
         if config["dataset"] == "photographs":
-            if "classes" in config:  # unknown to the first records
-                yield f"{config['train_cases']:,} of {config['classes']:,} classes"
+            yield f"{config['train_cases']:,} of {config['classes']:,} classes"
             yield f"crops of {config['crop']} from {config['side']} pixels"
         yield f"hidden {hidden}" if hidden else f"network {config['network']}"
         if config.get("norm", "none") != "none":
