@@ -141,7 +141,7 @@ def test_a_measurement_says_the_same(monkeypatch, dtype):
     with Monitor(model, ["0"]) as monitor:
         expected = monitor.measure(x, y)["0"]
         direct = expected.natural_gradient(*expected.gradient)
-    monkeypatch.setattr(refinement, "MANY_CASES", 2)
+    monkeypatch.setattr(refinement, "REFINED", 2)
     monkeypatch.setattr(gram, "solve_grams", None)
     with Monitor(model, ["0"]) as monitor:
         found = monitor.measure(x, y)["0"]

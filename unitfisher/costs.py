@@ -17,6 +17,10 @@ from unitfisher.native import compiled
 ROUTES = ("rows", "sums", "products")
 DAMPED = 1e-6  # relative damping with which rows may be more than inputs, and sums of fewer cases
 HEAVY = 5.0  # times more cases than inputs it takes for iterations to converge at all
+BEFORE = 15  # iterations until they converge at their pace
+REFINED = 384  # cases from which factors are made in single precision, in half the time
+CALLS = {"rows": 250, "sums": 250, "products": 100}  # operations, however small the layer
+REUSED = 2**25  # bytes: larger pieces of memory come from the system, page by page
 
 
 class Rates(NamedTuple):
@@ -31,8 +35,8 @@ class Rates(NamedTuple):
 
 
 RATES = {  # by analysis/calibrate.py, one core of an AMD EPYC, torch 2.15.0; cuda: not measured
-    "compiled": Rates(7e10, 3.2e10, 4.4e10, 1.6e9, 1.7e10, 4.2e-6),
-    "torch": Rates(7e10, 3.2e10, 1.9e10, 4.1e7, 1.7e10, 4.2e-6),
+    "compiled": Rates(7e10, 2.9e10, 3.4e10, 8.9e8, 1.3e10, 7.9e-6),
+    "torch": Rates(6.9e10, 3e10, 1.1e10, 2.7e7, 1.4e10, 7.4e-6),
     "cuda": Rates(5e13, 5e13, 5e11, 2e10, 4e12, 1e-5),
 }
 
@@ -93,27 +97,43 @@ def admissible(s: Sizes, damping: float) -> list[str]:
 
 def seconds(s: Sizes, route: str) -> float:
     """Predict the time of s, k and the corrected mean of all units."""
-    n, d, u, g, rates = s.rows, s.inputs, s.units, s.groups, RATES[s.engine]
-    gemm = rates.single if s.itemsize == 4 else rates.double
-    if route == "rows":
-        grams = (u if s.joint else g) * 2 * n**2 * d
-        return (
-            (grams + 6 * u * n * d) / rates.double
-            + u * (n**3 / 3 / rates.cubic + n**2 / rates.square)
-            + 60 * rates.call
-        )
-    if route == "sums":
-        triangle = 1.0 if d <= 256 else 0.5 + 64 / d
-        return (
-            2 * u * n * d**2 * triangle / (rates.double if s.joint else gemm)
-            + 2 * s.itemsize * u * n * d / rates.moved
-            + u * (d**3 / 3 / rates.cubic + d**2 / rates.square + 400 * d**2 / rates.moved)
-            + 80 * rates.call
-        )
-    once = g * (4 * n * d**2 / gemm + 3 * d**3 / rates.double)
+    rates = RATES[s.engine]
+    return CALLS[route] * rates.call + SECONDS[route](s, rates)
+
+
+def _of_rows(s: Sizes, rates: Rates) -> float:
+    n, d, u = s.rows, s.inputs, s.units
+    grams = (u if s.joint else s.groups) * 2 * n**2 * d
+    refined = n >= REFINED and s.engine == "compiled" and not s.joint
+    factors = n**3 / 3 / rates.cubic / (1 + refined) + n**2 / rates.square
+    return (grams + 6 * u * n * d) / rates.double + u * factors
+
+
+def _of_sums(s: Sizes, rates: Rates) -> float:
+    n, d, u, compiled = s.rows, s.inputs, s.units, s.engine == "compiled"
+    tile = 24 if compiled else 64  # of which a triangle is made
+    triangle = 1.0 if d <= 256 and not compiled else 0.5 + tile / d
+    passed = 400 if not compiled or 8 * u * d**2 > REUSED else 100  # bytes of an entry
+    return (
+        2 * u * n * d**2 * triangle / (rates.double if s.joint else _gemm(s, rates))
+        + 2 * s.itemsize * u * n * d / rates.moved
+        + u * (d**3 / 3 / rates.cubic + d**2 / rates.square + passed * d**2 / rates.moved)
+    )
+
+
+def _of_products(s: Sizes, rates: Rates) -> float:
+    n, d, u, gemm = s.rows, s.inputs, s.units, _gemm(s, rates)
+    once = s.groups * (4 * n * d**2 / gemm + 3 * d**3 / rates.double)
     each = 4 * u * n * d / gemm + 2 * u * d**2 / rates.double
-    each += u * (3 * s.itemsize * n + 100 * d) / rates.moved + 20 * rates.call
-    return once + iterations(s) * each + 80 * rates.call
+    each += u * (3 * s.itemsize * n + 100 * d) / rates.moved + 50 * rates.call
+    return once + iterations(s) * each
+
+
+SECONDS = {"rows": _of_rows, "sums": _of_sums, "products": _of_products}
+
+
+def _gemm(s: Sizes, rates: Rates) -> float:
+    return rates.single if s.itemsize == 4 else rates.double
 
 
 def iterations(s: Sizes) -> float:
@@ -124,7 +144,7 @@ def iterations(s: Sizes) -> float:
     weights make the cases count as fewer; close to r = 1 all of it is guesswork.
     """
     r = min(0.97, HEAVY * s.inputs / s.rows) ** 0.5
-    return log(2e6 if s.itemsize == 4 else 2e11) / log(1 / r)
+    return BEFORE + log(2e6 if s.itemsize == 4 else 2e11) / log(1 / r)
 
 
 def layers_together(s: Sizes, route: str) -> int:

@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
 from unitfisher import native
+from unitfisher.costs import REFINED
 from unitfisher.gram import GramSolution, Scaled, Task, solve_others
 from unitfisher.native import Kernel
 from unitfisher.solvers import outer
 
-MANY_CASES = 384  # from so many on a factor is what costs
 MANY_UNITS = 16  # that share the products, and fill vectors
 ENOUGH = 1e-12  # of the relative residual
 STEPS = 12
@@ -24,7 +24,7 @@ TOGETHER = 16  # units a thread: as many as the longest vector takes
 
 def pays(K: Float[Tensor, "g n n"], units: int) -> bool:
     """Say whether this is faster than factors in double precision."""
-    return K.shape[-1] >= MANY_CASES and units >= MANY_UNITS * len(K) and K.device.type == "cpu"
+    return K.shape[-1] >= REFINED and units >= MANY_UNITS * len(K) and K.device.type == "cpu"
 
 
 def solve_refined(
