@@ -34,9 +34,9 @@ class Rates(NamedTuple):
     call: float  # seconds of an operation that has nothing to do
 
 
-RATES = {  # by analysis/calibrate.py, one core of an AMD EPYC, torch 2.15.0; cuda: not measured
-    "compiled": Rates(7e10, 2.9e10, 3.4e10, 8.9e8, 1.3e10, 7.9e-6),
-    "torch": Rates(6.9e10, 3e10, 1.1e10, 2.7e7, 1.4e10, 7.4e-6),
+RATES = {  # results/calibration-cpu: one core of an AMD EPYC, torch 2.15.0; cuda: not measured
+    "compiled": Rates(7e10, 2.9e10, 3.4e10, 9.3e8, 4.7e9, 6e-6),
+    "torch": Rates(7.1e10, 2.8e10, 1e10, 2.5e7, 4.1e9, 6e-6),
     "cuda": Rates(5e13, 5e13, 5e11, 2e10, 4e12, 1e-5),
 }
 
