@@ -24,11 +24,10 @@ def small(monkeypatch):
     monkeypatch.setattr(divergence, "BEGINNINGS", {"small": (SMALL, 5)})
 
 
-def test_a_row_for_every_network_and_beginning_says_when_it_diverged(small, tmp_path, capsys):
+def test_a_row_for_every_network_says_when_it_diverged(small, tmp_path, capsys):
     assert divergence.main(divergence.Config(presets=("small",), out=tmp_path)) == 0
     table = pd.read_csv(tmp_path / "table.csv")
-    assert sorted(table["weight variance"].unique()) == pytest.approx([1 / 3, 2])
-    assert len(table) == 8
+    assert len(table) == 4
     fierce = table["rate"] == FIERCE
     assert table.loc[~fierce, "diverged at"].isna().all()
     assert table.loc[fierce, "diverged at"].between(2, 5).all()  # the first loss is of no step yet
