@@ -87,16 +87,19 @@ def blocks(
 
 
 def joined_gradients(gradients: Iterable[Gradient | None]) -> Gradient | None:
-    """Put the gradients of a block's layers together; None where one is missing."""
+    """Put the gradients of a block's layers together, in double; None where one is missing."""
     found = list(gradients)
     given = [gradient for gradient in found if gradient is not None]
     if len(given) < len(found):
         return None
-    if len(given) == 1:
-        return given[0]
-    biases = [gradient.g0 for gradient in given if gradient.g0 is not None]
-    g = torch.cat([gradient.g.flatten(1) for gradient in given])
-    return Gradient(g, torch.cat(biases) if biases else None)
+    g = [gradient.g.flatten(1).double() for gradient in given]
+    g0 = [gradient.g0.double() for gradient in given if gradient.g0 is not None]
+    return Gradient(together(g), together(g0) if g0 else None)
+
+
+def together(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate; a single part is not copied."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def _form(of: Observation | Streamed) -> object:

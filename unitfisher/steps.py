@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unitfisher.blocks import Block
+from unitfisher.blocks import Block, together
 from unitfisher.diagnostics import cosine
 from unitfisher.observer import Gradient
 from unitfisher.products import Moments
@@ -24,15 +24,17 @@ class LayerStep(NamedTuple):
 
 def natural_gradient(block: Block, damping: float, gradient: Gradient) -> LayerStep:
     """Return F⁻¹ (g, g0) of a block's units in double precision, (u, d) and (u,)."""
-    dw = block.cases.mean.new_full((block.cases.units, block.cases.inputs), torch.nan)
-    dw0 = dw[:, 0].clone()
-    for part, m in block.cases.damped_parts(damping) if block.finite else ():
+    if not block.finite:
+        dw = block.cases.mean.new_full((block.cases.units, block.cases.inputs), torch.nan)
+        return LayerStep(dw, None if gradient.g0 is None else dw[:, 0])
+    steps = []
+    for part, m in block.cases.damped_parts(damping):
         try:
-            step = unit_steps(m, gradient.of_units(part))
+            steps.append(unit_steps(m, gradient.of_units(part)))
         except SingularFisherError as error:
             raise block.named(error, part) from None
-        dw[part], dw0[part] = step.dw, 0.0 if step.dw0 is None else step.dw0
-    return LayerStep(dw, None if gradient.g0 is None else dw0)
+    dw0 = [step.dw0 for step in steps if step.dw0 is not None]
+    return LayerStep(together([step.dw for step in steps]), together(dw0) if dw0 else None)
 
 
 def in_shape_of(gradient: Gradient, step: LayerStep) -> LayerStep:

@@ -1,13 +1,12 @@
 """What the theorems say of a block of layers, part after part of its units."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unitfisher.blocks import Block
+from unitfisher.blocks import Block, together
 from unitfisher.cases import UnitCases
 from unitfisher.observer import Gradient
 from unitfisher.products import Moments
@@ -88,7 +87,3 @@ def _errors(cases: Cases, part: slice, m: Moments, damped: Moments) -> StandardE
     if not cases.variance.any():
         return StandardErrors.alike(0.0, m.mu_q)
     return StandardErrors.of_c(cases.variance[part].sqrt() / cases.samples, m)
-
-
-def together(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
