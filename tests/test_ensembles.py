@@ -337,6 +337,19 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         assert trainer.checkpoint.read_bytes() == kept
 
 
+def test_a_checkpoint_of_more_processes_is_refused_before_anything_is_changed(
+    tmp_path: Path,
+) -> None:
+    with Trainer(SMALL, SMALL.members, few(), tmp_path) as trainer:
+        state = trainer.state()
+        trainer.step()
+        with pytest.raises(ValueError, match="of 2 processes .* not of 1 on cpu: resume as it was"):
+            trainer.load(state | {"random": 2 * state["random"]})
+        assert trainer.iteration == 1
+        trainer.load(state)
+        assert trainer.iteration == 0
+
+
 def test_the_fishers_of_a_member_are_those_of_its_network(trained: Trainer) -> None:
     x, y = trained.watches[3].probe
     alone = mlp([64, 16, 12, 10], "elu", seeded(0))

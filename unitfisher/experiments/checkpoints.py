@@ -47,11 +47,18 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
         warnings.warn(f"no checkpoint was written ({error}); the last one stays", stacklevel=3)
 
 
-def require_own(state: Mapping[str, Any], members: Sequence[Member], path: Path) -> None:
-    """Refuse what these members cannot go on from.
+def require_own(
+    state: Mapping[str, Any],
+    members: Sequence[Member],
+    device: torch.device,
+    ranks: Ranks,
+    path: Path,
+) -> None:
+    """Refuse what these members cannot go on from, before anything is changed.
 
     Raises:
-        ValueError: The state is of other members, or of another version's form.
+        ValueError: The state is of other members, of another version's form, or of another number
+            of processes or kind of device.
     """
     written = state.get("format", 0)  # none was named at first
     if written != FORMAT:
@@ -66,6 +73,12 @@ def require_own(state: Mapping[str, Any], members: Sequence[Member], path: Path)
             f"{path} is of {named(found)}, not of {named(members)}; "
             "resume with the same activations, rates and seeds, or choose another folder"
         )
+    each = len(random_states(device))
+    if len(state["random"]) != each * ranks.size:
+        raise ValueError(
+            f"{path} is of {len(state['random']) // each} processes on one kind of device, "
+            f"not of {ranks.size} on {device}: resume as it was begun"
+        )
 
 
 def random_states(device: torch.device) -> list[Tensor]:
@@ -74,19 +87,9 @@ def random_states(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *on_device]
 
 
-def load_random(states: Sequence[Tensor], device: torch.device, ranks: Ranks, path: Path) -> None:
-    """Let this process draw as it did; the states are all processes', in a row.
-
-    Raises:
-        ValueError: There were more processes, or fewer, or their devices were of another kind.
-    """
-    each = len(random_states(device))
-    if len(states) != each * ranks.size:
-        raise ValueError(
-            f"{path} is of {len(states) // each} processes on one kind of device, "
-            f"not of {ranks.size} on {device}: resume as it was begun"
-        )
-    own = states[each * ranks.rank :]
+def load_random(states: Sequence[Tensor], device: torch.device, ranks: Ranks) -> None:
+    """Let this process draw as it did; the states are all processes', in a row."""
+    own = states[len(random_states(device)) * ranks.rank :]
     torch.set_rng_state(own[0].cpu())
     if device.type == "cuda":
         torch.cuda.set_rng_state(own[1].cpu(), device)

@@ -210,7 +210,7 @@ class Trainer:
         Raises:
             ValueError: The state is of other members or processes, or of another version's form.
         """
-        checkpoints.require_own(state, self.members, self.checkpoint)
+        checkpoints.require_own(state, self.members, self.device, self.ranks, self.checkpoint)
         self.iteration, self.seconds = state["iteration"], state["seconds"]
         self.monitoring = state["monitoring"]
         self.ensemble.load_state_dict(state["ensemble"])
@@ -219,7 +219,7 @@ class Trainer:
         self.loss, self._diverged = state["loss"], state["diverged"].cpu()
         for watch, of in zip(self.watches, state["watches"], strict=self.ranks.is_first):
             watch.load(of)
-        checkpoints.load_random(state["random"], self.device, self.ranks, self.checkpoint)
+        checkpoints.load_random(state["random"], self.device, self.ranks)
 
     def close(self) -> None:
         """Write what was recorded; safe to call twice."""
