@@ -28,6 +28,7 @@ class Overhead:
     def __init__(self, share: float, clock: Callable[[], float] = time.perf_counter) -> None:
         self.share, self.clock = share, clock
         self.plain: deque[float] = deque(maxlen=32)  # seconds of the newest plain steps
+        self.usual = 0.0  # their median
         self.plain_time = self.measured_time = 0.0  # seconds of all steps without and with
         self.newest = 0.0  # seconds of the newest measured step
         self.measurements = 0
@@ -38,9 +39,9 @@ class Overhead:
         now = self.clock()
         if self.started is not None:
             self._book(now - self.started)
-        usual = median(self.plain) if self.plain else 0.0
-        training = self.plain_time + self.measurements * usual
-        spent, cost = self.measured_time - self.measurements * usual, self.newest - usual
+        training = self.plain_time + self.measurements * self.usual
+        spent = self.measured_time - self.measurements * self.usual
+        cost = self.newest - self.usual
         self.started, self.measuring = now, self.share * training >= spent + cost
         return self.measuring
 
@@ -55,4 +56,5 @@ class Overhead:
             self.measurements += 1
         else:
             self.plain.append(seconds)
-            self.plain_time += min(seconds, 2 * median(self.plain))
+            self.usual = median(self.plain)
+            self.plain_time += min(seconds, 2 * self.usual)
