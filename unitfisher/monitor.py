@@ -111,6 +111,7 @@ class Monitor:
         MemoryBudgetError: The results alone would take more than ``memory``; in a pass or in
             `measure`, before anything is allocated: the measurement would.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 2))
     >>> monitor = Monitor(model, every=1)
     >>> _ = model(torch.randn(10, 3))
