@@ -140,6 +140,7 @@ def of_photographs(config: Config) -> list[Result]:
         with opened(preset, sets, config, workers=2) as trainer:
             together = sustained(iter(trainer.step, object()), config.batch, config.rounds)
             x, y = trainer.source.next()
+            # the same batch again and again, so that nothing is read
             trainer.source.next = lambda: Batch(x, y)  # type: ignore[method-assign]
             alone = sustained(iter(trainer.step, object()), config.batch, config.rounds)
     for name, rates in {"alone": alone, "read by 2 workers": together}.items():

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -46,7 +47,7 @@ def table(results: Sequence[Result]) -> str:
 
 def save(results: Sequence[Result], folder: Path, config: Any, seconds: float) -> None:
     """Write benchmark.json, benchmark.md and scaling.png."""
-    record = provenance(plain(config)) | conditions(seconds)
+    record = provenance(plain(replace(config, out=None))) | conditions(seconds)
     record["versions"] |= {name: version_of(name) for name in DISTRIBUTIONS}
     write(results, folder, record, sentence(record, results))
     draw([result for result in results if result.points], folder / "scaling.png")

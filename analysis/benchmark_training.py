@@ -9,6 +9,7 @@ networks alone and both together, and the Monitors' share of whole trainings at 
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import tyro
 from benchmark_photographs import of_photographs
@@ -33,7 +34,7 @@ def main(config: Config) -> None:
 
 def save(results: Sequence[Result], config: Config, seconds: float) -> None:
     """Write benchmark.json and benchmark.md."""
-    record = provenance(plain(config)) | {"seconds": round(seconds, 1)}
+    record = provenance(plain(replace(config, out=None))) | {"seconds": round(seconds, 1)}
     sentence = (
         f"{record['device']}; torch {record['versions']['torch']}; {record['created']}, "
         f"{seconds:.0f} s. Medians with quartiles over rounds; random data but for photographs; "

@@ -8,7 +8,6 @@ downloaded, photographs left out. Eight minutes on two cores. Writes table.md, t
 config.json to ``<out>``; feeds no figure.
 """
 
-import json
 import logging
 import math
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 import tyro
-from tables import markdown
+from tables import markdown, save
 from tqdm import trange
 from train import Where, opened
 
@@ -82,11 +81,7 @@ def main(config: Config) -> int:
         f"Steps from He's initial weights until the loss is NaN or infinite; seed 0, "
         f"{made['device']}, torch {made['versions']['torch']}.\n\n{markdown(readable(table))}"
     )
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "table.md").write_text(written)
-    (config.out / "config.json").write_text(json.dumps(made, indent=2) + "\n")
-    table.to_csv(config.out / "table.csv", index=False)
-    print(written)
+    save(table, written, made, config.out)
     return 0
 
 

@@ -7,7 +7,6 @@ the digits before and after training, and a small problem of few cases (40, of 5
 minute on one core. Writes table.md, table.csv and config.json to ``<out>``; feeds no figure.
 """
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 import tyro
-from tables import markdown, spread
+from tables import markdown, save, spread
 from torch import Tensor, nn
 
 from unitfisher import Monitor
@@ -88,11 +87,7 @@ def main(config: Config) -> int:
         f"{time.process_time():.0f} s of one core.\n\n{GUIDE}\n"
     )
     written = f"{conditions}\n{markdown(readable(table))}"
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "table.md").write_text(written)
-    (config.out / "config.json").write_text(json.dumps(made, indent=2) + "\n")
-    table.to_csv(config.out / "table.csv", index=False)
-    print(written)
+    save(table, written, made, config.out)
     return 0
 
 

@@ -7,7 +7,6 @@ learnt the digits feeds it, at several dampings: half a minute on one core. Coun
 loader is read. Writes table.md, table.csv and config.json to ``<out>``; feeds no figure.
 """
 
-import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 import tyro
-from tables import markdown
+from tables import markdown, save
 from torch import Tensor, nn
 
 from unitfisher import Monitor
@@ -86,11 +85,7 @@ def main(config: Config) -> int:
     )
     shown = shown[sorted(shown, reverse=True)].rename(columns=lambda x: f"damping {x:g}")
     written = f"{conditions}\n{markdown(shown.reset_index().astype(str))}"
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "table.md").write_text(written)
-    (config.out / "config.json").write_text(json.dumps(made, indent=2) + "\n")
-    table.to_csv(config.out / "table.csv", index=False)
-    print(written)
+    save(table, written, made, config.out)
     return 0
 
 

@@ -1,9 +1,11 @@
 """From the records of the runs to one number per run, and to a table a person can read."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 from jobs import TABLES, Job
@@ -167,3 +169,12 @@ def _decimals(number: float, significant: int) -> int:
     """Decimals that show so many digits of a number."""
     exponent = int(f"{number:e}".split("e")[1])
     return max(significant - 1 - exponent, 0)
+
+
+def save(table: pd.DataFrame, written: str, made: Mapping[str, Any], folder: Path) -> None:
+    """Print what is written of a table; keep it as table.md beside table.csv and config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(written)
+    (folder / "config.json").write_text(json.dumps(made, indent=2) + "\n")
+    table.to_csv(folder / "table.csv", index=False)
+    print(written)
