@@ -138,8 +138,7 @@ def solving(cases: UnitCases, route: str, damping: float) -> Run:
     def run() -> object:
         fresh = UnitCases(cases.a, cases.delta, cases.samples, None, route)
         with exactly(torch.device("cpu")):
-            parts = zip(fresh.parts(), fresh.damped_parts(damping), strict=True)
-            return [Theory.of(m, damped) for (_, m), (_, damped) in parts]
+            return [Theory.of(m, damped) for _, m, damped in fresh.damped_parts(damping)]
 
     return run
 

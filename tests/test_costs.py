@@ -58,7 +58,7 @@ def fishers(cases: UnitCases, damping: float) -> np.ndarray:
 
 @given(of=drawn())
 def test_every_route_gives_what_the_dense_fisher_gives(of):
-    ((_, m),), ((_, damped),) = of.cases.parts(), of.cases.damped_parts(of.damping)
+    ((_, m, damped),) = of.cases.damped_parts(of.damping)
     found, steps = Theory.of(m, damped), unit_steps(damped, Gradient(of.g[:, :D], of.g[:, D]))
     assert of.cases.route == of.route
     assert bool(found.converged.all())

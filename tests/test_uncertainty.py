@@ -49,7 +49,7 @@ def drawn(model: nn.Module, x: Tensor, rows: int | None = None, **options) -> di
         part = slice(start, start + own)
         cases = replace(whole, a=whole.a[:, part], delta=whole.delta[:, part], samples=len(x))
         cases = cases if rows is None else cases.drawn(rows, chance)
-        found.append(theory(Block(("0",), (units,), cases, finite=True), 1e-3, None))
+        found.append(theory(Block(("0",), (units,), cases, finite=True), 1e-3, None).theory)
     return {name: torch.stack([one[name] for one in found]) for name in found[0]}
 
 
@@ -106,9 +106,9 @@ def test_cases_drawn_with_one_column_each_have_an_error_that_is_no_less_than_the
 def test_memory_that_units_and_samples_may_take_does_not_change_the_errors():
     cases = measured(*convolutional(), fisher="rademacher", samples=2)["0"].cases
     block = Block(("0",), (torch.arange(cases.units),), cases, finite=True)
-    together = theory(block, 1e-3, None)
+    together = theory(block, 1e-3, None).theory
     with within(1):
-        apart = theory(replace(block, cases=replace(cases)), 1e-3, None)
+        apart = theory(replace(block, cases=replace(cases)), 1e-3, None).theory
     for name in ERRORS:
         assert_close(apart[name], together[name], **TOL)
 
@@ -122,7 +122,7 @@ def test_influences_are_the_derivatives_by_D(batch, damping):
     s, k = bias_shift_correction(UnitMoments.of(batch.a, D).damped(damping))
     of_s, of_k = (torch.autograd.grad(x.sum(), D, retain_graph=True)[0] for x in (s, k))
     cases = UnitCases(batch.a[None, :, None], batch.D.sqrt()[None, :, None], len(batch.a))
-    ((_, m),), ((_, damped),) = cases.parts(), cases.damped_parts(damping)
+    ((_, m, damped),) = cases.damped_parts(damping)
     found = _influence(cases, m, damped)
     assert_close(found.s, of_s, **TOL)
     assert_close(found.k, of_k, **TOL)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from unitfisher.costs import Sizes, engine, route_of, units_together
 from unitfisher.incoming import Incoming, pieces
 from unitfisher.moments import UnitMoments
-from unitfisher.products import Moments, UnitProducts
+from unitfisher.products import Moments, Part, UnitProducts
 from unitfisher.rows import UnitRows
 from unitfisher.weighted import Weighted
 
@@ -101,16 +101,16 @@ class UnitCases:
             whole = part == slice(None)
             yield part, self._moments if whole else self.of_units(part)._moments
 
-    def damped_parts(self, damping: float) -> Iterator[tuple[slice, Moments]]:
-        """Yield the same damped; what was solved at the newest damping is kept."""
+    def damped_parts(self, damping: float) -> Iterator[Part]:
+        """Yield the same also damped; what was solved at the newest damping is kept."""
         for part, m in self.parts():
             if part != slice(None):
-                yield part, m.damped(damping)
+                yield Part(part, m, m.damped(damping))
                 continue
             if damping not in self._damped:
                 self._damped.clear()
                 self._damped[damping] = m.damped(damping)
-            yield part, self._damped[damping]
+            yield Part(part, m, self._damped[damping])
 
     @cached_property
     def _damped(self) -> dict[float, Moments]:

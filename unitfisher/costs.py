@@ -150,7 +150,8 @@ def iterations(s: Sizes) -> float:
 def layers_together(s: Sizes, route: str) -> int:
     """How many layers of this form are treated as the groups of one."""
     shared = bytes_of_group(s, route)
-    return max(1, (workspace() + shared) // (s.units * bytes_of_unit(s, route) + shared))
+    room = min(workspace(), 2 * REUSED) if route == "sums" else workspace()  # of 4 pieces each
+    return max(1, (room + shared) // (s.units * bytes_of_unit(s, route) + shared))
 
 
 def units_together(s: Sizes, route: str) -> int:

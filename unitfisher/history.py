@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from unitfisher.measurement import Measurement
 from unitfisher.outputs import Averages
 from unitfisher.record import Run
 from unitfisher.statistics import UnitStatistics
@@ -90,17 +91,15 @@ def _numbered(
 class History:
     """Keeps rows in a run's record, or in memory where there is none.
 
-    The newest measurement is held back until the next pass begins, so that a gradient that
-    arrives with its backward pass can still complete its rows.
+    The newest measurement is held back until the next pass begins: it is solved together with a
+    gradient that arrives with its backward pass, and that completes its rows.
     """
 
     def __init__(self, run: Run | None, owned: bool) -> None:
         self.run, self.owned = run, owned
         self.rows: dict[str, list[Columns]] = {UNITS: [], ACTIVATIONS: [], PLAN: []}
-        self.newest: dict[str, UnitStatistics] = {}
-        self.phase = "train"
+        self.newest: Measurement | None = None
         self.plan: Columns = {}  # the newest that stands in the table
-        self.planned: Columns = {}  # of the newest measurement
         if run is not None:
             run.before_closing(self.commit)
 
@@ -113,28 +112,26 @@ class History:
             raise ValueError(f"record must be a folder or a Run, got {record!r}")
         return cls(record, owned=False)
 
-    def hold(self, measured: dict[str, UnitStatistics], phase: str, plan: Columns) -> None:
-        """Commit what was held, and hold this measurement and how it was planned."""
+    def hold(self, measurement: Measurement) -> None:
+        """Commit what was held, and hold this measurement."""
         self.commit()
-        self.newest, self.phase, self.planned = measured, phase, plan
-
-    def complete(self, measured: dict[str, UnitStatistics]) -> None:
-        """Replace the measurement held, unless it was committed already."""
-        self.newest = {name: measured[name] for name in self.newest}
+        self.newest = measurement
 
     def commit(self) -> None:
-        held, self.newest = list(self._held()), {}
-        self.plan = self.planned
-        for table, columns in held:
+        """Append what is held. If its Fisher has no inverse that is said once, and it is gone."""
+        held, self.newest = self.newest, None
+        for table, columns in self._rows_of(held):
             self.append(table, columns)
+        self.plan = self.plan if held is None else held.plan.rows()
 
-    def _held(self) -> Iterator[tuple[str, Columns]]:
-        """The newest measurement, and its plan if that is another than the one before."""
-        if not self.newest:
+    def _rows_of(self, held: Measurement | None) -> Iterator[tuple[str, Columns]]:
+        """Lay out a measurement, and its plan if that is another than the one before."""
+        if held is None:
             return
-        yield UNITS, columns_of(self.newest.values(), self.phase)
-        if self.planned != self.plan:
-            yield PLAN, {"step": next(iter(self.newest.values())).step, **self.planned}
+        yield UNITS, columns_of(held.statistics().values(), held.phase)
+        plan = held.plan.rows()
+        if plan != self.plan:
+            yield PLAN, {"step": held.step, **plan}
 
     def append(self, table: str, columns: Columns) -> None:
         if self.run is None:
@@ -156,22 +153,28 @@ class History:
         self, rows: Mapping[str, list[Columns]], written: Mapping[str, int], plan: Columns
     ) -> None:
         """Hold these rows and this plan, and drop rows that the record got after so many."""
-        self.rows, self.newest = {table: list(held) for table, held in rows.items()}, {}
-        self.plan = self.planned = plan
+        self.rows, self.newest = {table: list(held) for table, held in rows.items()}, None
+        self.plan = plan
         if self.run is not None:
             for table, count in written.items():
                 self.run.truncate(table, count)
 
     def close(self) -> None:
-        self.flush()
-        if self.run is not None and self.owned:
-            self.run.close()
+        """Write what is held; without a record nothing would be left of it."""
+        if self.run is None:
+            return
+        try:
+            self.flush()
+        finally:
+            if self.owned:
+                self.run.close()
 
     def frame(self, table: str = UNITS) -> "pd.DataFrame":
         """Return all rows of a table, one per step, layer and unit, in order of measuring."""
         import pandas as pd  # slow to import, and few processes read
 
-        rows = [*self.rows[table], *(columns for held, columns in self._held() if held == table)]
+        newest = [columns for of, columns in self._rows_of(self.newest) if of == table]
+        rows = [*self.rows[table], *newest]
         frames = [pd.DataFrame(_on_host(columns)) for columns in rows]
         if self.run is not None and table in self.run.tables:
             frames.insert(0, self.run.read(table))

@@ -246,18 +246,30 @@ class UnitMoments:
         return torch.cat([weights, bias.unsqueeze(-2)], -2)
 
     def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
-        """Return Var_q⁻¹ rhs; zero where a unit is dead."""
-        K, v, epsilon, mean = self._system
-        solved = solve_grams(K, v, epsilon, rhs.unsqueeze(-1).to(K.dtype), mean)
-        require_regular(solved.regular)
-        return solved.Y.squeeze(-1).to(rhs.dtype) * self.alive[:, None]
+        """Return Var_q⁻¹ rhs; zero where a unit is dead. The same factor solves for μ_q, once."""
+        if "mu_q_solved" in vars(self):
+            return self._solve(rhs)[0]
+        vars(self)["mu_q_solved"], x = self._solve(self.mu_q, rhs)
+        return x
+
+    @cached_property
+    def mu_q_solved(self) -> Float[Tensor, "u d"]:
+        """Var_q⁻¹ μ_q."""
+        return self._solve(self.mu_q)[0]
 
     @cached_property
     def fit(self) -> ConstantFit:
-        x = self.solve(self.mu_q)  # Var_q⁻¹ μ_q
+        x = self.mu_q_solved
         gain = 1 + dot(self.mu_q, x)
         epsilon = self.ridge / self._safe(self.c)
         return ConstantFit(gain, dot(self.mean_shift, x), epsilon * dot(x, x) / gain)
+
+    def _solve(self, *rhs: Float[Tensor, "u d"]) -> tuple[Tensor, ...]:
+        K, v, epsilon, mean = self._system
+        solved = solve_grams(K, v, epsilon, torch.stack(rhs, -1).to(K.dtype), mean)
+        require_regular(solved.regular)
+        alive = self.alive[:, None]
+        return tuple(Y.to(x.dtype) * alive for Y, x in zip(solved.Y.unbind(-1), rhs, strict=True))
 
     @cached_property
     def _system(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

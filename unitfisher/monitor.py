@@ -30,20 +30,14 @@ from unitfisher.layers import Layers, select
 from unitfisher.likelihoods import Likelihood, likelihood_of
 from unitfisher.live import Live, Wanted
 from unitfisher.loader import Batches, is_loader
-from unitfisher.memory import DEFAULT, bytes_in, within
+from unitfisher.measurement import Measurement
+from unitfisher.memory import DEFAULT, bytes_in
 from unitfisher.observer import Observation, Observer, observe_now, require_finite
 from unitfisher.passes import Chance, Pick, device_of, exactly, kept
 from unitfisher.plan import Plan, Planner
 from unitfisher.record import Run
 from unitfisher.schedule import Overhead, Schedule, due
-from unitfisher.statistics import (
-    UnitStatistics,
-    bytes_of,
-    gradients_of,
-    statistics,
-    tensors_of,
-    with_gradients,
-)
+from unitfisher.statistics import UnitStatistics, bytes_of
 from unitfisher.steps import LayerStep
 from unitfisher.streaming import Streamed, observe_all
 from unitfisher.window import State, Window
@@ -119,7 +113,6 @@ class Monitor:
     (4,)
     """
 
-    latest: dict[str, UnitStatistics]
     targets: Tensor | None  # observed labels of the next training pass, then forgotten
     step: int  # training passes so far
 
@@ -165,7 +158,8 @@ class Monitor:
             chosen, estimator, sample_units(chosen, units, seed), Chance(seed), output, planner
         )
         planner.attached(chosen, self._observer.units)
-        self.latest, self.targets, self.step = {}, None, 0
+        self.targets, self.step = None, 0
+        self._newest: Measurement | None = None
         config = {
             "layers": list(chosen),
             "units": units,
@@ -193,6 +187,15 @@ class Monitor:
     def layers(self) -> Mapping[str, nn.Module]:
         """The observed layers by name."""
         return self._observer.layers
+
+    @property
+    def latest(self) -> dict[str, UnitStatistics]:
+        """The newest measurement by layer; empty before the first one.
+
+        Raises:
+            SingularFisherError: A unit's Fisher has no inverse at this damping.
+        """
+        return {} if self._newest is None else self._newest.statistics()
 
     @property
     def plan(self) -> Plan:
@@ -226,18 +229,20 @@ class Monitor:
         Raises:
             LoaderError: A loader that was read again gave other batches.
         """
-        self._forget_solved()
+        self._make_room()
         with exactly(device_of(self.model)):
             if not is_loader(inputs):
                 observations = observe_now(self.model, inputs, self._observer, targets)
-                return self._keep(self._prepared(observations), self.step, "measure")
+                self._keep(self._prepared(observations), self.step, "measure")
+                return self.latest
             if targets is not None:
                 raise ValueError("with a loader targets come in its batches: (inputs, targets)")
             planner = self._planner.over_batches(self.memory_usage()["latest"])
             batches = Batches(self.model, inputs, replace(self._observer, planner=planner))
             streamed = observe_all(batches, self.damping)
             self._planner.newest = planner.newest
-            return self._keep(streamed, self.step, "measure")
+            self._keep(streamed, self.step, "measure")
+            return self.latest
 
     def natural_gradient(self) -> dict[str, LayerStep]:
         """Return the unit natural gradient of the current ``.grad``, by the newest measured Fisher.
@@ -251,19 +256,12 @@ class Monitor:
         Raises:
             ValueError: Nothing was measured yet, or no observed layer has a gradient.
         """
-        if not self.latest:
+        if self._newest is None:
             raise ValueError(
                 "nothing was measured yet: run a training pass or monitor.measure(x) (a model that "
                 "was compiled after attaching calls no hooks: measure(x) is the way there)"
             )
-        gradients = gradients_of(self.layers, self.latest)
-        if not gradients:
-            raise ValueError("no observed layer has a gradient: call loss.backward() first")
-        with exactly(device_of(self.model)), within(self._planner.workspace):
-            steps, completed = with_gradients(self.latest, gradients)
-        self._history.complete(completed)
-        self.latest = completed
-        return steps
+        return self._newest.natural_gradients()
 
     def to_pandas(self, table: str = "units") -> "pd.DataFrame":
         """Return everything measured, one row per step, layer and unit.
@@ -339,7 +337,7 @@ class Monitor:
 
     def memory_usage(self) -> dict[str, int]:
         """Count the bytes held between passes: newest measurement, window and rows in memory."""
-        latest = bytes_of(t for m in self.latest.values() for t in tensors_of(m))
+        latest = 0 if self._newest is None else bytes_of(self._newest.tensors)
         history = bytes_of(self._history.tensors)
         window = bytes_of(self._window.tensors)
         total = latest + window + history
@@ -363,7 +361,7 @@ class Monitor:
         if not wanted.errors:
             return
         with exactly(device_of(self.model)):
-            self._forget_solved()
+            self._make_room()
             try:
                 with kept(self.model):
                     observations = self._observer.observe(result, seen, wanted.targets)
@@ -383,33 +381,35 @@ class Monitor:
             prepared[name] = replace(of, cases=replace(cases, solver=solver))
         return prepared
 
-    def _forget_solved(self) -> None:
-        """Make room for a new measurement: what the newest one has solved it can solve again."""
-        for measured in self.latest.values():
-            measured.block.forget()
-            measured.alone.forget()
+    def _make_room(self) -> None:
+        """What the newest measurement has solved it can solve again."""
+        self._history.commit()
+        if self._newest is not None:
+            self._newest.forget_solved()
 
     def _keep(
         self,
         observations: Mapping[str, Observation] | Mapping[str, Streamed],
         step: int,
         phase: str,
-    ) -> dict[str, UnitStatistics]:
+    ) -> None:
         if self.on_nonfinite == "raise":
             require_finite(of.fault for of in observations.values())
         self._name_uncalled(observations)
-        with within(self._planner.workspace):
-            measured = statistics(
-                observations,
-                self.layers,
-                step=step,
-                units=self._observer.units,
-                damping=self.damping,
-                spare=self.plan.memory - self.plan.total,
-            )
-        self.latest = measured
-        self._history.hold(measured, phase, self.plan.rows())
-        return measured
+        measurement = Measurement(
+            observations,
+            self.layers,
+            self._observer.units,
+            step,
+            phase,
+            self.damping,
+            self.plan,
+            device_of(self.model),
+        )
+        if phase == "measure":
+            measurement.statistics()  # in training a gradient may come
+        self._newest = measurement
+        self._history.hold(measurement)
 
     def _name_uncalled(self, observations: Collection[str]) -> None:
         missing = self.layers.keys() - set(observations) - self._uncalled

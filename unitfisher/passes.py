@@ -186,7 +186,8 @@ def exactly(device: torch.device) -> Iterator[None]:
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        exact = torch.autocast(device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), exact:
             yield
     finally:
         for backend, precision in zip(backends, asked, strict=True):

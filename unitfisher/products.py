@@ -108,9 +108,14 @@ class UnitProducts:
 
     @cached_property
     def fit(self) -> ConstantFit:
-        gain = 1 + dot(self.mu_q, self._constant.x)
-        squared = self.epsilon * dot(self._constant.x, self._constant.x)
-        return ConstantFit(gain, dot(self.mean_shift, self._constant.x), squared / gain)
+        x = self.mu_q_solved
+        gain = 1 + dot(self.mu_q, x)
+        return ConstantFit(gain, dot(self.mean_shift, x), self.epsilon * dot(x, x) / gain)
+
+    @property
+    def mu_q_solved(self) -> Float[Tensor, "u d"]:
+        """Var_q⁻¹ μ_q."""
+        return self._constant.x
 
     @property
     def residual(self) -> Float[Tensor, " u"]:
@@ -246,3 +251,11 @@ def name_unconverged(
 
 
 Moments = UnitMoments | UnitRows | UnitProducts
+
+
+class Part(NamedTuple):
+    """Some units of a layer, treated together."""
+
+    units: slice
+    m: Moments
+    damped: Moments

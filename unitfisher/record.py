@@ -160,12 +160,14 @@ class Run:
     def close(self) -> None:
         """Flush, and take no more rows. Done by itself when the interpreter exits."""
         held, self._before_closing = self._before_closing, []
-        for act in held if os.getpid() == self._process else []:
-            act()
-        with self._state:
-            self._closed = True
-        self.flush()
-        atexit.unregister(self.close)
+        try:
+            for act in held if os.getpid() == self._process else []:
+                act()
+        finally:
+            with self._state:
+                self._closed = True
+            self.flush()
+            atexit.unregister(self.close)
 
     def __enter__(self) -> "Run":
         return self

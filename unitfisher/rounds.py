@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from unitfisher.cases import UnitCases
 from unitfisher.loader import Batches, named
 from unitfisher.observer import Gradient
-from unitfisher.products import UnitProducts, name_unconverged
+from unitfisher.products import Part, UnitProducts, name_unconverged
 from unitfisher.solvers import SingularFisherError, dot
 from unitfisher.theorems import about_mu_q
 from unitfisher.weighted import Solution, Solving, Weighted
@@ -167,10 +167,11 @@ class Rounds:
     def parts(self) -> Iterator[tuple[slice, UnitProducts]]:
         yield slice(None), self.moments
 
-    def damped_parts(self, damping: float) -> Iterator[tuple[slice, UnitProducts]]:
+    def damped_parts(self, damping: float) -> Iterator[Part]:
+        m = self.moments
         if damping not in self.solved:
-            self.solved = {damping: self.moments.damped(damping)}
-        yield slice(None), self.solved[damping]
+            self.solved = {damping: m.damped(damping)}
+        yield Part(slice(None), m, self.solved[damping])
 
     def forget(self) -> None:
         """Drop what was solved."""

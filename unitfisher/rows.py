@@ -114,15 +114,32 @@ class UnitRows:
         """Return Var_q⁻¹ rhs; zero where a unit is dead.
 
         (Zᵀ Z + ε I)⁻¹ rhs = (rhs - Zᵀ (Z Zᵀ + ε I)⁻¹ Z rhs) / ε, and one rank more for the mean
-        that Var_q is about (Sherman and Morrison).
+        that Var_q is about (Sherman and Morrison). The same factor solves for the constant, once.
         """
-        y, _, e, _ = self._constant
         grouped = rhs.unflatten(0, (len(self.about), -1))
         z = self.v * (grouped @ self.about.mT).flatten(0, 1)  # Z rhs
-        (solved,), _ = self._solve(z)
+        if "_constant" in vars(self):
+            (solved,), _ = self._solve(z)
+        else:
+            (y, t, solved), residual = self._solve(self.w, self.mean_rows, z)
+            vars(self)["_constant"] = self._fitted(y, t, residual)
+        y, _, e, _ = self._constant
         z = self.v * (solved - y * (self.epsilon * dot(y, z) / e)[:, None])
-        x = torch.baddbmm(grouped, z.unflatten(0, grouped.shape[:2]), self.about, alpha=-1)
-        return x.flatten(0, 1).mul_((self.alive / self.epsilon)[:, None])
+        return self._from_rows(grouped, z) * (self.alive / self.epsilon)[:, None]
+
+    @cached_property
+    def mu_q_solved(self) -> Float[Tensor, "u d"]:
+        """Var_q⁻¹ μ_q = r α + β, as in `fit`."""
+        y, t, _, _ = self._constant
+        z = self.v * (t - (self.epsilon * (1 + self.fit.k))[:, None] * y)
+        grouped = self.center.unsqueeze(1).expand(-1, len(z) // len(self.center), -1)
+        return self._from_rows(grouped, z) * (self.alive / self.epsilon)[:, None]
+
+    def _from_rows(
+        self, x: Float[Tensor, "g v d"], z: Float[Tensor, "u n"]
+    ) -> Float[Tensor, "u d"]:
+        """Return x - Σ z (a - μ_p)."""
+        return torch.baddbmm(x, z.unflatten(0, x.shape[:2]), self.about, alpha=-1).flatten(0, 1)
 
     @cached_property
     def fit(self) -> ConstantFit:
@@ -146,6 +163,11 @@ class UnitRows:
     def _constant(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return y and t, solved for w and Z μ_p, so that α = Zᵀ y; e = ε wᵀ y > 0; residuals."""
         (y, t), residual = self._solve(self.w, self.mean_rows)
+        return self._fitted(y, t, residual)
+
+    def _fitted(
+        self, y: Tensor, t: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return y, t, torch.where(self.alive, self.epsilon * dot(self.w, y), 1.0), residual
 
     def _solve(self, *rhs: Float[Tensor, "u n"]) -> tuple[Sequence[Tensor], Float[Tensor, " u"]]:

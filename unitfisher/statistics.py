@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from unitfisher.blocks import Block, blocks, joined_gradients
 from unitfisher.diagnostics import mean_share
 from unitfisher.observer import Gradient, Observation
-from unitfisher.steps import Angles, LayerStep, in_shape_of, natural_gradient
+from unitfisher.steps import Angles, LayerStep, in_shape_of, in_shapes_of, natural_gradient
 from unitfisher.streaming import Cases, Streamed
 from unitfisher.theory import theory
 
@@ -91,12 +92,19 @@ class UnitStatistics:
     def damped(self, damping: float) -> "UnitStatistics":
         """Return the same measurement at another relative damping."""
         found = theory(self.alone.damped(damping), damping, self.gradient)
-        return replace(self, damping=damping, **found)
+        return replace(self, damping=damping, **found.theory)
 
     @property
     def alone(self) -> Block:
         """This layer as a block of its own."""
         return Block((self.layer,), (self.units,), self.cases, self.finite)
+
+
+class Measured(NamedTuple):
+    """Statistics by layer, and the natural gradients of those gradients that were there."""
+
+    statistics: dict[str, UnitStatistics]
+    steps: dict[str, LayerStep]
 
 
 def statistics(
@@ -107,24 +115,21 @@ def statistics(
     units: Mapping[str, Int[Tensor, " u"]],
     damping: float,
     spare: int,
-) -> dict[str, UnitStatistics]:
+) -> Measured:
     """Compute every layer's statistics from what a pass showed of it.
 
-    What was solved is kept for the gradient that may come, in so many bytes to spare.
+    What was solved is kept for a later gradient, in so many bytes to spare.
     """
     biased = [name for name in observations if layers[name].bias is not None]
-    measured = {}
+    measured: dict[str, UnitStatistics] = {}
+    steps: dict[str, LayerStep] = {}
     for block in blocks(observations, units, biased):
         cases = block.cases
-        gradient = joined_gradients(observations[name].gradient for name in block.layers)
-        found = theory(block, damping, gradient)
+        gradients = {name: observations[name].gradient for name in block.layers}
+        found, natural = theory(block, damping, joined_gradients(gradients.values()))
         of_units = {**found, "dead": cases.dead, "n_eff": cases.n_eff}
         parted = {key: block.split(x) for key, x in of_units.items()}
-        solved = bytes_of(cases.tensors)
-        if solved > spare:
-            block.forget()
-        else:
-            spare -= solved
+        spare -= _kept(block, spare)
         parted["mean"] = block.split_shared(cases.mean)
         parted["mean_share"] = block.split_shared(mean_share(cases.mean, cases.trace_variance))
         for i, (layer, own) in enumerate(zip(block.layers, block.split_cases(), strict=True)):
@@ -143,46 +148,47 @@ def statistics(
                 biased=layer in biased,
                 cases=own,
                 block=block,
-                gradient=observations[layer].gradient,
+                gradient=gradients[layer],
                 **{key: x[i] for key, x in parted.items()},
             )
-    return {name: measured[name] for name in observations}
-
-
-def gradients_of(
-    layers: Mapping[str, nn.Module], measured: Mapping[str, UnitStatistics]
-) -> dict[str, Gradient]:
-    """Return the current ``.grad`` of the measured units, of layers that have a whole one."""
-    found = {}
-    for name, of in measured.items():
-        g = getattr(layers[name].weight, "grad", None)
-        g0 = getattr(layers[name].bias, "grad", None)
-        if g is not None and (g0 is not None or not of.biased):
-            found[name] = Gradient(g[of.units], None if g0 is None else g0[of.units])
-    return found
+        if natural is not None:
+            steps |= in_shapes_of({n: g for n, g in gradients.items() if g is not None}, natural)
+    return Measured({name: measured[name] for name in observations}, steps)
 
 
 def with_gradients(
-    measured: Mapping[str, UnitStatistics], gradients: Mapping[str, Gradient]
-) -> tuple[dict[str, LayerStep], dict[str, UnitStatistics]]:
-    """Return the natural gradients of these, and measurements with their angles and shares."""
+    measured: Mapping[str, UnitStatistics], gradients: Mapping[str, Gradient], spare: int
+) -> Measured:
+    """Return the natural gradients of these, and measurements with their angles and shares.
+
+    What was solved is kept for the next ones, in so many bytes to spare.
+    """
     steps: dict[str, LayerStep] = {}
     completed = dict(measured)
     for block in {id(of.block): of.block for of in measured.values()}.values():
-        given = [name for name in block.layers if name in gradients]
+        given = {name: gradients[name] for name in block.layers if name in gradients}
         whole = len(given) == len(block.layers)
         for part in [block] if whole else [measured[name].alone for name in given]:
-            gradient = joined_gradients(gradients[name] for name in part.layers)
+            gradient = joined_gradients(given[name] for name in part.layers)
             assert gradient is not None
             natural = natural_gradient(part, measured[part.layers[0]].damping, gradient)
-            angles = map(part.split, Angles.of(part.center(slice(None)), gradient, natural))
-            split = zip(*map(part.split, (t for t in natural if t is not None)), strict=True)
-            for name, step, own in zip(part.layers, split, zip(*angles, strict=True), strict=True):
-                dw, dw0 = step if len(step) == 2 else (*step, None)
-                steps[name] = in_shape_of(gradients[name], LayerStep(dw, dw0))
+            steps |= in_shapes_of({name: given[name] for name in part.layers}, natural)
+            angles = Angles.of(part.center(slice(None)), gradient, natural)
+            of_layers = zip(*map(part.split, angles), strict=True)
+            for name, own in zip(part.layers, of_layers, strict=True):
                 known = Angles(*own)._asdict()
                 completed[name] = replace(measured[name], gradient=gradients[name], **known)
-    return steps, completed
+            spare -= _kept(part, spare)
+    return Measured(completed, steps)
+
+
+def _kept(block: Block, spare: int) -> int:
+    """Return the bytes of what was solved, or forget it if it takes more than there are."""
+    solved = bytes_of(block.cases.tensors) if spare else 0
+    if solved <= spare > 0:
+        return solved
+    block.forget()
+    return 0
 
 
 def tensors_of(measured: UnitStatistics) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """The unit natural gradients of a block of layers, and how gradients stand to them."""
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,6 @@ from unitfisher.diagnostics import cosine
 from unitfisher.observer import Gradient
 from unitfisher.products import Moments
 from unitfisher.solvers import SingularFisherError, dot
-from unitfisher.streaming import Cases
 from unitfisher.theorems import unit_natural_gradient, weight_natural_gradient
 
 
@@ -28,13 +28,28 @@ def natural_gradient(block: Block, damping: float, gradient: Gradient) -> LayerS
         dw = block.cases.mean.new_full((block.cases.units, block.cases.inputs), torch.nan)
         return LayerStep(dw, None if gradient.g0 is None else dw[:, 0])
     steps = []
-    for part, m in block.cases.damped_parts(damping):
+    for part, _, damped in block.cases.damped_parts(damping):
         try:
-            steps.append(unit_steps(m, gradient.of_units(part)))
+            steps.append(unit_steps(damped, gradient.of_units(part)))
         except SingularFisherError as error:
             raise block.named(error, part) from None
-    dw0 = [step.dw0 for step in steps if step.dw0 is not None]
-    return LayerStep(together([step.dw for step in steps]), together(dw0) if dw0 else None)
+    return joined_steps(steps)
+
+
+def joined_steps(parts: Sequence[LayerStep]) -> LayerStep:
+    """Put those of part after part of the units together."""
+    dw0 = [step.dw0 for step in parts if step.dw0 is not None]
+    return LayerStep(together([step.dw for step in parts]), together(dw0) if dw0 else None)
+
+
+def in_shapes_of(gradients: Mapping[str, Gradient], natural: LayerStep) -> dict[str, LayerStep]:
+    """Part what was computed for a block of layers; each like the gradient given."""
+    count = len(gradients)
+    parted = zip(*(t.chunk(count) for t in natural if t is not None), strict=True)
+    return {
+        name: in_shape_of(gradient, LayerStep(step[0], step[1] if len(step) > 1 else None))
+        for (name, gradient), step in zip(gradients.items(), parted, strict=True)
+    }
 
 
 def in_shape_of(gradient: Gradient, step: LayerStep) -> LayerStep:
@@ -75,9 +90,9 @@ class Angles(NamedTuple):
         return cls(cosine(gn, gg, nn), cosine(mg, mm, gg).abs(), cosine(mn, mm, nn).abs())
 
     @classmethod
-    def unknown(cls, cases: Cases) -> "Angles":
+    def unknown(cls, like: Float[Tensor, " u"]) -> "Angles":
         """NaN: there was no gradient."""
-        return cls(*[torch.full_like(cases.n_eff, torch.nan)] * 3)
+        return cls(*[torch.full_like(like, torch.nan)] * 3)
 
 
 def _with_mean(mean: Float[Tensor, "g d"], x: Float[Tensor, "u d"]) -> Float[Tensor, " u"]:

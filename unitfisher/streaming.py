@@ -12,7 +12,7 @@ from unitfisher.memory import within
 from unitfisher.moments import UnitMoments
 from unitfisher.observer import Gradient, Observation
 from unitfisher.outputs import UnitMeans
-from unitfisher.products import UnitProducts
+from unitfisher.products import Part, UnitProducts
 from unitfisher.rounds import Rounds, solve_together
 from unitfisher.uncertainty import variance_of_sum
 
@@ -37,8 +37,8 @@ class Parts:
     def parts(self) -> Iterator[tuple[slice, UnitMoments]]:
         return iter(self.held)
 
-    def damped_parts(self, damping: float) -> Iterator[tuple[slice, UnitMoments]]:
-        return ((part, m.damped(damping)) for part, m in self.held)
+    def damped_parts(self, damping: float) -> Iterator[Part]:
+        return (Part(part, m, m.damped(damping)) for part, m in self.held)
 
     def forget(self) -> None:
         """Nothing solved is kept."""
@@ -84,7 +84,7 @@ class UnitSums:
     def parts(self) -> Iterator[tuple[slice, UnitMoments | UnitProducts]]:
         return self.held.parts()
 
-    def damped_parts(self, damping: float) -> Iterator[tuple[slice, UnitMoments | UnitProducts]]:
+    def damped_parts(self, damping: float) -> Iterator[Part]:
         return self.held.damped_parts(damping)
 
     def forget(self) -> None:

@@ -98,7 +98,7 @@ def weight_natural_gradient(m: Moments, g: Float[Tensor, "u d"]) -> Float[Tensor
 
     The natural gradient of a unit without bias; zero for a dead unit.
     """
-    x, y = m.solve(m.mu_q), m.solve(g)
+    y, x = m.solve(g), m.mu_q_solved
     correction = dot(m.mu_q, y) / (1 + dot(m.mu_q, x))
     return (y - correction[:, None] * x) / torch.where(m.alive, m.c, 1.0)[:, None]
 

@@ -11,7 +11,7 @@ from unitfisher.cases import UnitCases
 from unitfisher.observer import Gradient
 from unitfisher.products import Moments
 from unitfisher.solvers import SingularFisherError
-from unitfisher.steps import Angles, unit_steps
+from unitfisher.steps import Angles, LayerStep, joined_steps, natural_gradient, unit_steps
 from unitfisher.streaming import Cases
 from unitfisher.theorems import bias_shift_correction, damping_share
 from unitfisher.uncertainty import StandardErrors
@@ -55,29 +55,37 @@ class Theory(NamedTuple):
         return nothing._replace(converged=torch.zeros_like(cases.dead))
 
 
-def theory(block: Block, damping: float, gradient: Gradient | None) -> dict[str, Any]:
-    """Compute what the theorems say, part after part of the units: fields of UnitStatistics."""
+class Found(NamedTuple):
+    """Of a block of layers."""
+
+    theory: dict[str, Any]  # fields of UnitStatistics
+    natural: LayerStep | None  # of the gradient, if there was one
+
+
+def theory(block: Block, damping: float, gradient: Gradient | None) -> Found:
+    """Compute what the theorems say, part after part of the units, and the natural gradient."""
     cases = block.cases
     if not block.finite:
         unknown = Theory.unknown(cases)
         errors = StandardErrors.alike(torch.nan, unknown.mean_q)
-        return {**unknown._asdict(), **errors._asdict(), **Angles.unknown(cases)._asdict()}
-    found = []
-    for (part, m), (_, damped) in zip(cases.parts(), cases.damped_parts(damping), strict=True):
+        angles = Angles.unknown(unknown.c)
+        natural = None if gradient is None else natural_gradient(block, damping, gradient)
+        return Found({**unknown._asdict(), **errors._asdict(), **angles._asdict()}, natural)
+    parts, steps = [], []
+    for part, m, damped in cases.damped_parts(damping):
         try:
-            of_part = {
-                **Theory.of(m, damped)._asdict(),
-                **_errors(cases, part, m, damped)._asdict(),
-            }
-            if gradient is not None:
+            if gradient is None:
+                angles = Angles.unknown(m.c)
+            else:  # first: its factors serve the rest
                 own = gradient.of_units(part)
-                angles = Angles.of(block.center(part), own, unit_steps(damped, own))
-                of_part |= angles._asdict()
+                steps.append(unit_steps(damped, own))
+                angles = Angles.of(block.center(part), own, steps[-1])
+            of_part, errors = Theory.of(m, damped), _errors(cases, part, m, damped)
+            parts.append({**of_part._asdict(), **errors._asdict(), **angles._asdict()})
         except SingularFisherError as error:
             raise block.named(error, part) from None
-        found.append(of_part)
-    joined = {name: together([of_part[name] for of_part in found]) for name in found[0]}
-    return joined if gradient is not None else joined | Angles.unknown(cases)._asdict()
+    joined = {name: together([of_part[name] for of_part in parts]) for name in parts[0]}
+    return Found(joined, joined_steps(steps) if steps else None)
 
 
 def _errors(cases: Cases, part: slice, m: Moments, damped: Moments) -> StandardErrors:
