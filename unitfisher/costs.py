@@ -35,8 +35,8 @@ class Rates(NamedTuple):
 
 
 RATES = {  # results/calibration-cpu: one core of an AMD EPYC, torch 2.15.0; cuda: not measured
-    "compiled": Rates(7e10, 2.9e10, 3.4e10, 9.3e8, 4.7e9, 6e-6),
-    "torch": Rates(7.1e10, 2.8e10, 1e10, 2.5e7, 4.1e9, 6e-6),
+    "compiled": Rates(7.9e10, 3.2e10, 3.7e10, 1.1e9, 1.4e10, 5.1e-6),
+    "torch": Rates(6.9e10, 2.8e10, 6.1e9, 3.9e7, 3.5e9, 6.5e-6),
     "cuda": Rates(5e13, 5e13, 5e11, 2e10, 4e12, 1e-5),
 }
 

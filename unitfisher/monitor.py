@@ -62,9 +62,10 @@ class MonitorState(TypedDict):
 class Monitor:
     """Measures every unit's Fisher quantities of a model in live training.
 
-    Each n-th training forward pass is measured while it happens, from its own graph. Passes in
-    eval mode, under ``no_grad`` or inside ``torch.func`` transforms are neither measured nor
-    counted. The model's parameters, gradients and the global random state stay bit-identical to
+    Each n-th training forward pass is measured while it happens, from its own graph, and solved
+    when `latest` or `natural_gradient` ask for it; or else when the next training pass begins.
+    Passes in eval mode, under ``no_grad`` or inside ``torch.func`` transforms are neither measured
+    nor counted. The model's parameters, gradients and the global random state stay bit-identical to
     an unobserved run.
 
     Args:
