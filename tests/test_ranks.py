@@ -3,9 +3,10 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
+import normed
 import pandas as pd
 import pytest
 import torch
@@ -16,10 +17,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.testing import assert_close
 
 from unitfisher.experiments import Dataset
-from unitfisher.experiments.presets import PRESETS
 from unitfisher.experiments.ranks import Ranks
 from unitfisher.experiments.sources import Held
-from unitfisher.experiments.trainer import Trainer
 
 DIGITS = (
     "--preset mnist --dataset digits --hidden 16 12 --seeds 0 1 --activations relu elu --every 5 "
@@ -30,12 +29,16 @@ PAIR = tuple(Ranks(rank, 2) for rank in range(2))
 
 def launched(logs: Path, *given: str) -> str:
     """Run the command in two processes, as torchrun does; return what they say."""
+    return by_two(logs, command, *DIGITS.split(), *given)
+
+
+def by_two(logs: Path, run: Callable[..., None], *given: str) -> str:
     rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": logs.name}
     files = DefaultLogsSpecs(str(logs), redirects=Std.ALL)
     config = LaunchConfig(
         1, 1, 2, **rendezvous, start_method="forkserver", monitor_interval=0.1, logs_specs=files
     )
-    elastic_launch(config, command)(*DIGITS.split(), *given)
+    elastic_launch(config, run)(*given)
     return "".join(file.read_text() for file in sorted(logs.rglob("stdout.log")))
 
 
@@ -107,7 +110,28 @@ def test_batches_with_less_cases_than_processes_are_refused() -> None:
         opened(Ranks(0, 4))
 
 
-def test_running_statistics_of_shares_are_refused(tmp_path: Path) -> None:
-    preset = replace(PRESETS["cifar10-11"], norm="batch", activations=("elu",))
-    with pytest.raises(ValueError, match="batch normalisation would see shares of a batch"):
-        Trainer(preset, preset.members, images(), tmp_path, ranks=PAIR[1])
+def test_batch_normalisation_is_of_the_whole_batch(tmp_path: Path) -> None:
+    """Of four cases and of three: what comes out, every gradient, the running averages."""
+    normed.normalised(str(tmp_path), Ranks())
+    y, dx, gradients, state = normed.saved(tmp_path)
+    by_two(tmp_path / "logs", normed.normalised, str(tmp_path))
+    shares = [normed.saved(tmp_path, rank) for rank in range(2)]
+    for rank, (own_y, own_dx, _, own_state) in enumerate(shares):
+        assert_close(own_y, y[rank::2])
+        assert_close(own_dx, dx[rank::2])
+        assert_close(own_state, state)
+    for name, gradient in gradients.items():
+        assert_close(shares[0][2][name] + shares[1][2][name], gradient)
+
+
+def test_networks_with_batch_normalisation_train_as_in_one_process(tmp_path: Path) -> None:
+    alone, pair = tmp_path / "alone", tmp_path / "pair"
+    normed.trained(str(alone), Ranks())
+    by_two(tmp_path / "logs", normed.trained, str(pair))
+    (state, loss), (one, loss_1), (other, loss_2) = (
+        normed.saved(alone),
+        *(normed.saved(pair, rank) for rank in range(2)),
+    )
+    assert_close(one, state, rtol=1e-3, atol=1e-5)
+    assert_close(one, other, rtol=0, atol=0)
+    assert_close((loss_1, loss_2), (loss, loss), rtol=1e-4, atol=1e-5)

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
+from unitfisher.experiments.norms import SharedBatchNorm
+
 
 class Ensemble(nn.Module):
     """Members of one form as one module, each parameter stacked along a first dimension.
@@ -122,18 +124,19 @@ class Vmapped(nn.Module):
     """Any module of every member, through ``torch.func.vmap``.
 
     On a CPU members take turns: there a convolution with a batch of weights costs several times
-    what its members cost one by one.
+    what its members cost one by one. So they do where they speak with other processes.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
         _take_parameters(self, modules)
         self._form = [modules[0]]  # in a list: its parameters are not the ensemble's
+        self._speaks = any(isinstance(m, SharedBatchNorm) for m in modules[0].modules())
 
     def forward(self, x: Float[Tensor, "m n ..."]) -> Float[Tensor, "m n ..."]:
         one = partial(_called, self._form[0].train(self.training))
         state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" or self._speaks:
             apart = zip(*(tensor.unbind() for tensor in state.values()), strict=True)
             own = [dict(zip(state, tensors, strict=True)) for tensors in apart]
             return torch.stack([one(*of) for of in zip(own, x.unbind(), strict=True)])

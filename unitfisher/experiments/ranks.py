@@ -46,10 +46,10 @@ class Ranks(NamedTuple):
         return batch[..., self.rank :: self.size]
 
     def averaged(self, tensors: Sequence[Tensor], cases: int) -> list[Tensor]:
-        """Average over all processes' cases what this one has averaged over so many of its own."""
+        """Average over all processes' cases what this one has summed over so many of its own."""
         if self.size == 1:
             return list(tensors)
-        flat = torch.cat([*(t.flatten() for t in tensors), tensors[0].new_ones(1)]).mul_(cases)
+        flat = torch.cat([*(t.flatten() for t in tensors), tensors[0].new_tensor([cases])])
         dist.all_reduce(flat)
         parts = flat[:-1].div_(flat[-1].clone()).split([t.numel() for t in tensors])
         return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]

@@ -26,6 +26,7 @@ from unitfisher.experiments.descent import Descent
 from unitfisher.experiments.divergence import diverged
 from unitfisher.experiments.ensembles import Ensemble
 from unitfisher.experiments.networks import networks_of
+from unitfisher.experiments.norms import share_norms
 from unitfisher.experiments.photographs import PhotographSets
 from unitfisher.experiments.presets import Member, Phase, Preset
 from unitfisher.experiments.ranks import ALONE, Ranks
@@ -89,9 +90,10 @@ class Trainer:
         self.source = source_of(preset, data, members, generators, workers, ranks)
         self.device = self.source.device
         networks = networks_of(preset, members, generators, self.source)
-        self.ensemble = Ensemble(networks).to(self.device)
         if ranks.size > 1:
-            _require_no_statistics(self.ensemble)
+            for network in networks:
+                share_norms(network)
+        self.ensemble = Ensemble(networks).to(self.device)
         self.parameters: list[Tensor] = list(self.ensemble.parameters())
         self.descent = Descent(
             self.parameters,
@@ -169,8 +171,9 @@ class Trainer:
         x, y = self.source.next()
         with self._precision:
             losses = self._losses(self._forward(x), self.task.target(x, y))
-        gradients = torch.autograd.grad(losses.sum(), self.parameters)
-        *averaged, loss = self.ranks.averaged([*gradients, losses.detach()], x.shape[1])
+        cases = x.shape[1] if self.ranks.size > 1 else 1  # by which means become sums that add up
+        gradients = torch.autograd.grad(losses.sum() * cases, self.parameters)
+        *averaged, loss = self.ranks.averaged([*gradients, losses.detach() * cases], cases)
         self.descent.step(averaged, phase.factor)
         self.loss += loss
         self.iteration += 1
@@ -273,12 +276,4 @@ class Trainer:
             step=self.iteration,
             checkpoint=self.checkpoint,
             aloud=self.ranks.is_first,  # all processes have the same loss
-        )
-
-
-def _require_no_statistics(ensemble: Ensemble) -> None:
-    if next(ensemble.buffers(), None) is not None:
-        raise ValueError(
-            "batch normalisation would see shares of a batch, each process another one: "
-            "train without it, or in one process"
         )
