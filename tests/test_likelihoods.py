@@ -205,11 +205,12 @@ def test_which_two_columns_have_the_least_spread_depends_on_how_peaked_the_softm
     found = dict.fromkeys(order, 0.0)
     for _ in range(10):
         z = scale * normal(generator, 1, 1, 10)
-        pi, signs = z.softmax(-1)[0, 0], all_signs(9, z)
-        even = torch.full((len(signs),), 1 / len(signs)).double()
+        pi, signs = z.softmax(-1)[0, 0], torch.cat(all_signs(9, z), 1)
+        each = z.expand(signs.shape[1], 1, 10)  # a sample for every combination
+        even = torch.full((len(each),), 1 / len(each)).double()
         labels = torch.eye(10).double() - pi
-        signed = torch.cat([Categorical().signed(z, s)[0] for s in signs])
-        rest = torch.cat([Categorical().signed_rest(z, s)[0] for s in signs])
+        signed = Categorical().signed(each, signs)[:, 0]
+        rest = Categorical().signed_rest(each, signs)[:, 0]
         found["labels"] += spread_of_D(pi, (labels @ J) ** 2) / 2
         found["signs"] += spread_of_D(even, (signed @ J) ** 2) / 2
         found["top"] += spread_of_D(even, (rest @ J) ** 2)

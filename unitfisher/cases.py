@@ -50,7 +50,7 @@ class UnitCases:
     @property
     def dead(self) -> Bool[Tensor, " u"]:
         """No error reaches the unit in any case."""
-        return self.D.sum(0) == 0
+        return self.weight == 0
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -76,6 +76,11 @@ class UnitCases:
         """Σ_r (Σ_t δ)²: how much a case weighs for a unit."""
         return (self._joined_errors() ** 2).sum(0)
 
+    @cached_property
+    def weight(self) -> Float[Tensor, " u"]:
+        """Σ D."""
+        return self.D.sum(0)
+
     @property
     def mean(self) -> Float[Tensor, "*g d"]:
         """E_p(a): one for all units, or one a unit where groups see different inputs."""
@@ -93,7 +98,7 @@ class UnitCases:
     @property
     def n_eff(self) -> Float[Tensor, " u"]:
         """1 / Σ w² of the cases' weights w ∝ D; NaN for a dead unit."""
-        return self.D.sum(0) ** 2 / (self.D**2).sum(0)
+        return self.weight**2 / (self.D**2).sum(0)
 
     def parts(self) -> Iterator[tuple[slice, Moments]]:
         """Yield the moments of part after part of the units, as memory allows."""
@@ -140,7 +145,7 @@ class UnitCases:
 
     def _mean_q(self) -> Float[Tensor, "u d"]:
         """E_q(a) about the origin, in the precision of the activations."""
-        total = self.D.sum(0)
+        total = self.weight
         q = (self.D / torch.where(total > 0, total, 1.0)).to(self.a.dtype).T
         about = (self.a - self._group_origin).squeeze(2)
         mean = q.reshape(len(about), -1, q.shape[1]) @ about
@@ -220,7 +225,7 @@ class UnitCases:
         if self.delta.shape[2] == 1:
             groups, (about, gram) = len(self.a), self._shared_rows
             center = self.mean[None] if groups == 1 else self.mean[:: self.units // groups]
-            total = self.D.sum(0)
+            total = self.weight
             v = w = (self.D / torch.where(total > 0, total, 1.0)).sqrt().T.contiguous()
         else:
             G, S = self.joined_gradients(self.mean)
@@ -234,7 +239,7 @@ class UnitCases:
         return replace(rows, iterates=self.solver != "direct")
 
     def _products(self) -> UnitProducts:
-        groups, total = len(self.a), self.D.sum(0)
+        groups, total = len(self.a), self.weight
         center = self.mean[None] if groups == 1 else self.mean[:: self.units // groups]
         origin = center.to(self.a.dtype)
         weighted = Weighted.of(self.a.squeeze(2), self.D, origin, total)

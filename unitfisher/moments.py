@@ -168,7 +168,7 @@ class UnitMoments:
             sum_Daa=self.sum_Daa + mass[..., None] * (eye + outer(origin, origin)),
         )
 
-    @property
+    @cached_property
     def alive(self) -> Bool[Tensor, " u"]:
         return self.sum_D > 0
 
@@ -192,9 +192,9 @@ class UnitMoments:
     def mu_q_squared(self) -> Float[Tensor, " u"]:
         return dot(self.mu_q, self.mu_q)
 
-    def from_mu_p(self, x: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
-        """Return μ_p - x."""
-        return self.mu_p - x
+    def corrected_mean(self, k: Float[Tensor, " u"]) -> Float[Tensor, "u d"]:
+        """μ_p - (1 + k) μ_q, as Theorem 2 has it."""
+        return torch.addcmul(self.mu_p, 1 + k[:, None], self.mu_q, value=-1)
 
     tolerance: ClassVar[float] = 0.0
 

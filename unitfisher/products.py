@@ -66,7 +66,7 @@ class UnitProducts:
         trace = cases.squares() - dot(mean, mean)
         return cls(c, center, origin, mean, trace, torch.zeros_like(c), cases)
 
-    @property
+    @cached_property
     def alive(self) -> Bool[Tensor, " u"]:
         return self.c > 0
 
@@ -87,9 +87,10 @@ class UnitProducts:
     def mu_q_squared(self) -> Float[Tensor, " u"]:
         return dot(self.mu_q, self.mu_q)
 
-    def from_mu_p(self, x: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
-        """Return μ_p - x."""
-        return (self.center.unsqueeze(1) - self._grouped(x)).flatten(0, 1)
+    def corrected_mean(self, k: Float[Tensor, " u"]) -> Float[Tensor, "u d"]:
+        """μ_p - (1 + k) μ_q, as Theorem 2 has it."""
+        factor, mu_q = self._grouped(1 + k[:, None]), self._grouped(self.mu_q)
+        return torch.addcmul(self.center.unsqueeze(1), factor, mu_q, value=-1).flatten(0, 1)
 
     def damped(self, damping: float) -> "UnitProducts":
         """Damp the weight block; see UnitMoments.damped."""

@@ -75,7 +75,7 @@ class UnitRows:
             ridge=torch.zeros_like(c),
         )
 
-    @property
+    @cached_property
     def alive(self) -> Bool[Tensor, " u"]:
         return self.c > 0
 
@@ -90,10 +90,15 @@ class UnitRows:
     def mu_q_double(self) -> Float[Tensor, "u d"]:
         return self.mu_q
 
-    def from_mu_p(self, x: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
-        """Return μ_p - x."""
-        grouped: Tensor = x.unflatten(0, (len(self.center), -1))
-        return (self.center.unsqueeze(1) - grouped).flatten(0, 1)
+    @property
+    def mean_shift(self) -> Float[Tensor, "u d"]:
+        """μ_q - μ_p."""
+        return -self.corrected_mean(torch.zeros_like(self.c))
+
+    def corrected_mean(self, k: Float[Tensor, " u"]) -> Float[Tensor, "u d"]:
+        """μ_p - (1 + k) μ_q, as Theorem 2 has it."""
+        factor, mu_q = (x.unflatten(0, (len(self.center), -1)) for x in (1 + k[:, None], self.mu_q))
+        return torch.addcmul(self.center.unsqueeze(1), factor, mu_q, value=-1).flatten(0, 1)
 
     @cached_property
     def epsilon(self) -> Float[Tensor, " u"]:
@@ -125,7 +130,7 @@ class UnitRows:
             vars(self)["_constant"] = self._fitted(y, t, residual)
         y, _, e, _ = self._constant
         z = self.v * (solved - y * (self.epsilon * dot(y, z) / e)[:, None])
-        return self._from_rows(grouped, z) * (self.alive / self.epsilon)[:, None]
+        return self._from_rows(grouped, z).mul_((self.alive / self.epsilon)[:, None])
 
     @cached_property
     def mu_q_solved(self) -> Float[Tensor, "u d"]:
@@ -133,7 +138,7 @@ class UnitRows:
         y, t, _, _ = self._constant
         z = self.v * (t - (self.epsilon * (1 + self.fit.k))[:, None] * y)
         grouped = self.center.unsqueeze(1).expand(-1, len(z) // len(self.center), -1)
-        return self._from_rows(grouped, z) * (self.alive / self.epsilon)[:, None]
+        return self._from_rows(grouped, z).mul_((self.alive / self.epsilon)[:, None])
 
     def _from_rows(
         self, x: Float[Tensor, "g v d"], z: Float[Tensor, "u n"]

@@ -39,7 +39,7 @@ class Theory(NamedTuple):
             mean_q=m.mu_q * living[:, None],
             s=s,
             k=k,
-            corrected_mean=m.from_mu_p((1 + k)[:, None] * m.mu_q),
+            corrected_mean=m.corrected_mean(k),
             damping_share=damping_share(damped),
             residual=damped.residual,
             converged=damped.residual <= damped.tolerance,

@@ -95,7 +95,7 @@ def _influence(cases: UnitCases, m: Moments, damped: Moments) -> _Influence:
     """
     about, shift = _about(cases), m.mu_q_double - cases._origin
     c = torch.where(m.alive, m.c, 1.0)
-    x, y = damped.mu_q_solved, damped.solve(-m.from_mu_p(m.mu_q))
+    x, y = damped.mu_q_solved, damped.solve(m.mean_shift)
     p, t = (1 + dot(shift, v) - _products(about, v) for v in (x, y))
     trace = c * (m.trace_Var_q + m.mu_q_squared)
     ridge = damped.ridge / torch.where(trace > 0, trace, 1.0)
