@@ -386,6 +386,18 @@ def test_the_monitor_stands_aside_while_the_model_is_transformed(transformed):
     assert identical(list(found.values()), list(expected.values()))
 
 
+def test_the_monitor_stands_aside_while_a_cuda_graph_is_captured(monkeypatch):
+    """Replays call no hooks, and while it is captured nothing can wait for a number."""
+    model = mlp()
+    monitor = Monitor(model, every=1)
+    model(torch.randn(5, 4))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    model(torch.randn(5, 4))
+    monkeypatch.undo()
+    assert (monitor.step, monitor._newest.known) == (1, {})  # counted once, not solved yet
+
+
 def saved_and_loaded(model: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(model, file)

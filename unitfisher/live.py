@@ -1,7 +1,7 @@
 """Two hooks on a model: between them a pass in training is watched, if its Monitor wants that.
 
-Passes in eval mode, without gradients, inside ``torch.func``, in a compiler's trace or in a
-recomputation during backward are no training passes.
+Passes in eval mode, without gradients, inside ``torch.func``, in a compiler's trace, captured as a
+CUDA graph or in a recomputation during backward are no training passes.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -105,4 +105,5 @@ def _trains(model: nn.Module) -> bool:
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and torch._C._current_graph_task_id() == -1
+        and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
