@@ -205,3 +205,18 @@ def test_what_nobody_asks_for_and_no_record_keeps_is_never_solved(solved):
     del monitor
     gc.collect()
     assert not solved
+
+
+@pytest.mark.parametrize("roomy", [True, False])
+def test_what_was_solved_is_kept_for_later_gradients_where_there_is_room(roomy):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(60, 64), nn.ELU(), nn.Linear(64, 3))
+    x, sums = torch.randn(200, 60), 8 * 64 * 60**2
+    with Monitor(model) as monitor:
+        monitor.measure(x)
+    monitor = Monitor(model, every=1, memory=2**30 if roomy else monitor.plan.least)
+    a_step(model, x)
+    monitor.natural_gradient()
+    assert monitor.memory_usage()["latest"] < sums  # seldom is there another gradient
+    monitor.natural_gradient()
+    assert (monitor.memory_usage()["latest"] > sums) == roomy
