@@ -16,12 +16,7 @@ from unitfisher.memory import within
 from unitfisher.observer import Gradient, Observation
 from unitfisher.passes import exactly
 from unitfisher.plan import Plan
-from unitfisher.statistics import (
-    UnitStatistics,
-    statistics,
-    tensors_of,
-    with_gradients,
-)
+from unitfisher.statistics import UnitStatistics, statistics, tensors_of, with_gradients
 from unitfisher.steps import LayerStep
 from unitfisher.streaming import Streamed
 

@@ -297,6 +297,14 @@ def idle(
     return ~alive | (trace_Var_q == 0) & (mu_q_squared == 0)
 
 
+def corrected_mean(
+    center: Float[Tensor, "g d"], mu_q: Float[Tensor, "u d"], k: Float[Tensor, " u"]
+) -> Float[Tensor, "u d"]:
+    """μ_p - (1 + k) μ_q, where groups of consecutive units share a μ_p."""
+    factor, of_groups = (x.unflatten(0, (len(center), -1)) for x in (1 + k[:, None], mu_q))
+    return torch.addcmul(center.unsqueeze(1), factor, of_groups, value=-1).flatten(0, 1)
+
+
 def _sum_about(
     origin: Float[Tensor, "*u d"], a: Float[Tensor, "g n d"], center: Float[Tensor, "g d"]
 ) -> Float[Tensor, "*u d"]:

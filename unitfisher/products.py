@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from unitfisher.moments import ConstantFit, UnitMoments, idle
+from unitfisher.moments import ConstantFit, UnitMoments, corrected_mean, idle
 from unitfisher.rows import UnitRows
 from unitfisher.solvers import dot, require_regular, solve
 from unitfisher.weighted import CaseProducts, Solution, Solving, Weighted
@@ -89,8 +89,7 @@ class UnitProducts:
 
     def corrected_mean(self, k: Float[Tensor, " u"]) -> Float[Tensor, "u d"]:
         """μ_p - (1 + k) μ_q, as Theorem 2 has it."""
-        factor, mu_q = self._grouped(1 + k[:, None]), self._grouped(self.mu_q)
-        return torch.addcmul(self.center.unsqueeze(1), factor, mu_q, value=-1).flatten(0, 1)
+        return corrected_mean(self.center, self.mu_q, k)
 
     def damped(self, damping: float) -> "UnitProducts":
         """Damp the weight block; see UnitMoments.damped."""

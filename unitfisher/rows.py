@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unitfisher import conjugate, refinement
 from unitfisher.gram import solve_grams
-from unitfisher.moments import ConstantFit, idle
+from unitfisher.moments import ConstantFit, corrected_mean, idle
 from unitfisher.solvers import dot, require_regular
 
 
@@ -97,8 +97,7 @@ class UnitRows:
 
     def corrected_mean(self, k: Float[Tensor, " u"]) -> Float[Tensor, "u d"]:
         """μ_p - (1 + k) μ_q, as Theorem 2 has it."""
-        factor, mu_q = (x.unflatten(0, (len(self.center), -1)) for x in (1 + k[:, None], self.mu_q))
-        return torch.addcmul(self.center.unsqueeze(1), factor, mu_q, value=-1).flatten(0, 1)
+        return corrected_mean(self.center, self.mu_q, k)
 
     @cached_property
     def epsilon(self) -> Float[Tensor, " u"]:

@@ -184,8 +184,7 @@ def with_gradients(
 
 def _kept(block: Block, spare: int) -> int:
     """Return the bytes of what was solved, or forget it if it takes more than there are."""
-    solved = bytes_of(block.cases.tensors) if spare else 0
-    if solved <= spare > 0:
+    if spare > 0 and (solved := bytes_of(block.cases.tensors)) <= spare:
         return solved
     block.forget()
     return 0
