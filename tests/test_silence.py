@@ -338,7 +338,8 @@ def test_a_checkpointed_pass_gives_the_numbers_of_a_plain_one(whole):
     expected, found = Monitor(plain, every=1), Monitor(model, every=1)
     plain(x)
     checkpoint(model, x, use_reentrant=False) if whole else model(x)
-    assert all(identical(found.latest[name].k, m.k) for name, m in expected.latest.items())
+    for name, m in expected.latest.items():
+        assert_close(found.latest[name].k, m.k, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.skipif(

@@ -24,10 +24,10 @@ class Call:
     y: Tensor  # the preactivations, as long as no nonlinearity changes them
     y_version: int
     edge: GradientEdge | None  # where ∂/∂net arrives; None when no graph is built
-    y_sum: Float[Tensor, ""] | None  # NaN or infinite where any preactivation is
-    taken: Taken | None = None  # None: no operation has followed yet
     nonlinearity: str | None = None
-    output: ReferenceType[Tensor] | None = None  # what was taken
+    output: ReferenceType[Tensor] | None = None  # what was taken; None: no operation has followed
+    lasting: Tensor | None = None  # the same, where nothing will change it: averaged when asked for
+    taken: Taken | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -40,8 +40,8 @@ class Call:
     def take(self, y: Tensor, nonlinearity: str | None = None, *, lasting: bool = False) -> None:
         """Take the units' outputs as they are now; copies, unless nothing will change them."""
         self.nonlinearity, self.output = nonlinearity, ref(y)
-        output = at_units(self.module, y.detach())
-        self.taken = Taken.of(self.layer, nonlinearity, output, copied=not lasting)
+        self.lasting = y if lasting else None
+        self.taken = None if lasting else self._taken(y, copied=True)
 
     def lose(self) -> None:
         """Take nothing: what the units put out cannot be told."""
@@ -49,13 +49,19 @@ class Call:
 
     def settled(self) -> Taken:
         """Return what was taken; the preactivations if nothing was."""
-        if self.taken is None:
+        if self.output is None:
             if version_of(self.y) == self.y_version:
                 self.take(self.y, lasting=True)
             else:  # changed by what no function mode sees
                 self.lose()
+        if self.lasting is not None:
+            self.taken, self.lasting = self._taken(self.lasting, copied=False), None
         assert self.taken is not None
         return self.taken
+
+    def _taken(self, y: Tensor, *, copied: bool) -> Taken:
+        output = at_units(self.module, y.detach())
+        return Taken.of(self.layer, self.nonlinearity, output, copied=copied)
 
     def require_unchanged(self) -> None:
         if version_of(self.x) != self.version:
@@ -72,6 +78,7 @@ class Seen:
 
     calls: list[Call] = field(default_factory=list)
     retained: list[Tensor] = field(default_factory=list)  # on which forward called retain_grad
+    row: list[Tensor] = field(default_factory=list)  # see `Chain`: what each layer's output became
 
     def forget_gradients(self) -> None:
         """Take back what sending errors through the graph has left on retained tensors."""
@@ -86,15 +93,14 @@ class Seen:
 
     def fault(self) -> str | None:
         """Name the first place in the pass that holds NaN or infinity."""
-        sums = [x for call in self.calls for x in (call.activations.sum(), call.y_sum)]
-        if all_finite(sums):
-            return None  # what follows looks again: a sum may overflow
-        for call in self.calls:
-            if not call.activations.isfinite().all():
-                return f"the activations into layer {call.layer!r}"
-            if call.y_sum is not None and not call.y_sum.isfinite():
-                return f"the preactivations of layer {call.layer!r}"
-        return None
+        looked_at = [x for call in self.calls for x in (call.activations, call.y.detach())]
+        if all_finite(looked_at):
+            return None
+        for i, x in enumerate(looked_at):
+            if not x.isfinite().all():
+                place = "preactivations of" if i % 2 else "activations into"
+                return f"the {place} layer {self.calls[i // 2].layer!r}"
+        return None  # only a sum was too large
 
     @property
     def net_numbers(self) -> int:
@@ -122,12 +128,15 @@ def version_of(x: Tensor) -> int:
         return 0
 
 
-def all_finite(numbers: Sequence[Float[Tensor, ""] | None]) -> bool:
-    """Look at numbers from whatever device so that the host waits but once."""
-    given = [x for x in numbers if x is not None]
-    alike = len({(x.dtype, x.device) for x in given}) <= 1
-    first = given[0].device
-    together = torch.stack(given if alike else [x.to(first, torch.float64) for x in given])
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Look at the sums of tensors on whatever devices, so that the host waits but once.
+
+    False is not certain: finite numbers may have an infinite sum.
+    """
+    sums = [total(x) for x in tensors]
+    alike = len({(x.dtype, x.device) for x in sums}) <= 1
+    first = sums[0].device
+    together = torch.stack(sums if alike else [x.to(first, torch.float64) for x in sums])
     return bool(together.isfinite().all())
 
 

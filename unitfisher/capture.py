@@ -13,26 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from unitfisher.calls import Call, Seen, total, version_of
+from unitfisher.calls import Call, Seen, version_of
 from unitfisher.following import Follow
 
 
 @contextmanager
-def capture(
-    layers: Mapping[str, nn.Module], *, errors: bool = True, follow: bool = True
-) -> Iterator[Seen]:
+def capture(layers: Mapping[str, nn.Module], *, follow: bool = True) -> Iterator[Seen]:
     """Watch these layers, and the nonlinearity that follows each, until the block ends.
 
     Args:
         layers: By name.
-        errors: Whether errors are to be sent back, for which all must be finite.
         follow: Look at every function that is called; not needed where a `Chain` is known.
     """
     seen = Seen()
     following = Follow(seen.retained) if follow else None
     handles = [
         layer.register_forward_hook(
-            partial(_note, name, seen, following, errors), prepend=True, with_kwargs=True
+            partial(_note, name, seen, following), prepend=True, with_kwargs=True
         )
         for name, layer in layers.items()
     ]
@@ -48,7 +45,6 @@ def _note(
     name: str,
     seen: Seen,
     following: Follow | None,
-    errors: bool,
     layer: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -62,8 +58,7 @@ def _note(
             return  # an expert to which no row was sent
         x = args[0] if args else kwargs["input"]
         edge = get_gradient_edge(y) if y.requires_grad else None
-        y_sum = total(y.detach()) if errors else None
-        call = Call(name, layer, x, version_of(x), y, version_of(y), edge, y_sum)
+        call = Call(name, layer, x, version_of(x), y, version_of(y), edge)
         seen.calls.append(call)
         if following is not None:
             following.open[id(y)] = call, call.y_version, y

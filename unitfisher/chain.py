@@ -11,12 +11,14 @@ from torch import Tensor
 
 from unitfisher.calls import Call, Seen, version_of
 
+SAME = "as it is"
+
 
 class Link(NamedTuple):
     """What a layer's output goes through before it is received."""
 
     layer: str
-    node: str | None  # of the graph, as autograd names it; None: it goes on as it is
+    way: str
     nonlinearity: str | None
 
 
@@ -42,12 +44,14 @@ class Chain:
         elif not self.searched and seen.calls:
             self.searched = True
             self.links = _links(seen, result)
+        if self.links:  # it is a row
+            seen.row = [received for _, received in _with_received(seen, result)]
 
     def _look_up(self, seen: Seen, result: Any) -> None:
         expected = iter(self.links)
         for call, received in _with_received(seen, result):
             link = next(expected, None)
-            if link is not None and _link(call, received, link.nonlinearity) == link:
+            if link is not None and call.layer == link.layer and _way(call, received) == link.way:
                 call.take(received, link.nonlinearity, lasting=True)
             else:
                 call.lose()
@@ -60,10 +64,10 @@ def _links(seen: Seen, result: Any) -> list[Link]:
     links = []
     for call, received in _with_received(seen, result):
         call.settled()
-        link = _link(call, received, call.nonlinearity)
-        if link is None or call.output is None or call.output() is not received:
+        way = _way(call, received)
+        if way is None or call.output is None or call.output() is not received:
             return []
-        links.append(link)
+        links.append(Link(call.layer, way, call.nonlinearity))
     return links
 
 
@@ -73,15 +77,19 @@ def _with_received(seen: Seen, result: Any) -> Iterator[tuple[Call, Any]]:
     return zip(seen.calls, [*following, result], strict=True)
 
 
-def _link(call: Call, received: Any, nonlinearity: str | None) -> Link | None:
-    """Read from the graph by what one function a layer's output became what was received."""
+def _way(call: Call, received: Any) -> str | None:
+    """Read from the graph by what one function a layer's output became what was received.
+
+    Returns:
+        Its node, as autograd names it; SAME for none; None for any other way.
+    """
     if call.edge is None or not isinstance(received, Tensor) or received.shape != call.shape:
         return None
-    node, own = received.grad_fn, received is call.y
-    if own and node is call.edge.node:
-        unchanged = version_of(received) == call.y_version
-        return Link(call.layer, None, nonlinearity) if unchanged else None
-    once = version_of(received) == (call.y_version + 1 if own else 0)
-    if node is None or not once or [of for of, _ in node.next_functions] != [call.edge.node]:
+    own, node, layer = received is call.y, received.grad_fn, call.edge.node
+    version = version_of(received)
+    if own and node is layer:
+        return SAME if version == call.y_version else None
+    if node is None or version != (call.y_version + 1 if own else 0):
         return None
-    return Link(call.layer, node.name(), nonlinearity)
+    before = node.next_functions
+    return node.name() if len(before) == 1 and before[0][0] is layer else None

@@ -15,9 +15,9 @@ def contrasts(pi: Float[Tensor, "n t y"]) -> tuple[Float[Tensor, "n t r"], Float
     Tails are sums of positive numbers: a saturated softmax keeps its digits.
     """
     tail = pi.flip(-1).cumsum(-1).flip(-1)
-    rest = tail[..., 1:]
-    scale = pi[..., :-1].sqrt() * rest.sqrt() / positive(tail[..., :-1]).sqrt()
-    return scale, positive(rest)  # s and r
+    root = tail.sqrt()
+    scale = pi[..., :-1].sqrt() * root[..., 1:] / positive(root[..., :-1])
+    return scale, positive(tail[..., 1:])  # s and r
 
 
 def signed_contrasts(

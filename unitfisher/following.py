@@ -12,6 +12,7 @@ NONLINEARITIES = frozenset(
     [
         "celu",
         "clamp",
+        "clamp_max",
         "clamp_min",
         "clip",
         "elu",
@@ -101,10 +102,10 @@ class Follow(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        name = getattr(func, "__name__", "").rstrip("_")
+        name = getattr(func, "__name__", "").strip("_")  # F.threshold is _threshold
         transparent, nonlinear = name in TRANSPARENT, name in NONLINEARITIES
         if (
-            call.taken is None
+            call.output is None
             and not nonlinear
             and not (transparent and _is_pure(func, args, kwargs))
         ):

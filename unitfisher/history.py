@@ -65,8 +65,8 @@ def _columns_of_layer(measured: UnitStatistics, phase: str) -> Columns:
         "cosine": measured.cosine,
         "bias_shift_share_gradient": measured.bias_shift_share_gradient,
         "bias_shift_share_natural": measured.bias_shift_share_natural,
-        "output_mean": measured.output_mean.double(),
-        "output_var": measured.output_var.double(),
+        "output_mean": measured.output_mean,
+        "output_var": measured.output_var,
         "dead": measured.dead,
         "finite": measured.finite,
     }
@@ -75,8 +75,13 @@ def _columns_of_layer(measured: UnitStatistics, phase: str) -> Columns:
 def columns_of_activations(averages: Averages, step: int) -> Columns:
     """Lay mean and variance of the units' outputs out as columns."""
     layer, unit = _numbered(averages.layers, averages.mean.device)
-    mean, var = averages.mean.double(), averages.var.double()
-    return {"step": step, "layer": layer, "unit": unit, "mean": mean, "var": var}
+    return {
+        "step": step,
+        "layer": layer,
+        "unit": unit,
+        "mean": averages.mean,
+        "var": averages.var,
+    }
 
 
 @lru_cache(maxsize=16)

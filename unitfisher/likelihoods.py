@@ -100,10 +100,10 @@ class Categorical:
         """
         pi = z.double().softmax(-1)
         scale, rest = contrasts(pi)
-        classes = torch.arange(z.shape[-1], device=z.device)
-        j = classes[start:stop, None]
-        later = pi.unsqueeze(-2) / rest[..., start:stop].unsqueeze(-1) * (classes > j)
-        column = scale[..., start:stop].unsqueeze(-1) * ((classes == j).double() - later)
+        later = (pi.unsqueeze(-2) / rest[..., start:stop].unsqueeze(-1)).triu(start + 1)
+        column = later.neg_()
+        column.diagonal(start, -2, -1).fill_(1.0)
+        column *= scale[..., start:stop].unsqueeze(-1)
         return column.movedim(-2, 0).to(z.dtype)  # n t r y before
 
     def signed(self, z: Output, signs: Float[Tensor, "r n t"]) -> Output:

@@ -79,7 +79,7 @@ class Live:
         wanted = self.begin() if _trains(model) else None
         if wanted is not None:
             stack = ExitStack()
-            watched = capture(self.layers, errors=wanted.errors, follow=not self.chain.links)
+            watched = capture(self.layers, follow=not self.chain.links)
             self._watched = stack, stack.enter_context(watched), wanted
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> None:

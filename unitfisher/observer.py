@@ -7,6 +7,7 @@ the graph is left for the user's backward.
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from torch.autograd.graph import GradientEdge
 
 from unitfisher.calls import Call, Seen, all_finite
 from unitfisher.capture import capture
+from unitfisher.cascade import Cascade
 from unitfisher.cases import UnitCases
+from unitfisher.chain import Chain
 from unitfisher.errors import (
     Estimator,
     bytes_of_column,
@@ -114,7 +117,9 @@ class Observer:
         column = bytes_of_column(z, seen, self.estimator)
         together = columns_together(output, column, self._convolutional)
         blocks = columns(z, self.estimator, self.chance.on(z.device), targets, together)
-        for grads in send_all_back(output, edges, blocks):
+        cascade = Cascade.of(seen, output) if replicates < 2 else None
+        way = partial(send_all_back, output, edges) if cascade is None else cascade.send
+        for grads in way(blocks):
             for name, by_call in _by_layer(seen.calls, grads).items():
                 foldings[name].add(observed[name].errors(by_call))
         gradients: dict[str, Gradient] = {}
@@ -160,6 +165,7 @@ def observe_now(
     with undisturbed(model), torch.inference_mode(False):
         with torch.enable_grad(), capture(observer.layers) as seen:
             result = model(*args, **kwargs)
+        Chain().settle(seen, result)
         return observer.observe(result, seen, targets)
 
 
@@ -195,8 +201,8 @@ def _by_layer(
 
 def _faulty_errors(cases: Mapping[str, UnitCases]) -> dict[str, str]:
     """Name the layers to which NaN or infinite errors came back; one look where there are none."""
-    if all_finite([of.delta.sum() for of in cases.values()]):
-        return {}  # what follows looks again: a sum may overflow
+    if all_finite([of.delta for of in cases.values()]):
+        return {}
     return {
         name: f"the errors at layer {name!r}"
         for name, of in cases.items()

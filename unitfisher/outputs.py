@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
+
+from unitfisher.averages import averages
 
 FEW = 2**16  # numbers: outputs are kept then, and averaged together with others
 
@@ -13,17 +15,14 @@ FEW = 2**16  # numbers: outputs are kept then, and averaged together with others
 class UnitMeans(NamedTuple):
     """Mean and variance of each unit's own output over samples and positions."""
 
-    mean: Float[Tensor, " u"]
-    var: Float[Tensor, " u"]  # population variance
+    mean: Float64[Tensor, " u"]
+    var: Float64[Tensor, " u"]  # population variance
     cases: int
     nonlinearity: str | None  # the function that followed the layer; None: linear
 
     @classmethod
     def of(cls, y: Float[Tensor, "n t u"], nonlinearity: str | None) -> "UnitMeans":
-        y = y if y.dtype == torch.float64 else y.float()
-        mean = y.mean((0, 1))
-        var = (y - mean).square_().mean((0, 1))  # faster than torch.var_mean over the first axes
-        return cls(mean, var, y.shape[0] * y.shape[1], nonlinearity)
+        return cls(*averages(y), y.shape[0] * y.shape[1], nonlinearity)
 
     def joined(self, other: "UnitMeans") -> "UnitMeans":
         """Return the statistics of both sets of cases together."""
@@ -61,8 +60,8 @@ class Averages(NamedTuple):
     """Mean and variance of the outputs of several layers, their units end to end."""
 
     layers: tuple[tuple[str, int], ...]  # names, and how many units
-    mean: Float[Tensor, " u"]
-    var: Float[Tensor, " u"]
+    mean: Float64[Tensor, " u"]
+    var: Float64[Tensor, " u"]
 
     @classmethod
     def of(cls, taken: Sequence[Taken]) -> "Averages":

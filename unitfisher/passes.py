@@ -55,7 +55,7 @@ def activation_statistics(
     (4,)
     """
     args, kwargs = arguments(inputs)
-    watched = capture(select(model, layers), errors=False)
+    watched = capture(select(model, layers))
     with undisturbed(model), torch.no_grad(), watched as seen:
         model(*args, **kwargs)
     return seen.means()
