@@ -110,7 +110,7 @@ def test_squares_of_the_errors_are_those_of_columns_sent_one_by_one(case, togeth
     (found,) = cascade.send(roots(z, together))
     for D, expected in zip(found, one_by_one(model, x), strict=True):
         scale = expected.max().clamp_min(1e-30)
-        assert_close(D[0] ** 2 / scale, expected / scale, rtol=1e-4, atol=1e-5)
+        assert_close(D[0].double() ** 2 / scale, expected / scale, rtol=1e-4, atol=1e-5)
 
 
 def network() -> nn.Sequential:

@@ -20,6 +20,7 @@ from networks import CLASSES, NETWORKS, Checkpointed, Faulty, Network, loss_of, 
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.overrides import _get_current_function_mode_stack as function_modes
+from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from unitfisher import Monitor, NonFiniteError

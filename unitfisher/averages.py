@@ -1,12 +1,24 @@
-"""Mean and variance of many units over their cases, in one pass: a kernel in C, or torch alone."""
+"""Mean and variance of what is given over cases, in one pass: by a kernel in C, or in torch."""
 
 import ctypes
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
 from unitfisher import native
+from unitfisher.native import Kernel
+
+CACHED = 2**21  # bytes: larger pieces leave the cache between two operations
+
+
+class Average(NamedTuple):
+    """Over samples and positions."""
+
+    mean: Float64[Tensor, "g u"]
+    var: Float64[Tensor, "g u"]  # population variance
 
 
 class Task(native.Task):
@@ -18,18 +30,37 @@ class Task(native.Task):
     )
 
 
-def averages(
-    y: Float[Tensor, "n t u"],
-) -> tuple[Float64[Tensor, " u"], Float64[Tensor, " u"]]:
-    """Return mean and population variance of each unit over samples and positions."""
+def averages(y: Float[Tensor, "g n t u"]) -> Average:
+    """Average each of u numbers in g groups over n samples of t positions."""
     kernel = native.kernel("averages", y, dtype=torch.float32)
     if kernel is None or not y.numel():
-        y = y if y.dtype == torch.float64 else y.float()
-        mean = y.mean((0, 1))
-        var = (y - mean).square_().mean((0, 1))  # faster than torch.var_mean over the first axes
-        return mean.double(), var.double()
-    n, t, u = y.shape
-    found = y.new_empty(2, u, dtype=torch.float64)
-    pointers = y.data_ptr(), found[0].data_ptr(), found[1].data_ptr()
-    native.run(kernel, Task(*pointers, u, n, t, *y.stride(), 0), 4 * y.numel())
-    return found[0], found[1]
+        return _by_torch(y if y.dtype == torch.float64 else y.float())
+    return _by_kernel(kernel, y)
+
+
+def pieces(y: Float[Tensor, "g n t u"]) -> Iterator[slice]:
+    """Part the samples so that on a CPU what is made of a piece stays in the cache."""
+    count, case = y.shape[1], y[:, :1].nbytes
+    piece = max(1, CACHED // case) if y.device.type == "cpu" else count
+    return (slice(start, start + piece) for start in range(0, count, piece))
+
+
+def _by_kernel(kernel: Kernel, y: Float[Tensor, "g n t u"]) -> Average:
+    (groups, n, t, u), (to_group, *strides) = y.shape, y.stride()
+    found = y.new_empty(2, groups, u, dtype=torch.float64)
+    start, (mean, var) = y.data_ptr(), (x.data_ptr() for x in found)
+    for group in range(groups):
+        pointers = start + 4 * to_group * group, mean + 8 * u * group, var + 8 * u * group
+        native.run(kernel, Task(*pointers, u, n, t, *strides, 0), 4 * n * t * u)
+    return Average(*found)
+
+
+def _by_torch(y: Float[Tensor, "g n t u"]) -> Average:
+    first, count = y[:, :1, :1], y.shape[1] * y.shape[2]  # about it, or a large mean loses digits
+    total = squares = torch.zeros((), dtype=torch.float64, device=y.device)
+    for piece in pieces(y):
+        about = y[:, piece] - first
+        total = total + about.sum(2).sum(1, dtype=torch.float64)
+        squares = squares + about.square_().sum(2).sum(1, dtype=torch.float64)
+    shift = total / count
+    return Average(first[:, 0, 0] + shift, (squares / count - shift**2).clamp_min(0.0))

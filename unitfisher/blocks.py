@@ -50,10 +50,6 @@ class Block:
             return self
         return replace(self, cases=replace(cases, solver="sums")) if cases.route == "rows" else self
 
-    def forget(self) -> None:
-        """Drop what was solved."""
-        self.cases.forget()
-
     def split_cases(self) -> Sequence[Cases]:
         if isinstance(self.cases, UnitCases) and len(self.layers) > 1:
             return self.cases.by_group()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
@@ -19,6 +19,7 @@ from unitfisher.calls import Call, Seen
 from unitfisher.memory import workspace
 from unitfisher.native import Kernel
 
+ROWS = 144  # taken down together: as many as leave room for weights in the cache
 LINEAR = {"Addmm", "Mm"}
 ELEMENTWISE = {
     *("Celu", "Clamp", "ClampMax", "ClampMin", "Elu", "Gelu", "Hardsigmoid", "Hardswish"),
@@ -30,7 +31,7 @@ class Layer(ctypes.Structure):
     """As in cascade.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "derivative", "D")),
+        *((name, ctypes.c_void_p) for name in ("weight", "derivative", "root")),
         *((name, ctypes.c_int64) for name in ("units", "inputs", "stride")),
     )
 
@@ -40,7 +41,7 @@ class Task(native.Task):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("layers", "columns")),
-        *((name, ctypes.c_int64) for name in ("count", "r", "widest", "u", "taken")),
+        *((name, ctypes.c_int64) for name in ("count", "r", "widest", "together", "u", "taken")),
     )
 
 
@@ -62,7 +63,8 @@ class Cascade(NamedTuple):
         fits = 4 * seen.net_numbers <= workspace()
         if not (once and fits and all(_plain(call, received) for call, received in pairs)):
             return None
-        weights = [call.module.get_parameter("weight").detach().contiguous() for call in seen.calls]
+        layers = [call.module for call in seen.calls]
+        weights = [of.weight.detach().contiguous() for of in layers if isinstance(of, nn.Linear)]
         kernel = native.kernel("cascade", *weights, dtype=torch.float32)
         if kernel is None:
             return None
@@ -70,32 +72,33 @@ class Cascade(NamedTuple):
         return cls(kernel, output.shape[0], weights, derivatives)
 
     def send(
-        self, blocks: Iterable[Float[Tensor, "r n 1 y"]]
-    ) -> Iterator[tuple[Float64[Tensor, "1 n _"], ...]]:
+        self, blocks: Iterable[Float[Tensor, "_ n 1 y"]]
+    ) -> Iterator[tuple[Float[Tensor, "1 n _"], ...]]:
         """Send all columns back; yield for each layer one that stands for them, √D."""
         widths = [len(weight) for weight in self.weights]
-        D = torch.zeros(self.cases, sum(widths), dtype=torch.float64)
-        layers = self._downward(D.split(widths, 1))
+        roots = torch.zeros(self.cases, sum(widths))
+        layers = self._downward(roots.split(widths, 1))
         last, flop = self.derivatives[-1], sum(weight.numel() for weight in self.weights[1:])
         for block in blocks:
             columns = block.squeeze(2) if last is None else block.squeeze(2) * last
             columns, r = columns.contiguous(), len(block)
-            given = len(widths), r, max(widths), self.cases
+            together = max(1, min(ROWS // r, -(-self.cases // torch.get_num_threads())))
+            given = len(widths), r, max(widths), together, self.cases
             task = Task(ctypes.addressof(layers), columns.data_ptr(), *given, 0)
             native.run(self.kernel, task, r * self.cases * flop)
-        yield D.sqrt_().unsqueeze(0).split(widths, 2)
+        yield roots.unsqueeze(0).split(widths, 2)
 
-    def _downward(self, D: Sequence[Float64[Tensor, "n _"]]) -> "ctypes.Array[Layer]":
+    def _downward(self, roots: Sequence[Float[Tensor, "n _"]]) -> "ctypes.Array[Layer]":
         layers = [
             Layer(
                 weight.data_ptr(),
                 None if of_input is None else of_input.data_ptr(),
-                squares.data_ptr(),
+                root.data_ptr(),
                 *weight.shape,
-                squares.stride(0),
+                root.stride(0),
             )
-            for weight, of_input, squares in zip(
-                self.weights, [None, *self.derivatives[:-1]], D, strict=True
+            for weight, of_input, root in zip(
+                self.weights, [None, *self.derivatives[:-1]], roots, strict=True
             )
         ]
         return (Layer * len(layers))(*reversed(layers))

@@ -13,8 +13,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from unitfisher.averages import pieces
 from unitfisher.costs import Sizes, engine, route_of, units_together
-from unitfisher.incoming import Incoming, pieces
+from unitfisher.incoming import Incoming
 from unitfisher.moments import UnitMoments
 from unitfisher.products import Moments, Part, UnitProducts
 from unitfisher.rows import UnitRows
@@ -62,8 +63,7 @@ class UnitCases:
 
     def forget(self) -> None:
         """Drop what was solved; it is formed again when it is asked for."""
-        self._damped.clear()
-        for kept in ("_moments", "_shared_rows"):
+        for kept in ("_damped", "_moments", "_shared_rows"):
             vars(self).pop(kept, None)
 
     @property
@@ -164,7 +164,7 @@ class UnitCases:
             engine=engine(self.a.device),
         )
 
-    @property
+    @cached_property
     def route(self) -> str:
         """How systems are solved: "rows" or "sums", by Cholesky, or "products", by iteration."""
         return route_of(self.sizes, self.solver)

@@ -72,8 +72,8 @@ class Measurement:
     def forget_solved(self) -> None:
         """Make room for another measurement: what was solved can be solved again."""
         for measured in self.known.values():
-            measured.block.forget()
-            measured.alone.forget()
+            measured.block.cases.forget()
+            measured.cases.forget()
 
     @property
     def tensors(self) -> list[Tensor]:

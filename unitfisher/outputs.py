@@ -22,7 +22,8 @@ class UnitMeans(NamedTuple):
 
     @classmethod
     def of(cls, y: Float[Tensor, "n t u"], nonlinearity: str | None) -> "UnitMeans":
-        return cls(*averages(y), y.shape[0] * y.shape[1], nonlinearity)
+        mean, var = averages(y.unsqueeze(0))
+        return cls(mean[0], var[0], y.shape[0] * y.shape[1], nonlinearity)
 
     def joined(self, other: "UnitMeans") -> "UnitMeans":
         """Return the statistics of both sets of cases together."""

@@ -186,7 +186,7 @@ def _kept(block: Block, spare: int) -> int:
     """Return the bytes of what was solved, or forget it if it takes more than there are."""
     if spare > 0 and (solved := bytes_of(block.cases.tensors)) <= spare:
         return solved
-    block.forget()
+    block.cases.forget()
     return 0
 
 

@@ -1,4 +1,4 @@
-/* Send columns of error down linear layers, and add their squares to each layer's D on the way.
+/* Send columns of error down linear layers; on the way add their squares up for each layer: √D.
  *
  * Below a layer with weight W an error X is (X W) * f', f' the derivative of the function between.
  * All columns of a few cases go the whole way while they are in the cache. WIDTH columns of a
@@ -17,24 +17,25 @@ enum { LANES = 8, VECTORS = 2 };
 #else
 enum { LANES = 4, VECTORS = 2 };
 #endif
-enum { T = 6, WIDTH = VECTORS * LANES, ROWS = 6 * T };
+enum { T = 6, WIDTH = VECTORS * LANES };
 
 typedef float lanes __attribute__((vector_size(4 * LANES)));
 
 typedef struct { /* as in cascade.py */
     const float *weight, *derivative; /* n by inputs, of what it receives; none: 1 */
-    double *D;                        /* n by units, its rows `stride` apart */
+    float *root;                      /* √D: n by units, its rows `stride` apart */
     int64_t units, inputs, stride;
 } Layer;
 
 typedef struct {
     const Layer *layers; /* from the last to the first */
     const float *columns; /* r by n by the last layer's units */
-    int64_t count, r, widest, u, taken; /* u: cases */
+    int64_t count, r, widest, together, u, taken; /* u: cases, so many together */
 } Task;
 
 typedef struct {
     float *X, *below, *panel;
+    double *D; /* of a case */
     int64_t first, cases, rows; /* row i is of case first + i % cases */
 } Block;
 
@@ -52,11 +53,19 @@ static void take(Block *b, const Task *t) {
     }
 }
 
+INLINE void add(double *restrict D, const float *x, int64_t units) {
+    for (int64_t j = 0; j < units; j++) D[j] += (double)x[j] * x[j];
+}
+
+/* In double precision, or the squares of small errors vanish. */
 static void add_squares(const Block *b, const Layer *l) {
-    for (int64_t i = 0; i < b->rows; i++) {
-        double *D = l->D + (b->first + i % b->cases) * l->stride;
-        const float *x = b->X + i * l->units;
-        for (int64_t j = 0; j < l->units; j++) D[j] += (double)x[j] * x[j];
+    for (int64_t i = 0; i < b->cases; i++) {
+        float *root = l->root + (b->first + i) * l->stride;
+        memset(b->D, 0, l->units * sizeof(double));
+        add(b->D, root, l->units);
+        for (int64_t row = i; row < b->rows; row += b->cases)
+            add(b->D, b->X + row * l->units, l->units);
+        for (int64_t j = 0; j < l->units; j++) root[j] = __builtin_sqrt(b->D[j]);
     }
 }
 
@@ -69,26 +78,36 @@ static void pack(float *panel, const Layer *l, int64_t first, int64_t width) {
     }
 }
 
-INLINE void multiply(float to[T][WIDTH], const float *const X[T], const lanes *panel, int64_t K) {
+INLINE void multiply(lanes to[T][VECTORS], const float *const X[T], const lanes *panel, int64_t K) {
     lanes sums[T][VECTORS] = {};
     for (int64_t k = 0; k < K; k++, panel += VECTORS)
         EACH(i, T) EACH(v, VECTORS) sums[i][v] += X[i][k] * panel[v];
     memcpy(to, sums, sizeof sums);
 }
 
+/* Part of a row times that of the derivative, if there is one */
+INLINE void give(float *to, lanes x[VECTORS], const float *derivative, int64_t width) {
+    lanes f[VECTORS];
+    if (derivative) {
+        memcpy(f, derivative, width * sizeof(float));
+        EACH(v, VECTORS) x[v] *= f[v];
+    }
+    memcpy(to, x, width * sizeof(float));
+}
+
 /* Up to T rows; the last again and again where there are fewer */
 static void send_tile(Block *b, const Layer *l, int64_t row, int64_t first, int64_t width) {
     int64_t rows = least(T, b->rows - row);
     const float *X[T];
-    float product[T][WIDTH];
+    lanes product[T][VECTORS];
     EACH(i, T) X[i] = b->X + (row + least(i, rows - 1)) * l->units;
     multiply(product, X, (const lanes *)b->panel, l->units);
-    for (int64_t i = 0; i < rows; i++) {
+    for (int64_t i = 0, at = row % b->cases; i < rows; i++, at = at + 1 < b->cases ? at + 1 : 0) {
         float *to = b->below + (row + i) * l->inputs + first;
-        memcpy(to, product[i], width * sizeof(float));
-        if (!l->derivative) continue;
-        const float *f = l->derivative + (b->first + (row + i) % b->cases) * l->inputs + first;
-        for (int64_t j = 0; j < width; j++) to[j] *= f[j];
+        const float *derivative = l->derivative;
+        if (derivative) derivative += (b->first + at) * l->inputs + first;
+        if (width == WIDTH) give(to, product[i], derivative, WIDTH);
+        else give(to, product[i], derivative, width);
     }
 }
 
@@ -104,13 +123,14 @@ static void send(Block *b, const Layer *l) {
 
 /* What every thread runs until no cases are left; one without memory leaves them to the others. */
 void cascade(Task *t) {
-    int64_t cases = ROWS / t->r + (t->r > ROWS), rows = cases * t->r * t->widest;
-    float *memory = aligned_alloc(64, ((2 * rows + t->widest * WIDTH) * sizeof(float) + 63) / 64 * 64);
+    int64_t rows = t->together * t->r;
+    int64_t numbers = t->widest * (WIDTH + 2 * rows + sizeof(double) / sizeof(float));
+    float *memory = aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64);
     if (!memory) return;
-    Block b = {.panel = memory, .X = memory + t->widest * WIDTH};
-    b.below = b.X + rows;
-    while ((b.first = __atomic_fetch_add(&t->taken, cases, __ATOMIC_RELAXED)) < t->u) {
-        b.cases = least(cases, t->u - b.first);
+    Block b = {.panel = memory, .D = (double *)(memory + t->widest * WIDTH)};
+    b.X = (float *)(b.D + t->widest), b.below = b.X + t->widest * rows;
+    while ((b.first = __atomic_fetch_add(&t->taken, t->together, __ATOMIC_RELAXED)) < t->u) {
+        b.cases = least(t->together, t->u - b.first);
         take(&b, t);
         for (const Layer *l = t->layers; l < t->layers + t->count; l++) {
             if (l > t->layers) send(&b, l - 1);
