@@ -40,9 +40,9 @@ INLINE void add(Sums *s, lanes y) {
 }
 
 INLINE void give(const Task *t, int64_t u, double origin, double sum, double squares) {
-    double cases = t->n * t->t, shift = sum / cases, var = squares / cases - shift * shift;
+    double cases = t->n * t->t, shift = sum / cases;
     t->mean[u] = origin + shift;
-    t->var[u] = var < 0 ? 0 : var;
+    t->var[u] = squares / cases - shift * shift; /* not below zero: the first case is the origin */
 }
 
 /* Units side by side, each in its lane. */
