@@ -36,11 +36,11 @@ CIFAR18 = " ".join(["--network cifar11", *(f"--phases.{i}.dropout 0 0 0 0 0 .5" 
 OVERRIDES = {
     "mnist": "--seeds 0 1 --activations relu elu --iterations 30 --every 20",
     "mnist-autoencoder": "--seeds 0 1 --rates 1e-4 1e-5 --activations elu --iterations 9 --every 6",
-    "cifar100-11": f"{CIFAR} --activations relu elu --norm batch --iterations 10",
-    "cifar10-11": f"{CIFAR} --activations prelu elu --iterations 10",
-    "cifar100-18": f"{CIFAR} {CIFAR18} --iterations 10",
-    "cifar10-18": f"{CIFAR} {CIFAR18} --iterations 10 --activations srelu",
-    "imagenet-15": "--network cifar11 --side 40 --crop 32 --iterations 10 --every 6",
+    "cifar100-11": f"{CIFAR} --activations relu elu --norm batch --iterations 7",
+    "cifar10-11": f"{CIFAR} --activations prelu elu --iterations 7",
+    "cifar100-18": f"{CIFAR} {CIFAR18} --iterations 7",
+    "cifar10-18": f"{CIFAR} {CIFAR18} --iterations 7 --activations srelu",
+    "imagenet-15": "--network cifar11 --side 40 --crop 32 --iterations 7 --every 6",
 }
 
 
