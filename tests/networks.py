@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,47 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 CLASSES = 3
+ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "celu": lambda x: F.celu(x, 0.7),
+    "clamp": lambda x: x.clamp(min=-1),
+    "clamp-above": lambda x: x.clamp_max(0.5),
+    "elu": F.elu,
+    "elu_": lambda x: F.elu(x, inplace=True),
+    "gelu": F.gelu,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "hardtanh": F.hardtanh,
+    "leaky-relu": F.leaky_relu,
+    "mish": F.mish,
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu_": torch.relu_,
+    "selu": F.selu,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "softplus": F.softplus,
+    "tanh": torch.tanh,
+    "threshold": lambda x: F.threshold(x, 0.3, -1.0),
+}
+
+
+class Row(nn.Module):
+    """Linear layers in a row on 3 inputs, after each a function; notes what they put out."""
+
+    def __init__(
+        self, widths: list[int], functions: list[Callable[[Tensor], Tensor]], *, bias: bool = True
+    ) -> None:
+        super().__init__()
+        sizes = pairwise([3, *widths])
+        self.layers = nn.ModuleList(nn.Linear(d, u, bias, dtype=torch.double) for d, u in sizes)
+        self.functions, self.put_out = functions, list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.put_out.clear()
+        for layer, function in zip(self.layers, self.functions, strict=True):
+            x = function(layer(x))
+            self.put_out.append(x.detach().clone())
+        return x
 
 
 class Residual(nn.Module):

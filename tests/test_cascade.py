@@ -2,14 +2,13 @@
 
 import copy
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import ELEMENTWISE, Row
 from strategies import normal, seeds
 from test_scatter import needs_compiler
 from torch import Tensor, nn
@@ -26,55 +25,18 @@ from unitfisher.memory import within
 
 pytestmark = needs_compiler
 
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "celu": lambda x: F.celu(x, 0.7),
-    "clamp": lambda x: x.clamp(min=-1),
-    "clamp-above": lambda x: x.clamp_max(0.5),
-    "elu": F.elu,
-    "elu_": lambda x: F.elu(x, inplace=True),
-    "gelu": F.gelu,
-    "hardsigmoid": F.hardsigmoid,
-    "hardswish": F.hardswish,
-    "hardtanh": F.hardtanh,
-    "leaky_relu": F.leaky_relu,
-    "mish": F.mish,
-    "none": lambda x: x,
-    "relu": F.relu,
-    "selu": F.selu,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "softplus": F.softplus,
-    "tanh": torch.tanh,
-    "threshold": lambda x: F.threshold(x, 0.1, -0.2),
-}
-
-
-class Row(nn.Module):
-    """Linear layers, each followed by a function."""
-
-    def __init__(
-        self, widths: list[int], functions: list[str], *, bias: bool, chance: torch.Generator
-    ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(d, u, bias=bias) for d, u in pairwise(widths))
-        self.functions = [FUNCTIONS[name] for name in functions]
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(normal(chance, *parameter.shape) / parameter.shape[-1] ** 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer, function in zip(self.layers, self.functions, strict=True):
-            x = function(layer(x))
-        return x
-
 
 @st.composite
 def rows(draw) -> tuple[Row, Tensor]:
     """A network of widths that fill the kernel's tiles or not, and a batch."""
-    chance, functions = draw(seeds), draw(st.lists(st.sampled_from(sorted(FUNCTIONS)), min_size=1))
+    chance, names = draw(seeds), draw(st.lists(st.sampled_from(sorted(ELEMENTWISE)), min_size=1))
     sizes = st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 64, 65])
-    widths = [3, *(draw(sizes) for _ in functions), draw(st.integers(2, 5))]
-    model = Row(widths, [*functions, "none"], bias=draw(st.booleans()), chance=chance)
+    widths = [*(draw(sizes) for _ in names), draw(st.integers(2, 5))]
+    functions = [ELEMENTWISE[name] for name in [*names, "none"]]
+    model = Row(widths, functions, bias=draw(st.booleans())).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(normal(chance, *parameter.shape) / parameter.shape[-1] ** 0.5)
     return model, normal(chance, draw(st.sampled_from([1, 4, 5, 36, 37, 80])), 3).float()
 
 

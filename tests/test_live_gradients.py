@@ -3,14 +3,13 @@
 import pytest
 import torch
 from networks import CLASSES, NETWORKS, loss_of, mlp
+from test_measurement import WITH_GRADIENT
 from test_monitor import SINGLE, a_step, normal, seeded
 from torch import nn
 from torch.testing import assert_close
 
 import unitfisher
 from unitfisher import Monitor
-
-WITH_GRADIENT = ["cosine", "bias_shift_share_gradient", "bias_shift_share_natural"]
 
 
 def test_targets_are_for_one_pass_that_was_measured():
@@ -107,7 +106,7 @@ def test_angles_and_shares_of_a_gradient_join_the_rows_of_its_step():
         if turn == 1:
             monitor.natural_gradient()
     model(x)
-    known = monitor.to_pandas().groupby("step")[WITH_GRADIENT].count().gt(0).all(axis=1)
+    known = monitor.to_pandas().groupby("step")[list(WITH_GRADIENT)].count().gt(0).all(axis=1)
     assert known.to_dict() == {0: False, 1: True, 2: False}
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from networks import ELEMENTWISE
 from strategies import TOL, normal
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
@@ -11,26 +12,13 @@ from torch.testing import assert_close
 from unitfisher.errors import _stacked, send_all_back, send_back
 from unitfisher.stack import Stack
 
-FUNCTIONS = {
-    "elu": F.elu,
+OTHERWISE = ("clamp", "clamp-above", "elu_", "relu_")  # unknown to a stack, or in place
+FUNCTIONS = {name: f for name, f in ELEMENTWISE.items() if name not in OTHERWISE} | {
     "elu-in-place": lambda x: F.elu_(x * 1.0),
-    "gelu": F.gelu,
-    "hardsigmoid": F.hardsigmoid,
-    "hardswish": F.hardswish,
-    "hardtanh": F.hardtanh,
-    "leaky-relu": F.leaky_relu,
-    "mish": F.mish,
-    "relu": F.relu,
-    "selu": F.selu,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "softplus": F.softplus,
-    "tanh": torch.tanh,
-    "threshold": lambda x: F.threshold(x, 0.3, -1.0),
     "times": lambda x: x * torch.arange(3.0, dtype=x.dtype),
-    "nothing": lambda x: x,
 }
 UNKNOWN = {
+    "clamp": ELEMENTWISE["clamp"],
     "sum": lambda x: x - x.sum(1, keepdim=True),
     "squared": lambda x: x * x.sum(),
     "softmax": lambda x: x.softmax(1),
