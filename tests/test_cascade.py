@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from unitfisher import Monitor, native
 from unitfisher.capture import capture
-from unitfisher.cascade import Cascade
+from unitfisher.cascade import ROWS, Cascade
 from unitfisher.chain import Chain
 from unitfisher.errors import Estimator, columns, send_back
 from unitfisher.layers import select
@@ -143,9 +143,21 @@ def test_what_is_not_a_plain_row_goes_the_general_way(change):
 
 def test_what_does_not_fit_the_workspace_goes_the_general_way():
     seen, z = passed(network(), batch())
-    with within(4 * 50 * (70 + 40 + 4) - 1):
+    roots_of_D, of_a_thread = 4 * 50 * (70 + 40 + 4), 2 * 4 * ROWS * 70
+    held = roots_of_D + torch.get_num_threads() * of_a_thread
+    with within(held):
+        assert Cascade.of(seen, z) is not None
+    with within(held - 1):
         assert Cascade.of(seen, z) is None
     assert Cascade.of(seen, z[:, :3]) is None
+
+
+def test_more_columns_than_go_down_together_go_in_parts():
+    model, x = nn.Sequential(*network()[:-1], nn.Linear(40, ROWS + 50)), batch(5)
+    seen, z = passed(model, x)
+    (found,) = Cascade.of(seen, z).send(roots(z, together=ROWS + 49))
+    for D, expected in zip(found, one_by_one(model, x), strict=True):
+        assert_close(D[0].double() ** 2, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 
 
 def test_a_hook_that_changes_errors_changes_them_for_the_monitor_too():

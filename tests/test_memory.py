@@ -33,6 +33,7 @@ def convolutional(groups: int = 1) -> nn.Sequential:
 IMAGES = (16, 8, 8, 8)
 SETTINGS = {
     "fewer-cases": (lambda: dense(700, 96), (64, 700), {}),
+    "refined-factors": (lambda: dense(700, 96), (400, 700), {}),
     "more-cases": (lambda: dense(48, 64), (400, 48), {}),
     "many-classes": (lambda: dense(16, 16, 300), (64, 16), {}),
     "many-classes-signs": (lambda: dense(16, 16, 300), (64, 16), {"fisher": "rademacher"}),

@@ -60,13 +60,13 @@ class Cascade(NamedTuple):
         if not pairs or seen.row[-1] is not output or _recomputed():
             return None
         once = len(seen.by_layer()) == len(seen.calls)
-        fits = 4 * seen.net_numbers <= workspace()
-        if not (once and fits and all(_plain(call, received) for call, received in pairs)):
+        if not (once and all(_plain(call, received) for call, received in pairs)):
             return None
         layers = [call.module for call in seen.calls]
         weights = [of.weight.detach().contiguous() for of in layers if isinstance(of, nn.Linear)]
         kernel = native.kernel("cascade", *weights, dtype=torch.float32)
-        if kernel is None:
+        going_down = 2 * ROWS * torch.get_num_threads() * max(map(len, weights))
+        if kernel is None or 4 * (seen.net_numbers + going_down) > workspace():
             return None
         derivatives = [_derivative(call, received) for call, received in pairs]
         return cls(kernel, output.shape[0], weights, derivatives)
@@ -79,7 +79,7 @@ class Cascade(NamedTuple):
         roots = torch.zeros(self.cases, sum(widths))
         layers = self._downward(roots.split(widths, 1))
         last, flop = self.derivatives[-1], sum(weight.numel() for weight in self.weights[1:])
-        for block in blocks:
+        for block in (part for all_columns in blocks for part in all_columns.split(ROWS)):
             columns = block.squeeze(2) if last is None else block.squeeze(2) * last
             columns, r = columns.contiguous(), len(block)
             together = max(1, min(ROWS // r, -(-self.cases // torch.get_num_threads())))
