@@ -141,6 +141,14 @@ def test_what_is_not_a_plain_row_goes_the_general_way(change):
     assert Cascade.of(seen, z) is None
 
 
+def test_columns_in_double_precision_go_down_as_well():
+    model, x = network(), batch()
+    seen, z = passed(model, x)
+    (found,) = Cascade.of(seen, z).send(roots(z))
+    (doubled,) = Cascade.of(seen, z).send(block.double() for block in roots(z))
+    assert all(torch.equal(one, other) for one, other in zip(found, doubled, strict=True))
+
+
 def test_what_does_not_fit_the_workspace_goes_the_general_way():
     seen, z = passed(network(), batch())
     roots_of_D, of_a_thread = 4 * 50 * (70 + 40 + 4), 2 * 4 * ROWS * 70

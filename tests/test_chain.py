@@ -153,7 +153,23 @@ def test_a_row_that_ends_early_or_goes_on_is_seen():
         assert_close(found, put_out.mean(0), **TOL)
 
 
-def test_gradients_that_the_model_retains_stay_those_of_the_loss():
+def test_a_pass_that_calls_no_layer_is_told_and_the_next_one_looked_up():
+    model = Row([4, 3], [F.elu, lambda x: x])
+    monitor = unitfisher.Monitor(model, every=2, activations=1)
+    model(inputs())
+    layers, model.layers = model.layers, nn.ModuleList()
+    model.functions = []
+    model(inputs().requires_grad_())  # nothing is measured in this one
+    with pytest.raises(unitfisher.LayerSelectionError, match="none of the observed layers"):
+        model(inputs().requires_grad_())
+    model.layers, model.functions = layers, [F.elu, lambda x: x]
+    model(inputs())
+    assert known(monitor)
+    assert monitor.to_pandas("activations")["step"].unique().tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["between-layers", "returned"])
+def test_gradients_that_the_model_retains_stay_those_of_the_loss(place):
     def retaining(x: Tensor) -> Tensor:
         y = F.elu(x)
         if retaining.on:
@@ -165,12 +181,15 @@ def test_gradients_that_the_model_retains_stay_those_of_the_loss():
     grads = []
     for observed in (False, True):
         torch.manual_seed(0)
-        model = Row([4, 3], [retaining, lambda x: x])
+        functions = [F.elu, F.elu]
+        functions[place] = retaining
+        model = Row([4, 3], functions)
         monitor = unitfisher.Monitor(model, every=1) if observed else None
         model(inputs())
         assert monitor is None or known(monitor)
         retaining.on = True
-        model(inputs()).square().mean().backward()
+        for _ in range(2):
+            model(inputs()).square().mean().backward()
         grads.append(retaining.kept.grad)
         retaining.on = False
     assert_close(*grads, rtol=0, atol=0)

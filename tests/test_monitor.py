@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from unitfisher import Monitor, Run, UncoveredLayersWarning
+from unitfisher.schedule import Overhead
 
 EXACTLY = {"rtol": 0, "atol": 0}
 SINGLE = {"rtol": 1e-4, "atol": 1e-5}  # two routes through a network in single precision
@@ -57,6 +58,26 @@ def test_passes_count_but_are_not_measured_while_paused():
         begin()
         model(normal(8, 4))
     assert (measured_steps(monitor), monitor.step) == ([0, 2], 3)
+
+
+def test_paused_passes_pay_for_no_measurement():
+    now, model = [0.0], mlp()
+    monitor = Monitor(model, every=Overhead(0.05, clock=lambda: now[0]))
+
+    def train(steps: int) -> int:
+        measured = 0
+        for _ in range(steps):
+            model(normal(8, 4))
+            just_now = monitor.latest["0"].step == monitor.step - 1
+            now[0] += 11.0 if just_now else 1.0  # seconds
+            measured += just_now
+        return measured
+
+    train(500)
+    monitor.pause()
+    assert train(1000) == 0
+    monitor.resume()
+    assert train(1000) * 10 <= 0.05 * 1000 + 10
 
 
 def test_a_monitor_says_what_it_watches():

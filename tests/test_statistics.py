@@ -395,6 +395,10 @@ OUTPUTS = {
     ),
     "only-the-first": (Written(lambda x: x.tanh().sigmoid()), torch.tanh, "tanh"),
     "changed-afterwards": (Written(relu_and_a_half), F.relu, "relu"),
+    "layer-norm": (
+        Written(lambda x: torch.layer_norm(x, [4], x.new_ones(4), x.new_zeros(4)).relu()),
+        lambda x: F.layer_norm(x, [4]).relu(), "relu"
+    ),
     "number-first": (Written(lambda x: torch.max(torch.zeros(()), x)), F.relu, "max"),
     "written-out": (Written(lambda x: torch.where(x > 0, x, x.expm1())), F.elu, "where"),
     "none": (hidden(), lambda x: x, None),

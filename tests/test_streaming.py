@@ -92,6 +92,13 @@ def test_a_data_loader_is_read_with_its_labels():
     assert measured.cosine.isfinite().all()
 
 
+def test_a_data_loader_of_inputs_alone_is_read():
+    model, x, _ = prepared("mlp")
+    monitor = Monitor(model)
+    found = monitor.measure(DataLoader(TensorDataset(x), batch_size=50))["0"]
+    assert_close(found.k, monitor.measure(x)["0"].k, **TOL)
+
+
 def test_batches_without_labels_have_no_gradient():
     model, x, _ = prepared("mlp")
     assert Monitor(model).measure(iter([x[:60], x[60:]]))["0"].cosine.isnan().all()

@@ -81,7 +81,7 @@ class Cascade(NamedTuple):
         last, flop = self.derivatives[-1], sum(weight.numel() for weight in self.weights[1:])
         for block in (part for all_columns in blocks for part in all_columns.split(ROWS)):
             columns = block.squeeze(2) if last is None else block.squeeze(2) * last
-            columns, r = columns.contiguous(), len(block)
+            columns, r = columns.float().contiguous(), len(block)
             together = max(1, min(ROWS // r, -(-self.cases // torch.get_num_threads())))
             given = len(widths), r, max(widths), together, self.cases
             task = Task(ctypes.addressof(layers), columns.data_ptr(), *given, 0)

@@ -39,9 +39,11 @@ class Chain:
             seen: What `capture` saw, with ``follow=not self.links``.
             result: What the model returned.
         """
+        if not seen.calls:
+            return
         if self.links:
             self._look_up(seen, result)
-        elif not self.searched and seen.calls:
+        elif not self.searched:
             self.searched = True
             self.links = _links(seen, result)
         if self.links:  # it is a row
@@ -56,7 +58,8 @@ class Chain:
             else:
                 call.lose()
                 self.links = []
-        seen.retained += [t for call in seen.calls for t in (call.x, call.y) if t.retains_grad]
+            standing = call.x, call.y, received
+            seen.retained += [t for t in standing if isinstance(t, Tensor) and t.retains_grad]
 
 
 def _links(seen: Seen, result: Any) -> list[Link]:

@@ -123,4 +123,5 @@ class Follow(TorchFunctionMode):
 
 def _is_pure(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Dropout may work in place: its fourth argument."""
-    return not (func.__name__.endswith("_") or args[3:4] == (True,) or kwargs.get("inplace"))
+    in_place = kwargs.get("inplace", len(args) > 3 and args[3] is True)
+    return not (func.__name__.endswith("_") or in_place)

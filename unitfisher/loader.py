@@ -104,12 +104,17 @@ class Batches:
 
     def _observed(self, batch: Any, observer: Observer, graded: bool) -> dict[str, Observation]:
         batch = tree_map_only(Tensor, lambda t: t.to(device_of(self.model)), batch)
-        inputs, targets = batch if _is_pair(batch) else (batch, None)
+        inputs, targets = _inputs_and_targets(batch)
         return observe_now(self.model, inputs, observer, targets if graded else None)
 
 
-def _is_pair(batch: Any) -> bool:
-    return isinstance(batch, list | tuple) and len(batch) == 2
+def _inputs_and_targets(batch: Any) -> tuple[Any, Tensor | None]:
+    """Read a batch: an input, alone or as the only entry, a pair, or more arguments than two."""
+    if not isinstance(batch, list | tuple):
+        return batch, None
+    if len(batch) == 2:
+        return batch[0], batch[1]
+    return tuple(batch), None
 
 
 class Checksum(NamedTuple):

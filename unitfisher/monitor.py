@@ -349,15 +349,17 @@ class Monitor:
         self._history.commit()
         step, self.step = self.step, self.step + 1
         targets, self.targets = self.targets, None
+        if self._paused:
+            return None
         errors = due(self.every, step)
         averages = self.activations is not None and step % self.activations == 0
-        if self._paused or not (errors or averages):
+        if not (errors or averages):
             return None
         return Wanted(step, errors, averages, targets)
 
     def _end(self, seen: Seen, result: Any, wanted: Wanted) -> None:
         """Measure a training pass, before its graph is used."""
-        if wanted.averages:
+        if wanted.averages and seen.calls:
             self._history.append(ACTIVATIONS, columns_of_activations(seen.averages(), wanted.step))
         if not wanted.errors:
             return
