@@ -89,7 +89,7 @@ OPTIONS = {
     "every-fraction": ({"every": 0.5}, "every must be a whole number from 1.*got 0.5"),
     "every-truth": ({"every": True}, "every must be a whole number from 1.*got True"),
     "every-text": ({"every": "epoch"}, "every must be a whole number from 1.*predicate.*'epoch'"),
-    "every-none": ({"every": None}, "every must be a whole number from 1.*predicate.*None"),
+    "every-and-overhead": ({"every": 9, "overhead": 0.1}, "every=9 and overhead=0.1 both.*one of"),
     "damping-negative": ({"damping": -1e-3}, "damping must be 0 or more.*-0.001"),
     "damping-nan": ({"damping": float("nan")}, "damping must be 0 or more.*nan"),
     "damping-infinite": ({"damping": float("inf")}, "damping must be .*finite.*inf"),
@@ -416,9 +416,15 @@ def test_a_gradient_that_does_not_fit_the_layer_is_told(gradient, told):
 
 
 STATES = {
-    "units": ({"units": 2}, {}, r"units of layers \['0', '2', '4'\].*same layers= and units="),
-    "layers": ({"layers": "0", "units": 2}, {"units": 2}, "same layers= and units="),
-    "layers-whole": ({"layers": "0"}, {}, "same layers= and units="),
+    "units": ({"units": 2}, {}, "other options: units was 2 and is None; attach with the same"),
+    "other-units": ({"units": 2}, {"units": 3}, "units was 2 and is 3"),
+    "layers": ({"layers": "0"}, {}, r"layers was \['0'\] and is \['0', '2', '4'\]"),
+    "fisher": ({}, {"fisher": "mc"}, "fisher was 'exact' and is 'mc'"),
+    "likelihood": (
+        {"likelihood": Gaussian(0.5)},
+        {"likelihood": Gaussian()},
+        "likelihood.*0.5 and is 1.0",
+    ),
 }
 
 

@@ -271,9 +271,9 @@ def test_another_versions_checkpoint_says_what_to_do(tmp_path: Path) -> None:
     with Trainer(SMALL, SMALL.members, few(), tmp_path) as trainer:
         trainer.save()
         state = trainer.state()
-    del state["format"], state["watches"][0]["monitor"]["plan"]  # as it once was
+    del state["format"], state["watches"][0]["monitor"]["identity"]  # as it once was
     torch.save(state, trainer.checkpoint)
-    with pytest.raises(ValueError, match=r"checkpoint.pt .* format 0, .* 1: resume with the vers"):
+    with pytest.raises(ValueError, match=r"checkpoint.pt .* format 0, .* 2: resume with the vers"):
         Trainer(SMALL, SMALL.members, few(), tmp_path, resume=True)
 
 
@@ -282,14 +282,14 @@ def test_who_changes_the_form_of_checkpoints_raises_their_format(tmp_path: Path)
         state = trainer.state()
     forms = {"checkpoint": state, "source": state["source"], "orders": state["source"]["orders"]}
     forms |= {"watch": state["watches"][0], "monitor": state["watches"][0]["monitor"]}
-    assert state["format"] == 1
+    assert state["format"] == 2
     assert {name: " ".join(sorted(form)) for name, form in forms.items()} == {
         "checkpoint": "descent diverged ensemble format iteration loss members monitoring random "
         "seconds source watches",
         "source": "augment orders",
         "orders": "generators orders position",
         "watch": "monitor rows",
-        "monitor": "generators history layers plan step units window written",
+        "monitor": "generators history identity step units window",
     }
 
 

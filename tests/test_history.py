@@ -1,6 +1,7 @@
 """What a Monitor keeps: its table, its record, its state, its window; how a run goes on."""
 
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -87,6 +88,54 @@ def test_a_state_goes_on_in_a_new_record(tmp_path):
     second.load_state_dict(state)
     model(normal(8, 4))
     assert measured_steps(second) == [1]
+
+
+def test_a_state_of_another_record_takes_no_rows_from_this_one(tmp_path):
+    states = []
+    for record in (None, tmp_path / "one"):
+        model = mlp()
+        monitor = Monitor(model, every=1, record=record)
+        model(normal(8, 4))
+        states.append(monitor.state_dict())
+        monitor.detach()
+    model = mlp()
+    monitor = Monitor(model, every=1, record=tmp_path / "two")
+    for _ in range(3):
+        model(normal(8, 4))
+    for state in states:
+        monitor.load_state_dict(state)
+    assert monitor.latest == {}
+    assert monitor.to_pandas()["step"].value_counts().to_dict() == {0: 28, 1: 14, 2: 14}
+
+
+def test_two_monitors_of_one_record_go_back_together(tmp_path):
+    models = [mlp(), mlp()]
+    with Run(tmp_path) as run:
+        monitors = [Monitor(model, every=1, record=run) for model in models]
+        for model in 2 * models:
+            model(normal(8, 4))
+        states = [monitor.state_dict() for monitor in monitors]
+        expected = run.read()
+        for model in models:
+            model(normal(8, 4))
+        for monitor, state in zip(monitors, states, strict=True):
+            monitor.load_state_dict(state)
+        assert_frame_equal(run.read(), expected)
+
+
+def test_a_record_says_how_its_rows_were_measured(tmp_path):
+    asked = {"fisher": "mc", "sharing": "joint", "units": 2}
+    Monitor(mlp(), record=tmp_path / "folder", **asked).detach()
+    for _ in range(2):
+        with Run(tmp_path / "run", resume=True) as run:
+            Monitor(mlp(), record=run, **asked)
+    folder, run = (json.loads((tmp_path / f / "config.json").read_text()) for f in FOLDERS)
+    assert run["monitors"] == [folder["config"]]
+    expected = asked | {"likelihood": "categorical", "layers": list(SIZES), "solver": "auto"}
+    assert expected.items() <= folder["config"].items()
+
+
+FOLDERS = ("folder", "run")
 
 
 def test_a_state_that_was_taken_does_not_change_with_the_passes_that_follow():

@@ -137,6 +137,31 @@ def test_what_cannot_hold_is_refused_before_anything_is_allocated(loader):
     assert peak(refused)[0] < of_pass + 2**22  # half the budget: a look at the outputs
 
 
+def test_a_batch_that_is_not_pooled_is_not_planned_as_a_window():
+    torch.manual_seed(0)
+    x = torch.randn(64, 60)
+    with Monitor(dense(60, 32)) as monitor:
+        monitor.measure(x)
+    alone = monitor.plan
+    with Monitor(dense(60, 32), window=20, memory=2 * alone.least) as pooling:
+        pooling.measure(x)
+    assert [of.sizes for of in pooling.plan.layers] == [of.sizes for of in alone.layers]
+    assert pooling.plan.known
+
+
+def test_a_training_pass_after_a_loader_is_planned_as_before_it():
+    model, x = dense(40, 32), torch.randn(30, 40)
+    monitor = Monitor(model, every=1)
+    plans = []
+    for _ in range(2):
+        model(x)
+        plans.append(str(monitor.plan))
+        monitor.measure([x])
+        assert {of.route for of in monitor.plan.layers} == {"sums"}
+    assert plans[0] == plans[1]
+    assert "rows" in plans[0]
+
+
 def test_results_that_cannot_hold_are_refused_at_attach():
     model = nn.Sequential(nn.Linear(400, 300), nn.ELU(), nn.Linear(300, 3))
     with pytest.raises(MemoryBudgetError, match=r"1 MiB; most of it '0' .*units="):
@@ -145,7 +170,7 @@ def test_results_that_cannot_hold_are_refused_at_attach():
 
 
 def test_a_budget_that_nobody_asked_for_refuses_nothing(monkeypatch):
-    monkeypatch.setattr("unitfisher.monitor.DEFAULT", 2**20)
+    monkeypatch.setattr("unitfisher.options.DEFAULT", 2**20)
     monitor = Monitor(nn.Sequential(nn.Linear(300, 200), nn.ELU(), nn.Linear(200, 5)), every=1)
     monitor.model(torch.randn(400, 300))
     assert monitor.latest["0"].k.isfinite().all()
@@ -203,6 +228,7 @@ def test_the_plan_says_what_is_done_and_stands_in_the_record(tmp_path):
     [
         *(("2 GiB", 2**31), ("1.5gib", 3 * 2**29), ("500 MB", 5 * 10**8), ("1e", None)),
         *(("7", 7), ("7 B", 7), ("3k", 3000), (12, 12), ("-1 GiB", None), (True, None)),
+        *((2e9, 2 * 10**9), (1.5, None), (float("inf"), None), (float("nan"), None)),
     ],
 )
 def test_a_budget_is_read_as_it_is_written(written, size):

@@ -397,7 +397,10 @@ def test_the_monitor_stands_aside_while_a_cuda_graph_is_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     model(torch.randn(5, 4))
     monkeypatch.undo()
-    assert (monitor.step, monitor._newest.known) == (1, {})  # counted once, not solved yet
+    assert (monitor.step, monitor._instrument.newest.known) == (
+        1,
+        {},
+    )  # counted once, not solved yet
 
 
 def saved_and_loaded(model: nn.Module) -> nn.Module:

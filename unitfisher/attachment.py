@@ -1,4 +1,4 @@
-"""What a Monitor may be attached to, and observe; options that it refuses."""
+"""What a Monitor may be attached to, and observe."""
 
 import warnings
 from collections.abc import Mapping
@@ -40,39 +40,6 @@ def sample_units(
         weight = layer.get_parameter("weight")
         sampled[name] = torch.randperm(len(weight), generator=chance)[:units].sort().values
     return sampled
-
-
-def require_numbers(*, damping: object, every: object, overhead: object) -> None:
-    """Refuse impossible values of these options, saying what is possible."""
-    number = isinstance(damping, int | float) and 0 <= damping < float("inf")
-    if not number:
-        raise ValueError(f"damping must be 0 or more and finite, got {damping!r}")
-    if not callable(every) and not _counts(every):
-        raise ValueError(
-            f"every must be a whole number from 1 (measure each n-th training pass) or a "
-            f"predicate of the step, got {every!r}"
-        )
-    if overhead is not None and not (isinstance(overhead, int | float) and overhead > 0):
-        raise ValueError(f"overhead must be above 0, as 0.05 for 5 % of the time, got {overhead!r}")
-
-
-MEANING = {
-    "activations": " or None",
-    "rows": " or None for all",
-    "units": " or None for all",
-    "window": " of batches",
-}
-
-
-def require_counts(**options: object) -> None:
-    """Refuse what is not a whole number from 1; None where an option may be left out."""
-    for name, value in options.items():
-        if not _counts(value) and (value is not None or name == "window"):
-            raise ValueError(f"{name} must be a whole number from 1{MEANING[name]}, got {value!r}")
-
-
-def _counts(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def require_unobserved(chosen: Mapping[str, nn.Module]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from unitfisher.calls import Seen
+from unitfisher.choices import require_choice, require_counts
 from unitfisher.likelihoods import Classes, Likelihood, Output, OutputError, Signed
 from unitfisher.memory import workspace
 from unitfisher.stack import Stack, unstacked
@@ -39,8 +40,7 @@ class Estimator:
     def __post_init__(self) -> None:
         require_choice("fisher", self.fisher, FISHERS)
         require_choice("sharing", self.sharing, SHARINGS)
-        if not isinstance(self.samples, int) or self.samples < 1:
-            raise ValueError(f"samples must be a whole number from 1, got {self.samples!r}")
+        require_counts(samples=self.samples)
         if self.fisher == "top-rademacher" and not isinstance(self.likelihood, Classes):
             raise ValueError(
                 f"fisher='top-rademacher' takes the most probable of several classes exactly, and "
@@ -57,12 +57,6 @@ class Estimator:
         if self.fisher == "exact":
             return self.likelihood.columns(z) * z.shape[1]
         return self.samples + 1 if self.fisher == "top-rademacher" else max(1, self.replicates)
-
-
-def require_choice(option: str, value: object, valid: Sequence[str]) -> None:
-    if value not in valid:
-        names = ", ".join(map(repr, valid))
-        raise ValueError(f"{option} must be one of {names}, got {value!r}")
 
 
 def columns(

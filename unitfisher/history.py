@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 
 UNITS, ACTIVATIONS, PLAN = "units", "activations", "plan"
 Columns = dict[str, Any]  # each a value for every unit of every layer, or one for all
+
+
+class HistoryState(TypedDict):
+    """What a history goes back to."""
+
+    rows: dict[str, list[Columns]]  # in memory
+    run: str | None  # the record's
+    written: dict[str, int]  # rows of its tables
+    plan: Columns
 
 
 def columns_of(measured: Collection[UnitStatistics], phase: str) -> Columns:
@@ -106,15 +115,18 @@ class History:
         self.newest: Measurement | None = None
         self.plan: Columns = {}  # the newest that stands in the table
         if run is not None:
-            run.before_closing(self.commit)
+            run.holds_back(self.commit)
 
     @classmethod
     def opened(cls, record: str | Path | Run | None, config: Mapping[str, Any]) -> "History":
         """Open a record in the folder given, or use the Run that its owner has opened."""
         if isinstance(record, str | Path):
             return cls(Run(record, config), owned=True)
-        if record is not None and not isinstance(record, Run):
+        if record is None:
+            return cls(None, owned=False)
+        if not isinstance(record, Run):
             raise ValueError(f"record must be a folder or a Run, got {record!r}")
+        record.describe("monitors", config)
         return cls(record, owned=False)
 
     def hold(self, measurement: Measurement) -> None:
@@ -149,20 +161,33 @@ class History:
         if self.run is not None:
             self.run.flush()
 
-    def written(self) -> dict[str, int]:
-        """Flush, and count the rows that the record's tables hold."""
-        self.flush()
-        return {table: 0 if self.run is None else self.run.count(table) for table in self.rows}
-
-    def go_back(
-        self, rows: Mapping[str, list[Columns]], written: Mapping[str, int], plan: Columns
-    ) -> None:
-        """Hold these rows and this plan, and drop rows that the record got after so many."""
-        self.rows, self.newest = {table: list(held) for table, held in rows.items()}, None
-        self.plan = plan
+    def state(self) -> HistoryState:
+        """Return rows that are held in memory; of a record, which it is and how many it has."""
+        self.commit()
         if self.run is not None:
-            for table, count in written.items():
+            self.run.complete()  # others that write to it may hold rows back, too
+        return {
+            "rows": {table: list(rows) for table, rows in self.rows.items()},
+            "run": None if self.run is None else self.run.id,
+            "written": {} if self.run is None else {t: self.run.count(t) for t in self.rows},
+            "plan": self.plan,
+        }
+
+    def load(self, state: HistoryState) -> None:
+        """Go back to a state: hold its rows, and drop those that its record got afterwards.
+
+        Another record keeps what it has: the state's counts say nothing of its rows.
+        """
+        if self.run is not None and self.run.id != state["run"]:
+            self.commit()
+        elif self.run is not None:
+            for table, count in state["written"].items():
                 self.run.truncate(table, count)
+        self.newest, self.plan = None, state["plan"]
+        self.rows = {table: [] for table in self.rows}
+        for table, rows in state["rows"].items():
+            for columns in rows:
+                self.append(table, columns)
 
     def close(self) -> None:
         """Write what is held; without a record nothing would be left of it."""

@@ -30,8 +30,8 @@ def within(size: int) -> Iterator[None]:
 
 def bytes_in(memory: object) -> int:
     """Read a budget: bytes, or text as "2 GiB", "500 MB"."""
-    if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 1:
-        return memory
+    if isinstance(memory, int | float) and memory is not True and memory >= 1 and memory % 1 == 0:
+        return int(memory)  # 2e9, too
     written = WRITTEN.fullmatch(memory) if isinstance(memory, str) else None
     if written is None or not float(written[1]):
         raise ValueError(f"memory must be a number of bytes or as '2 GiB', got {memory!r}")

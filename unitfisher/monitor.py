@@ -5,42 +5,40 @@ forward pass; when the pass ends, the errors are sent back through the graph it 
 Labels, loss, parameters, gradients and the global random state are not touched.
 """
 
-import warnings
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor, nn
 
-from unitfisher.attachment import (
-    UncoveredLayersWarning,
-    name_uncovered,
-    require_counts,
-    require_numbers,
-    require_unobserved,
-    sample_units,
-    unwrapped,
-)
+from unitfisher.attachment import name_uncovered, require_unobserved, sample_units, unwrapped
 from unitfisher.calls import Seen
-from unitfisher.errors import Estimator, require_choice
-from unitfisher.history import ACTIVATIONS, PLAN, UNITS, History, columns_of_activations
+from unitfisher.choices import require_choice
+from unitfisher.history import (
+    ACTIVATIONS,
+    PLAN,
+    UNITS,
+    History,
+    HistoryState,
+    columns_of_activations,
+)
+from unitfisher.instrument import Instrument
 from unitfisher.layers import Layers, select
-from unitfisher.likelihoods import Likelihood, likelihood_of
+from unitfisher.likelihoods import Likelihood
 from unitfisher.live import Live, Wanted
-from unitfisher.loader import Batches, is_loader
-from unitfisher.measurement import Measurement
-from unitfisher.memory import DEFAULT, bytes_in
-from unitfisher.observer import Observation, Observer, observe_now, require_finite
-from unitfisher.passes import Chance, Pick, device_of, exactly, kept
-from unitfisher.plan import Plan, Planner
+from unitfisher.loader import is_loader
+from unitfisher.observer import Observer
+from unitfisher.options import Options
+from unitfisher.passes import Chance, Pick
+from unitfisher.plan import Plan
+from unitfisher.provenance import differences, plain
 from unitfisher.record import Run
-from unitfisher.schedule import Overhead, Schedule, due
+from unitfisher.schedule import Schedule, due
 from unitfisher.statistics import UnitStatistics, bytes_of
 from unitfisher.steps import LayerStep
-from unitfisher.streaming import Streamed, observe_all
-from unitfisher.window import State, Window
+from unitfisher.window import State
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,12 +48,10 @@ class MonitorState(TypedDict):
     """What a Monitor needs to go on after a restart."""
 
     step: int
-    layers: list[str]
+    identity: dict[str, Any]  # layers, and options that no column of a table tells
     generators: dict[str, Tensor]
     units: dict[str, Tensor]
-    history: dict[str, list[dict[str, Any]]]
-    written: dict[str, int]
-    plan: dict[str, Any]
+    history: HistoryState
     window: State
 
 
@@ -81,13 +77,15 @@ class Monitor:
         sharing: "expand" (every position a case), "joint" (the true Fisher block) or "reduce".
         damping: Relative, on the weight block: λ = damping · trace(A) / d for each unit.
         every: Measure every n-th training pass, the first included, or a predicate of the step.
+            None: every 50th.
         activations: Record mean and variance of every unit's output each n-th training pass, in
             the table "activations": no error is sent back for that. None: in measurements only.
         overhead: Instead of ``every``: measure as often as this share of the training time
             allows, 0.05 for 5 %.
         window: Pool the cases of the newest so many measured training batches.
         rows: Solve from this many cases, drawn at random (samples, or positions where they share
-            weights): F stays unbiased and gets noisier, n_eff says how much. None: all.
+            weights): F stays unbiased and gets noisier, n_eff says how much. None: all. A loader
+            is measured whole.
         solver: "direct" (Cholesky) or "iterative" (conjugate gradients, where cases are more than
             inputs); "auto": iterative for many cases of many inputs, wide convolutions above all.
             Over a loader both are Cholesky, but "direct" refuses layers whose sums do not fit.
@@ -127,7 +125,7 @@ class Monitor:
         samples: int = 1,
         sharing: str = "expand",
         damping: float = 1e-3,
-        every: Schedule = 50,
+        every: Schedule | None = None,
         overhead: float | None = None,
         activations: int | None = None,
         window: int = 1,
@@ -140,42 +138,37 @@ class Monitor:
         record: str | Path | Run | None = None,
         seed: int = 0,
     ) -> None:
-        require_choice("on_nonfinite", on_nonfinite, ("raise", "record"))
-        require_numbers(damping=damping, every=every, overhead=overhead)
-        require_choice("solver", solver, ("auto", "direct", "iterative"))
-        require_counts(window=window, rows=rows, units=units, activations=activations)
-        budget = DEFAULT if memory is None else bytes_in(memory)
-        every = every if overhead is None else Overhead(overhead)
-        self.model = unwrapped(model)
-        self.damping, self.every, self.on_nonfinite = damping, every, on_nonfinite
-        self.activations = activations
-        estimator = Estimator(likelihood_of(likelihood), fisher, samples, sharing)
+        self.options = Options(
+            likelihood=likelihood,
+            fisher=fisher,
+            samples=samples,
+            sharing=sharing,
+            damping=damping,
+            every=every,
+            overhead=overhead,
+            activations=activations,
+            window=window,
+            rows=rows,
+            solver=solver,
+            units=units,
+            output=output,
+            on_nonfinite=on_nonfinite,
+            memory=memory,
+            seed=seed,
+        )
+        self.model, self.targets, self.step = unwrapped(model), None, 0
+        estimator, planner = self.options.estimator(), self.options.planner()
         chosen = select(self.model, layers)
         require_unobserved(chosen)
         if layers is None:
             name_uncovered(self.model, chosen)
-        planner = Planner(budget, rows, window, solver, float(damping), strict=memory is not None)
-        self._observer = Observer(
-            chosen, estimator, sample_units(chosen, units, seed), Chance(seed), output, planner
-        )
-        planner.attached(chosen, self._observer.units)
-        self.targets, self.step = None, 0
-        self._newest: Measurement | None = None
-        config = {
-            "layers": list(chosen),
-            "units": units,
-            "every": every,
-            "window": window,
-            "rows": rows,
-            "estimator": estimator,
-            "damping": damping,
-            "memory": budget,
-            "seed": seed,
-        }
+        sampled = sample_units(chosen, units, seed)
+        planner.attached(chosen, sampled)
+        config = {"layers": list(chosen), **self.options.recorded()}
         self._history = History.opened(record, config)
-        self._window = Window(window)
-        self._paused = False
-        self._uncalled: set[str] = set()
+        observer = Observer(chosen, estimator, sampled, Chance(seed), output, planner)
+        self._instrument = Instrument(self.model, self.options, observer, planner, self._history)
+        self._schedule, self._paused = self.options.schedule(), False
         self._live = Live(self.model, chosen, self._begin, self._end)
         self._close = weakref.finalize(self, self._history.close)
         self._close.atexit = False  # a run that closes at exit asks for what is held
@@ -187,7 +180,7 @@ class Monitor:
     @property
     def layers(self) -> Mapping[str, nn.Module]:
         """The observed layers by name."""
-        return self._observer.layers
+        return self._instrument.observer.layers
 
     @property
     def latest(self) -> dict[str, UnitStatistics]:
@@ -196,7 +189,8 @@ class Monitor:
         Raises:
             SingularFisherError: A unit's Fisher has no inverse at this damping.
         """
-        return {} if self._newest is None else self._newest.statistics()
+        newest = self._instrument.newest
+        return {} if newest is None else newest.statistics()
 
     @property
     def plan(self) -> Plan:
@@ -204,13 +198,7 @@ class Monitor:
 
         Before the first one, what is known of it. ``print(monitor.plan)`` shows a table.
         """
-        assert self._planner.newest is not None
-        return self._planner.newest
-
-    @property
-    def _planner(self) -> Planner:
-        assert self._observer.planner is not None
-        return self._observer.planner
+        return self._instrument.plan
 
     def measure(self, inputs: Any, targets: Tensor | None = None) -> dict[str, UnitStatistics]:
         """Measure now on this input, in eval mode, and leave the model exactly as it was.
@@ -230,20 +218,13 @@ class Monitor:
         Raises:
             LoaderError: A loader that was read again gave other batches.
         """
-        self._make_room()
-        with exactly(device_of(self.model)):
-            if not is_loader(inputs):
-                observations = observe_now(self.model, inputs, self._observer, targets)
-                self._keep(self._prepared(observations), self.step, "measure")
-                return self.latest
-            if targets is not None:
-                raise ValueError("with a loader targets come in its batches: (inputs, targets)")
-            planner = self._planner.over_batches(self.memory_usage()["latest"])
-            batches = Batches(self.model, inputs, replace(self._observer, planner=planner))
-            streamed = observe_all(batches, self.damping)
-            self._planner.newest = planner.newest
-            self._keep(streamed, self.step, "measure")
-            return self.latest
+        if not is_loader(inputs):
+            self._instrument.measure_input(inputs, targets, self.step)
+        elif targets is None:
+            self._instrument.measure_loader(inputs, self.step)
+        else:
+            raise ValueError("with a loader targets come in its batches: (inputs, targets)")
+        return self.latest
 
     def natural_gradient(self) -> dict[str, LayerStep]:
         """Return the unit natural gradient of the current ``.grad``, by the newest measured Fisher.
@@ -257,12 +238,13 @@ class Monitor:
         Raises:
             ValueError: Nothing was measured yet, or no observed layer has a gradient.
         """
-        if self._newest is None:
+        newest = self._instrument.newest
+        if newest is None:
             raise ValueError(
                 "nothing was measured yet: run a training pass or monitor.measure(x) (a model that "
                 "was compiled after attaching calls no hooks: measure(x) is the way there)"
             )
-        return self._newest.natural_gradients()
+        return newest.natural_gradients()
 
     def to_pandas(self, table: str = "units") -> "pd.DataFrame":
         """Return everything measured, one row per step, layer and unit.
@@ -302,45 +284,48 @@ class Monitor:
 
         Rows that are in a record stay there; their number is in the state.
         """
-        written = self._history.written()
+        history = self._history.state()
+        instrument = self._instrument
         return {
             "step": self.step,
-            "layers": list(self.layers),
-            "generators": self._observer.chance.state(),
-            "units": dict(self._observer.units),
-            "history": {table: list(rows) for table, rows in self._history.rows.items()},
-            "written": written,
-            "plan": self._history.plan,
-            "window": self._window.state(),
+            "identity": self._identity(),
+            "generators": instrument.observer.chance.state(),
+            "units": dict(instrument.observer.units),
+            "history": history,
+            "window": instrument.window.state(),
         }
 
     def load_state_dict(self, state: MonitorState) -> None:
         """Go on from `state_dict`.
 
-        A record that is resumed (``record=Run(folder, config, resume=True)``) loses the rows that
-        were written after that state, so that none stands there twice.
+        The record that the state was taken with, when it is resumed (``record=Run(folder, config,
+        resume=True)``), loses the rows that were written after it, so that none stands there
+        twice; another record keeps all it has.
 
         Raises:
-            ValueError: The state observes other layers' units than this Monitor.
+            ValueError: The state is of other layers, units or estimates.
         """
-        mine = list(self.layers), list(self._observer.units)
-        if (state["layers"], list(state["units"])) != mine:
+        if changes := differences(state["identity"], self._identity()):
             raise ValueError(
-                f"the state is of layers {state['layers']} and samples units of layers "
-                f"{list(state['units'])}, this Monitor's {mine[0]} and {mine[1]}: attach with the "
-                f"same layers= and units="
+                f"the state is of a Monitor with other options: {'; '.join(changes)}; attach with "
+                f"the same"
             )
-        self.step = state["step"]
-        self._observer.chance.load(state["generators"])
-        self._observer = replace(self._observer, units=dict(state["units"]))
-        self._window.load(state["window"])
-        self._history.go_back(state["history"], state["written"], state["plan"])
+        instrument = self._instrument
+        self._history.load(state["history"])
+        self.step, instrument.newest = state["step"], None
+        instrument.observer.chance.load(state["generators"])
+        instrument.observer = replace(instrument.observer, units=dict(state["units"]))
+        instrument.window.load(state["window"])
+
+    def _identity(self) -> dict[str, Any]:
+        identity: dict[str, Any] = plain({"layers": list(self.layers), **self.options.identity()})
+        return identity
 
     def memory_usage(self) -> dict[str, int]:
         """Count the bytes held between passes: newest measurement, window and rows in memory."""
-        latest = 0 if self._newest is None else bytes_of(self._newest.tensors)
+        latest = self._instrument.bytes_of_newest()
+        window = bytes_of(self._instrument.window.tensors)
         history = bytes_of(self._history.tensors)
-        window = bytes_of(self._window.tensors)
         total = latest + window + history
         return {"latest": latest, "window": window, "history": history, "total": total}
 
@@ -351,76 +336,13 @@ class Monitor:
         targets, self.targets = self.targets, None
         if self._paused:
             return None
-        errors = due(self.every, step)
-        averages = self.activations is not None and step % self.activations == 0
-        if not (errors or averages):
-            return None
-        return Wanted(step, errors, averages, targets)
+        errors, each = due(self._schedule, step), self.options.activations
+        averages = each is not None and step % each == 0
+        return Wanted(step, errors, averages, targets) if errors or averages else None
 
     def _end(self, seen: Seen, result: Any, wanted: Wanted) -> None:
-        """Measure a training pass, before its graph is used."""
+        """Record and measure a training pass, before its graph is used."""
         if wanted.averages and seen.calls:
             self._history.append(ACTIVATIONS, columns_of_activations(seen.averages(), wanted.step))
-        if not wanted.errors:
-            return
-        with exactly(device_of(self.model)):
-            self._make_room()
-            try:
-                with kept(self.model):
-                    observations = self._observer.observe(result, seen, wanted.targets)
-            finally:
-                seen.forget_gradients()
-            pooled = self._window.pooled(observations)
-            self._keep(self._prepared(pooled), wanted.step, "train")
-
-    def _prepared(self, observations: dict[str, Observation]) -> dict[str, Observation]:
-        """Draw the rows asked for, and solve their systems as planned."""
-        prepared = {}
-        for name, of in observations.items():
-            cases = of.cases
-            if self._planner.rows is not None:
-                cases = cases.drawn(self._planner.rows, self._observer.chance.on(cases.a.device))
-            solver = self._planner.solver_of(name)
-            prepared[name] = replace(of, cases=replace(cases, solver=solver))
-        return prepared
-
-    def _make_room(self) -> None:
-        """What the newest measurement has solved it can solve again."""
-        self._history.commit()
-        if self._newest is not None:
-            self._newest.forget_solved()
-
-    def _keep(
-        self,
-        observations: Mapping[str, Observation] | Mapping[str, Streamed],
-        step: int,
-        phase: str,
-    ) -> None:
-        if self.on_nonfinite == "raise":
-            require_finite(of.fault for of in observations.values())
-        self._name_uncalled(observations)
-        measurement = Measurement(
-            observations,
-            self.layers,
-            self._observer.units,
-            step,
-            phase,
-            self.damping,
-            self.plan,
-            device_of(self.model),
-        )
-        if phase == "measure":
-            measurement.statistics()  # in training a gradient may come
-        self._newest = measurement
-        self._history.hold(measurement)
-
-    def _name_uncalled(self, observations: Collection[str]) -> None:
-        missing = self.layers.keys() - set(observations) - self._uncalled
-        if missing:
-            self._uncalled |= missing
-            warnings.warn(
-                f"layers {', '.join(sorted(map(repr, missing)))} were not called in a measured "
-                f"pass: nothing is recorded of them there",
-                UncoveredLayersWarning,
-                stacklevel=2,
-            )
+        if wanted.errors:
+            self._instrument.measure_pass(seen, result, wanted.targets, wanted.step)

@@ -138,6 +138,12 @@ class Planner:
     newest: Plan | None = None
     _asked: tuple[dict[str, Shape], int] | None = None
 
+    def alone(self, pooled: int) -> "Planner":
+        """Plan a batch that is not pooled, beside so many bytes of the window."""
+        if self.window == 1:
+            return self
+        return replace(self, window=1, memory=max(1, self.memory - pooled))
+
     def over_batches(self, beside: int) -> "Planner":
         """Plan sums over batches, or passes where these are too large, beside so many bytes."""
         sums = replace(self, rows=None, window=1, solver="sums", beside=beside, summed=True)

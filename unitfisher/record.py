@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from unitfisher.parts import UNFINISHED, Column, Table, write_atomically
 from unitfisher.provenance import differences, plain, provenance
@@ -67,14 +68,16 @@ class Run:
         import pandas as pd  # noqa: F401  pyarrow would at its first array, within a training step
 
         self.folder = Path(folder)
-        self.config = _open(self.folder, config, resume)
+        made = _open(self.folder, config, resume)
+        self.config: dict[str, Any] = made["config"]
+        self.id: str = made.get("id", made["created"])
         self.flush_interval = flush_interval
         self._tables: dict[str, Table] = {}
         self._timer: threading.Timer | None = None
         self._state, self._writing = threading.Lock(), threading.Lock()
         self._process = os.getpid()
         self._closed = self._warned = False
-        self._before_closing: list[Callable[[], None]] = []
+        self._holding_back: list[Callable[[], None]] = []
         atexit.register(self.close)
 
     @property
@@ -82,6 +85,20 @@ class Run:
         """Names of the tables that have rows."""
         on_disk = {part.parent.name for part in self.folder.glob("*/part-*.parquet")}
         return sorted(on_disk | self._tables.keys())
+
+    def describe(self, part: str, config: Mapping[str, Any]) -> None:
+        """Write down, beside the run's configuration, that of one of its parts; once.
+
+        Args:
+            part: The key in config.json of a list of configurations.
+            config: As JSON; what JSON has no form for, as text.
+        """
+        with self._writing:
+            made = json.loads((self.folder / "config.json").read_text())
+            described, asked = made.setdefault(part, []), plain(config)
+            if asked not in described:
+                described.append(asked)
+                _write_config(self.folder, made)
 
     def append(self, table: str, columns: Mapping[str, Column]) -> None:
         """Add rows. Waits neither for the disk nor for a GPU.
@@ -153,17 +170,22 @@ class Run:
 
         return pd.read_parquet(self.folder / table)
 
-    def before_closing(self, act: Callable[[], None]) -> None:
-        """Call this when the run is about to be closed, for rows that are still held back."""
-        self._before_closing.append(act)
+    def holds_back(self, append: Callable[[], None]) -> None:
+        """Take note of who holds rows back, and appends them when they have to be there."""
+        self._holding_back.append(append)
+
+    def complete(self) -> None:
+        """Have everything appended that is held back, and flush."""
+        for append in self._holding_back if os.getpid() == self._process else []:
+            append()
+        self.flush()
 
     def close(self) -> None:
         """Flush, and take no more rows. Done by itself when the interpreter exits."""
-        held, self._before_closing = self._before_closing, []
         try:
-            for act in held if os.getpid() == self._process else []:
-                act()
+            self.complete()
         finally:
+            self._holding_back = []
             with self._state:
                 self._closed = True
             self.flush()
@@ -203,7 +225,7 @@ class Run:
 
 
 def _open(folder: Path, config: Mapping[str, Any] | None, resume: bool) -> dict[str, Any]:
-    """Make the folder a run's, or find it so, and return the run's configuration."""
+    """Make the folder a run's, or find it so, and return what made the run."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.json"
     if file.exists() and not resume:
@@ -213,15 +235,20 @@ def _open(folder: Path, config: Mapping[str, Any] | None, resume: bool) -> dict[
     (folder / UNFINISHED).unlink(missing_ok=True)  # its writer was killed
     if not file.exists():
         _refuse_foreign_files(folder)
-        made = json.dumps(provenance(config or {}), indent=2)
-        write_atomically(file, made.encode(), folder / UNFINISHED)
-    recorded: dict[str, Any] = json.loads(file.read_text())["config"]
+        _write_config(folder, {**provenance(config or {}), "id": uuid4().hex})
+    made: dict[str, Any] = json.loads(file.read_text())
+    recorded = made["config"]
     if changes := differences(recorded, recorded if config is None else plain(config)):
         raise ValueError(
             f"run {folder} cannot be resumed with another configuration: {'; '.join(changes)}; "
             "restore it, or choose another folder"
         )
-    return recorded
+    return made
+
+
+def _write_config(folder: Path, made: Mapping[str, Any]) -> None:
+    text = json.dumps(made, indent=2)
+    write_atomically(folder / "config.json", text.encode(), folder / UNFINISHED)
 
 
 def _refuse_foreign_files(folder: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from statistics import median
 
 Schedule = int | Callable[[int], bool]
+EVERY = 50  # training passes, where nothing is said
 
 
 def due(schedule: Schedule, step: int) -> bool:

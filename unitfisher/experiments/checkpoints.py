@@ -18,7 +18,7 @@ from unitfisher.experiments.presets import Member, named
 from unitfisher.experiments.ranks import Ranks
 from unitfisher.parts import write_atomically
 
-FORMAT: Final = 1  # raised when `Trainer.state`, or what it gathers, takes another form
+FORMAT: Final = 2  # raised when `Trainer.state`, or what it gathers, takes another form
 
 
 def read(path: Path, device: torch.device) -> dict[str, Any]:

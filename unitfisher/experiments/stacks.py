@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from unitfisher.errors import require_choice
+from unitfisher.choices import require_choice
 from unitfisher.experiments.models import ACTIVATIONS, Layer, drawn
 
 Parts = OrderedDict[str, nn.Module]

@@ -1,0 +1,135 @@
+"""What measures: passes are observed, pooled, drawn from, and the newest one is kept."""
+
+import warnings
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from unitfisher.attachment import UncoveredLayersWarning
+from unitfisher.calls import Seen
+from unitfisher.history import History
+from unitfisher.loader import Batches
+from unitfisher.measurement import Measurement, Observations
+from unitfisher.observer import Observation, Observer, observe_now, require_finite
+from unitfisher.options import Options
+from unitfisher.passes import device_of, exactly, kept
+from unitfisher.plan import Plan, Planner
+from unitfisher.statistics import bytes_of
+from unitfisher.streaming import observe_all
+from unitfisher.window import Window
+
+
+class Instrument:
+    """Measures a model with these options, and hands what it found to a history.
+
+    Args:
+        model: Whose passes are measured.
+        options: How.
+        observer: Of the layers that are observed.
+        planner: Of passes in training; must be that of the observer.
+        history: Holds the newest measurement.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Options,
+        observer: Observer,
+        planner: Planner,
+        history: History,
+    ) -> None:
+        self.model, self.options, self.observer = model, options, observer
+        self.planner, self.history = planner, history
+        self.window = Window(options.window)
+        self.newest: Measurement | None = None
+        self._uncalled: set[str] = set()
+
+    @property
+    def plan(self) -> Plan:
+        """How the newest measurement was made; before the first one, what is known of it."""
+        assert self.planner.newest is not None
+        return self.planner.newest if self.newest is None else self.newest.plan
+
+    def measure_pass(self, seen: Seen, result: Any, targets: Tensor | None, step: int) -> None:
+        """Measure a training pass, before its graph is used."""
+        with exactly(device_of(self.model)):
+            self._make_room()
+            try:
+                with kept(self.model):
+                    observations = self.observer.observe(result, seen, targets)
+            finally:
+                seen.forget_gradients()
+            pooled = self.window.pooled(observations)
+            self._keep(self._prepared(pooled, self.planner), self.planner, step, "train")
+
+    def measure_input(self, inputs: Any, targets: Tensor | None, step: int) -> None:
+        """Run the model on an input, and measure that pass."""
+        with exactly(device_of(self.model)):
+            self._make_room()
+            planner = self.planner.alone(pooled=bytes_of(self.window.tensors))
+            observer = replace(self.observer, planner=planner)
+            observations = observe_now(self.model, inputs, observer, targets)
+            self._keep(self._prepared(observations, planner), planner, step, "measure")
+
+    def measure_loader(self, loader: Any, step: int) -> None:
+        """Run the model on batch after batch, and measure all of them as one."""
+        with exactly(device_of(self.model)):
+            self._make_room()
+            planner = self.planner.over_batches(beside=self.bytes_of_newest())
+            batches = Batches(self.model, loader, replace(self.observer, planner=planner))
+            streamed = observe_all(batches, self.options.damping)
+            self._keep(streamed, planner, step, "measure")
+
+    def bytes_of_newest(self) -> int:
+        return 0 if self.newest is None else bytes_of(self.newest.tensors)
+
+    def _prepared(
+        self, observations: dict[str, Observation], planner: Planner
+    ) -> dict[str, Observation]:
+        """Draw the rows asked for, and solve their systems as planned."""
+        prepared = {}
+        for name, of in observations.items():
+            cases = of.cases
+            if planner.rows is not None:
+                cases = cases.drawn(planner.rows, self.observer.chance.on(cases.a.device))
+            prepared[name] = replace(of, cases=replace(cases, solver=planner.solver_of(name)))
+        return prepared
+
+    def _make_room(self) -> None:
+        """What the newest measurement has solved it can solve again."""
+        self.history.commit()
+        if self.newest is not None:
+            self.newest.forget_solved()
+
+    def _keep(self, observations: Observations, planner: Planner, step: int, phase: str) -> None:
+        assert planner.newest is not None
+        if self.options.on_nonfinite == "raise":
+            require_finite(of.fault for of in observations.values())
+        self._name_uncalled(observations)
+        measurement = Measurement(
+            observations,
+            self.observer.layers,
+            self.observer.units,
+            step,
+            phase,
+            self.options.damping,
+            planner.newest,
+            device_of(self.model),
+        )
+        if phase == "measure":
+            measurement.statistics()  # in training a gradient may come
+        self.newest = measurement
+        self.history.hold(measurement)
+
+    def _name_uncalled(self, observations: Collection[str]) -> None:
+        missing = self.observer.layers.keys() - set(observations) - self._uncalled
+        if missing:
+            self._uncalled |= missing
+            warnings.warn(
+                f"layers {', '.join(sorted(map(repr, missing)))} were not called in a measured "
+                f"pass: nothing is recorded of them there",
+                UncoveredLayersWarning,
+                stacklevel=2,
+            )
