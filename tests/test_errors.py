@@ -109,7 +109,7 @@ def test_the_most_probable_class_takes_one_column_more_than_samples():
     blocks = list(columns(torch.zeros(4, 1, 5), estimator, torch.Generator(), None, together=3))
     assert [len(block) for block in blocks] == [3, 1]
     top = Categorical().top(torch.zeros(4, 1, 5))
-    assert_close(blocks[0][0], top, rtol=0, atol=0)
+    assert_close(blocks[0][0].abs(), top.abs(), rtol=0, atol=0)
 
 
 def test_the_most_probable_class_of_several_positions_is_refused():
@@ -282,9 +282,12 @@ def test_columns_sent_back_together_equal_columns_one_by_one(together):
     z = model[2](model[1](net))
     edges = [torch.autograd.graph.get_gradient_edge(net)]
     estimator = Estimator(Categorical())
-    blocks = columns(z.detach()[:, None], estimator, torch.Generator(), None, together)
-    delta = torch.cat([block[0] for block in send_all_back(z, edges, blocks)])
-    S = Categorical().root(z.detach()[:, None], 0, 5)[:, :, 0]
+    whole, parted = (
+        columns(z.detach()[:, None], estimator, torch.Generator(), None, most)
+        for most in (5, together)
+    )
+    delta = torch.cat([block[0] for block in send_all_back(z, edges, parted)])
+    (S,) = (block[:, :, 0] for block in whole)
     expected = [torch.autograd.grad(z, net, column, retain_graph=True)[0] for column in S]
     assert_close(delta, torch.stack(expected), **TOL)
 
@@ -336,3 +339,50 @@ def test_squares_beyond_single_precision_are_those_of_double_precision():
     delta = normal(torch.Generator().manual_seed(0), 2, MANY // 12 + 1, 1, 6).float() * scale
     assert delta.numel() >= MANY
     assert_close(_squared(delta), (delta.double() ** 2).sum(0), rtol=1e-6, atol=0)
+
+
+# Samples that act on one another
+
+
+class Graph(nn.Module):
+    """Nodes are the samples; each one's logits are a mean over the other nodes too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.head = nn.Linear(2, 3), nn.Linear(3, 3)
+        self.register_buffer("weights", torch.rand(5, 5).softmax(-1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weights @ self.head(self.below(x).tanh())
+
+
+def measured_c(model: nn.Module, **options: object) -> Tensor:
+    with Monitor(model, **options) as monitor:
+        return monitor.measure(inputs(5, 2))["below"].c
+
+
+@pytest.mark.parametrize("fisher", ["exact", "top-rademacher"])
+def test_where_samples_act_on_one_another_their_errors_do_not_mix_on_average(fisher):
+    model = filled(Graph())
+    of_each = [measured_c(model, output=lambda z, m=m: z[m : m + 1]) for m in range(5)]
+    found = [measured_c(model, fisher=fisher, seed=seed) for seed in range(100)]
+    expected, drawn = torch.stack(of_each).sum(0) / 5, torch.stack(found)
+    assert ((drawn.mean(0) - expected).abs() <= 5 * drawn.std(0) / 10).all()
+
+
+def test_where_samples_are_independent_chance_changes_no_bit_of_the_exact_fisher():
+    model = vectors()
+    first, second = (unit_fisher(model, inputs(5, 2), seed=seed) for seed in range(2))
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_precision_is_no_concern_of_a_measurement(default):
+    model = vectors().float()
+    expected = unit_fisher(model, inputs(5, 2).float())
+    torch.set_default_dtype(default)
+    try:
+        found = unit_fisher(model, inputs(5, 2).float())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(found[name].equal(expected[name]) for name in expected)

@@ -76,7 +76,7 @@ class Cascade(NamedTuple):
     ) -> Iterator[tuple[Float[Tensor, "1 n _"], ...]]:
         """Send all columns back; yield for each layer one that stands for them, √D."""
         widths = [len(weight) for weight in self.weights]
-        roots = torch.zeros(self.cases, sum(widths))
+        roots = self.weights[0].new_zeros(self.cases, sum(widths))
         layers = self._downward(roots.split(widths, 1))
         last, flop = self.derivatives[-1], sum(weight.numel() for weight in self.weights[1:])
         for block in (part for all_columns in blocks for part in all_columns.split(ROWS)):

@@ -69,7 +69,7 @@ def columns(
     """Yield cotangents of z whose squared errors sum to D = E_y δ² (or its estimate)."""
     likelihood = estimator.likelihood
     if estimator.fisher == "exact":
-        yield from _exact(z, likelihood, together)
+        yield from _exact(z, likelihood, together, generator)
     elif estimator.fisher in DRAWN:
         drawn = _drawn(z, estimator, generator)
         while block := list(islice(drawn, together)):
@@ -83,8 +83,15 @@ def columns(
         yield likelihood.score(z, targets).unsqueeze(0)
 
 
-def _exact(z: Output, likelihood: Likelihood, together: int) -> Iterator[Tensor]:
-    """One position after another: the labels of two positions are independent."""
+def _exact(
+    z: Output, likelihood: Likelihood, together: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """One position after another: the labels of two positions are independent.
+
+    So are those of two samples, whose columns go back together. A random sign for each changes no
+    square where samples do not act on one another; where they do (batch statistics, graphs) their
+    products vanish on average.
+    """
     total, positions = likelihood.columns(z), z.shape[1]
     if total * positions > MANY_COLUMNS:
         warnings.warn(
@@ -93,12 +100,13 @@ def _exact(z: Output, likelihood: Likelihood, together: int) -> Iterator[Tensor]
             f"estimates it with samples= of them",
             stacklevel=2,
         )
+    (signs,) = _signs(z, 1, generator)
     for position in range(positions):
         here = slice(position, position + 1)
         for start in range(0, total, together):
             root = likelihood.root(z[:, here], start, min(start + together, total))
             column = z.new_zeros(len(root), *z.shape)
-            column[:, :, here] = root
+            torch.mul(root, signs[:, here, None], out=column[:, :, here])
             yield column
 
 
@@ -108,7 +116,7 @@ def _drawn(z: Output, estimator: Estimator, generator: torch.Generator) -> Itera
     if estimator.fisher == "top-rademacher":
         assert isinstance(likelihood, Classes)
         _require_one_label(z)
-        yield likelihood.top(z)
+        yield likelihood.top(z) * _signs(z, 1, generator)[0].unsqueeze(-1)
     for _ in range(estimator.samples):
         if estimator.fisher == "mc":
             yield likelihood.score(z, likelihood.sample(z, generator)) * share
