@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from networks import CLASSES, Answers, Checkpointed, mlp
@@ -65,6 +66,8 @@ ATTACHED = {
     ),
     "no-choice": (Named, {"layers": []}, "layers=? ?.*'hidden1'"),
     "no-kind-of-choice": (Named, {"layers": 3}, "layers.*name.*type.*predicate.*got 3"),
+    "lazy": (lambda: nn.LazyLinear(3), {}, "lazy.*run the model once before attaching"),
+    "complex": (lambda: nn.Linear(3, 3, dtype=torch.cfloat), {}, "complex weights.*layers="),
     "an-instance": (Named, {"layers": nn.Linear(2, 2)}, "layers.*name.*type.*predicate"),
 }
 
@@ -118,6 +121,11 @@ OPTIONS = {
 def test_an_impossible_option_is_told_with_what_is_possible(options, told):
     with pytest.raises(ValueError, match=told):
         Monitor(mlp(), **options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    monitor = Monitor(mlp(), damping=np.float32(0.01), every=np.int64(5), window=np.int32(2))
+    assert monitor.options.damping == pytest.approx(0.01)
 
 
 def test_an_error_on_attaching_leaves_neither_hooks_nor_folder(tmp_path):
@@ -251,6 +259,18 @@ class Detaching(nn.Linear):
         return super().forward(x).detach()
 
 
+class Dense(nn.Linear):
+    """A layer and its nonlinearity in one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class Paired(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), x
+
+
 class Overwriting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -327,9 +347,21 @@ PASSES: dict[str, tuple[Callable[[], nn.Module], dict[str, object], type[Excepti
         LayerSelectionError,
         "input of layer 'head' was changed in place.*out of place",
     ),
+    "nonlinearity-in-the-layer": (
+        lambda: nn.Sequential(Dense(4, 4), nn.Linear(4, CLASSES)),
+        {},
+        LayerSelectionError,
+        r"layer '0' \(Dense\) returns what a nonlinearity \(Relu.*module of its own",
+    ),
+    "no-preactivations": (
+        lambda: nn.Sequential(Paired(4, CLASSES)),
+        {"output": 0},
+        LayerSelectionError,
+        r"layer '0' \(Paired\) returns a tuple",
+    ),
     "reentrant-checkpoint": (
         partial(Checkpointed, reentrant=True),
-        {"layers": nn.Linear},
+        {"layers": "block.*"},
         LayerSelectionError,
         r"layer 'block\.0' ran without a graph.*use_reentrant=False",
     ),

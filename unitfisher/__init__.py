@@ -1,5 +1,6 @@
 """unitfisher: the unit natural gradient and bias shift of any PyTorch model, in live training."""
 
+from unitfisher.attachment import TiedWeightsWarning as TiedWeightsWarning
 from unitfisher.attachment import UncoveredLayersWarning as UncoveredLayersWarning
 from unitfisher.fisher import unit_fisher as unit_fisher
 from unitfisher.layers import LayerSelectionError as LayerSelectionError

@@ -6,12 +6,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from unitfisher.layers import PER_SAMPLE, LayerSelectionError, parametric
-from unitfisher.live import Hook
+from unitfisher.layers import PER_SAMPLE, LayerSelectionError, parametric, weight_shape
+from unitfisher.live import STANDING
 
 
 class UncoveredLayersWarning(UserWarning):
     """Modules with parameters that the Monitor does not observe."""
+
+
+class TiedWeightsWarning(UserWarning):
+    """Observed layers whose weight other modules use, too."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -25,6 +29,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
             "this model is compiled, and compiled code calls no hooks: attach to the model that "
             "was compiled and call monitor.measure(x) on it between steps"
         )
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        warnings.warn(
+            f"DataParallel runs copies of the model on {len(model.device_ids)} devices, and no "
+            f"pass of a copy is measured: use DistributedDataParallel, or monitor.measure(x)",
+            UncoveredLayersWarning,
+            stacklevel=3,
+        )
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     return model.module if isinstance(model, wrappers) else model
 
@@ -37,19 +48,39 @@ def sample_units(
     chance = torch.Generator().manual_seed(seed)
     sampled = {}
     for name, layer in layers.items():
-        weight = layer.get_parameter("weight")
-        sampled[name] = torch.randperm(len(weight), generator=chance)[:units].sort().values
+        count = weight_shape(layer)[0]
+        sampled[name] = torch.randperm(count, generator=chance)[:units].sort().values
     return sampled
 
 
 def require_unobserved(chosen: Mapping[str, nn.Module]) -> None:
     """Refuse layers that another Monitor observes, whichever module that one stands on."""
-    observed = {id(layer) for hook in Hook.standing for layer in hook.layers}
+    observed = {id(layer) for live in STANDING for layer in live.layers.values()}
     twice = [name for name, layer in chosen.items() if id(layer) in observed]
     if twice:
         raise LayerSelectionError(
             f"layers {', '.join(map(repr, twice))} are observed by a Monitor already: "
             f"detach() that one first, or choose other layers"
+        )
+
+
+def name_tied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """Say which layers share their weight with other modules: a Fisher is of one layer's calls."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(name)
+    observed = {layer._parameters.get("weight") for layer in chosen.values()}
+    tied = [
+        names for parameter, names in owners.items() if len(names) > 1 and parameter in observed
+    ]
+    if tied:
+        warnings.warn(
+            f"one parameter is {'; '.join(' and '.join(names) for names in tied)}: each layer is "
+            f"measured by its own calls, as if its weight were its own, while .grad, and what "
+            f"natural_gradient() makes of it, is of all uses together. measure(x, targets=y) takes "
+            f"each layer's own part of the gradient",
+            TiedWeightsWarning,
+            stacklevel=3,
         )
 
 

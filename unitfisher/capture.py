@@ -4,7 +4,7 @@ Hooks stand on the layers for the length of one pass. Nothing is set on the user
 gradient edge taken at once survives the in-place activations that break module backward hooks.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -15,6 +15,20 @@ from torch.autograd.graph import get_gradient_edge
 
 from unitfisher.calls import Call, Seen, version_of
 from unitfisher.following import Follow
+from unitfisher.layers import LayerSelectionError
+
+
+class Hook:
+    """A hook of ours. Copies and pickles of what it stands on carry an idle one instead."""
+
+    def __init__(self, act: Callable[..., None]) -> None:
+        self.act = act
+
+    def __call__(self, *args: Any) -> None:
+        self.act(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # does nothing, needs nothing to be unpickled
 
 
 @contextmanager
@@ -29,7 +43,7 @@ def capture(layers: Mapping[str, nn.Module], *, follow: bool = True) -> Iterator
     following = Follow(seen.retained) if follow else None
     handles = [
         layer.register_forward_hook(
-            partial(_note, name, seen, following), prepend=True, with_kwargs=True
+            Hook(partial(_note, name, seen, following)), prepend=True, with_kwargs=True
         )
         for name, layer in layers.items()
     ]
@@ -48,11 +62,16 @@ def _note(
     layer: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    y: Tensor,
+    y: Any,
 ) -> None:
     """Note a call of a layer: its forward hook."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return  # inside vmap or grad: shapes and levels are not those of the pass
+    if not isinstance(y, Tensor):
+        raise LayerSelectionError(
+            f"layer {name!r} ({type(layer).__name__}) returns a {type(y).__name__}, not the "
+            f"preactivations of its units: leave it out with layers=..."
+        )
     with torch._C.DisableTorchFunction():  # no need to follow what is done here
         if y.numel() == 0:
             return  # an expert to which no row was sent

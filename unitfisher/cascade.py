@@ -109,13 +109,13 @@ def _plain(call: Call, received: Tensor) -> bool:
     if type(call.module) is not nn.Linear or call.y.dim() != 2 or call.edge is None:
         return False
     layer, behind = call.edge.node, received.grad_fn
-    known = behind is layer or _operation(behind) in ELEMENTWISE
+    known = behind is layer or operation(behind) in ELEMENTWISE
     single = native.plain(call.y.detach(), torch.float32)
     hooks = call.y._backward_hooks or received._backward_hooks
-    return _operation(layer) in LINEAR and known and single and not hooks
+    return operation(layer) in LINEAR and known and single and not hooks
 
 
-def _operation(node: Node | None) -> str:
+def operation(node: Node | None) -> str:
     """Read the name of "EluBackward0", whose number tells variants apart, in place or not."""
     return "" if node is None else node.name().partition("Backward")[0]
 

@@ -1,6 +1,7 @@
 """Values of options that are refused, saying which are possible."""
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 MEANING = {
     "activations": " or None",
@@ -21,15 +22,15 @@ def require_choice(option: str, value: object, valid: Sequence[str]) -> None:
 def require_counts(**options: object) -> None:
     """Refuse what is not a whole number from 1."""
     for name, value in options.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number from 1{MEANING[name]}, got {value!r}")
 
 
 def require_damping(damping: object) -> None:
-    if not isinstance(damping, int | float) or not 0 <= damping < float("inf"):
+    if not isinstance(damping, Real) or not 0 <= float(damping) < float("inf"):
         raise ValueError(f"damping must be 0 or more and finite, got {damping!r}")
 
 
 def require_share(overhead: object) -> None:
-    if not isinstance(overhead, int | float) or not overhead > 0:
+    if not isinstance(overhead, Real) or not float(overhead) > 0:
         raise ValueError(f"overhead must be above 0, as 0.05 for 5 % of the time, got {overhead!r}")

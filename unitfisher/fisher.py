@@ -12,7 +12,7 @@ from unitfisher.layers import Layers, LayerSelectionError, match, supported
 from unitfisher.likelihoods import Likelihood, likelihood_of
 from unitfisher.memory import workspace
 from unitfisher.observer import Observer, observe_now, require_finite
-from unitfisher.passes import Chance, Pick
+from unitfisher.passes import Chance, Pick, device_of, exactly
 from unitfisher.per_sample import unit_fisher_per_sample
 
 
@@ -61,12 +61,13 @@ def unit_fisher(
     blocks = {}
     if covered:
         observer = Observer(covered, estimator, {}, Chance(seed), output)
-        observations = observe_now(model, inputs, observer, targets)
+        with exactly(device_of(model)):
+            observations = observe_now(model, inputs, observer, targets)
         require_finite(observation.fault for observation in observations.values())
         for name, observation in observations.items():
             biased = covered[name].bias is not None
             blocks[name] = materialised(observation.cases, biased=biased)
-    for name in chosen.keys() - covered.keys():
+    for name in (name for name in chosen if name not in covered):
         require_joint(name, chosen[name], estimator)
         blocks |= unit_fisher_per_sample(
             model, inputs, name, estimator, targets=targets, output=output, seed=seed

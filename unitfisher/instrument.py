@@ -129,7 +129,9 @@ class Instrument:
             self._uncalled |= missing
             warnings.warn(
                 f"layers {', '.join(sorted(map(repr, missing)))} were not called in a measured "
-                f"pass: nothing is recorded of them there",
+                f"pass, or without a graph: nothing is recorded of them there. (Frozen layers on "
+                f"frozen inputs, no_grad and reentrant checkpointing leave no graph; compiled "
+                f"blocks, and functions that read a layer's weight, do not call it)",
                 UncoveredLayersWarning,
                 stacklevel=2,
             )

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 Selection = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Layers = None | Selection | Sequence[Selection]
@@ -70,6 +71,20 @@ def _(layer: Conv, y: Tensor) -> Float[Tensor, "n t u"]:
     return y.flatten(2).mT
 
 
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Return (units, ...) of a layer's weight.
+
+    One that is computed, by a parametrisation, is not asked for: that may change its state.
+    """
+    weight = layer._parameters.get("weight")
+    if weight is not None:
+        return tuple(weight.shape)
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
+
+
 def supported(layer: nn.Module) -> bool:
     """Say whether the layer has a canonical form.
 
@@ -84,7 +99,7 @@ def supported(layer: nn.Module) -> bool:
 def parametric(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that own trainable parameters, by their ``named_modules()`` name."""
     for name, module in model.named_modules():
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
+        if any(p.requires_grad for p in _owned(module)):
             yield name, module
 
 
@@ -95,6 +110,8 @@ def select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
         LayerSelectionError: One of the choices matches no module, or none that is supported.
     """
     found = match(model, layers)
+    for name, layer in found.items():
+        _require_real_weights(name, layer)
     uncovered = {name: m for name, m in found.items() if not supported(m)}
     if uncovered:
         kinds = ", ".join(sorted({type(m).__name__ for m in uncovered.values()}))
@@ -134,6 +151,19 @@ def match(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if name in chosen}
 
 
+def _require_real_weights(name: str, layer: nn.Module) -> None:
+    for parameter in layer.parameters(recurse=False):
+        if nn.parameter.is_lazy(parameter):
+            raise LayerSelectionError(
+                f"layer {name!r} is lazy and has no size yet: run the model once before attaching"
+            )
+        if parameter.is_complex():
+            raise LayerSelectionError(
+                f"layer {name!r} has complex weights, and units are real here: leave it out with "
+                f"layers=..."
+            )
+
+
 def _as_list(layers: Selection | Sequence[Selection]) -> list[Selection]:
     if isinstance(layers, str | type) or callable(layers) or not isinstance(layers, Iterable):
         return [layers]
@@ -152,7 +182,7 @@ def _matching(model: nn.Module, choice: Selection) -> dict[str, nn.Module]:
             f"layers must be a name pattern, a module type or a predicate (name, module) -> bool, "
             f"or a list of these, got {choice!r}"
         )
-    modules = {n: m for n, m in model.named_modules() if _owns_parameters(m)}
+    modules = {n: m for n, m in model.named_modules() if any(True for _ in _owned(m))}
     if isinstance(choice, str):
         found = {n: m for n, m in modules.items() if fnmatchcase(n, choice)}
     elif isinstance(choice, type):
@@ -166,8 +196,14 @@ def _matching(model: nn.Module, choice: Selection) -> dict[str, nn.Module]:
     return {n: m for n, m in found.items() if supported(m)} or found
 
 
-def _owns_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(recurse=False), None) is not None
+def _owned(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield a module's own parameters; those that its weight is computed from are its, too."""
+    if isinstance(module, ParametrizationList):
+        return
+    yield from module.parameters(recurse=False)
+    if is_parametrized(module):
+        assert isinstance(module.parametrizations, nn.ModuleDict)
+        yield from module.parametrizations.parameters()
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:

@@ -4,33 +4,19 @@ Passes in eval mode, without gradients, inside ``torch.func``, in a compiler's t
 CUDA graph or in a recomputation during backward are no training passes.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack, nullcontext
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from unitfisher.calls import Seen
-from unitfisher.capture import capture
+from unitfisher.capture import Hook, capture
 from unitfisher.chain import Chain
 
-
-class Hook:
-    """A Monitor's hook on a model. Copies and pickles of the model carry an idle one instead."""
-
-    standing: ClassVar[WeakSet["Hook"]] = WeakSet()  # a hook that is removed is gone
-
-    def __init__(self, act: Callable[..., None], layers: Collection[nn.Module]) -> None:
-        self.act, self.layers = act, layers
-        self.standing.add(self)
-
-    def __call__(self, *args: Any) -> None:
-        self.act(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")  # does nothing, needs nothing to be unpickled
+STANDING: WeakSet["Live"] = WeakSet()  # on models
 
 
 class Wanted(NamedTuple):
@@ -62,19 +48,23 @@ class Live:
         self.layers, self.begin, self.end = layers, begin, end
         self.chain = Chain()
         self._watched: tuple[ExitStack, Seen, Wanted] | None = None
-        observed = list(layers.values())
+        self.model = model
         self._handles = [
-            model.register_forward_pre_hook(Hook(self._before, observed)),
-            model.register_forward_hook(Hook(self._after, observed), always_call=True),
+            model.register_forward_pre_hook(Hook(self._before)),
+            model.register_forward_hook(Hook(self._after), always_call=True),
         ]
+        STANDING.add(self)
 
     def remove(self) -> None:
         """Take the hooks off; safe to call twice."""
         for handle in self._handles:
             handle.remove()
+        STANDING.discard(self)
         self._drop()
 
     def _before(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        if model is not self.model:
+            return  # a replica, in a thread of its own
         self._drop()  # a pass that was interrupted
         wanted = self.begin() if _trains(model) else None
         if wanted is not None:
@@ -83,7 +73,7 @@ class Live:
             self._watched = stack, stack.enter_context(watched), wanted
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        if self._watched is None:
+        if self._watched is None or model is not self.model:
             return
         (stack, seen, wanted), self._watched = self._watched, None
         stack.close()

@@ -57,7 +57,10 @@ class Measurement:
         """
         gradients = {name: g for name, g in self._gradients() if g is not None}
         if not gradients:
-            raise ValueError("no observed layer has a gradient: call loss.backward() first")
+            raise ValueError(
+                "no observed layer has a gradient: call loss.backward() first (a weight that is "
+                "computed, by a parametrisation, has none)"
+            )
         if self.observations is None:
             with exactly(self.device), within(self.plan.workspace):
                 self.known, steps = with_gradients(self.known, gradients, self._spare)
@@ -99,11 +102,15 @@ class Measurement:
         return steps
 
     def _gradients(self) -> Iterator[tuple[str, Gradient | None]]:
-        """Copy the current ``.grad`` of the observed units; None where it is missing or half."""
+        """Copy the current ``.grad`` of the observed units; None where it is missing or half.
+
+        A bias that is not trained has none: then the weights alone are corrected.
+        """
         for name in self.observations or self.known:
-            layer, of = self.layers[name], self.units.get(name, slice(None))
-            g, g0 = getattr(layer.weight, "grad", None), getattr(layer.bias, "grad", None)
-            if g is None or (g0 is None) != (layer.bias is None):
+            own, of = self.layers[name]._parameters, self.units.get(name, slice(None))
+            weight, bias = own.get("weight"), own.get("bias")
+            g, g0 = (None if p is None else p.grad for p in (weight, bias))
+            if g is None or (g0 is None and bias is not None and bias.requires_grad):
                 yield name, None
             else:
                 yield name, Gradient(g[of].clone(), None if g0 is None else g0[of].clone())

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor, nn
 
-from unitfisher.attachment import name_uncovered, require_unobserved, sample_units, unwrapped
+from unitfisher.attachment import (
+    name_tied,
+    name_uncovered,
+    require_unobserved,
+    sample_units,
+    unwrapped,
+)
 from unitfisher.calls import Seen
 from unitfisher.choices import require_choice
 from unitfisher.history import (
@@ -162,6 +168,7 @@ class Monitor:
         require_unobserved(chosen)
         if layers is None:
             name_uncovered(self.model, chosen)
+        name_tied(self.model, chosen)
         sampled = sample_units(chosen, units, seed)
         planner.attached(chosen, sampled)
         config = {"layers": list(chosen), **self.options.recorded()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unitfisher.calls import Call
 from unitfisher.cases import UnitCases
-from unitfisher.layers import LayerSelectionError, at_units, incoming
+from unitfisher.layers import LayerSelectionError, at_units, incoming, weight_shape
 
 MANY = 2**18  # numbers: to convert them costs more than to look at their range
 FAINT, FIERCE = 1e-24, 1e36  # a unit's ΣD: squares may underflow below, and overflow above
@@ -39,7 +39,7 @@ class Observed:
         groups = a.shape[0]
         if groups == 1 or self.units is None:
             return a
-        return a[self.units.to(a.device) // (self.layer.get_parameter("weight").shape[0] // groups)]
+        return a[self.units.to(a.device) // (weight_shape(self.layer)[0] // groups)]
 
     def errors(self, grads: Sequence[Tensor | None]) -> Float[Tensor, "r n t u"]:
         """Arrange a block of columns, (r, *output.shape) for each call.

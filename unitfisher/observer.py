@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from unitfisher.calls import Call, Seen, all_finite
 from unitfisher.capture import capture
-from unitfisher.cascade import Cascade
+from unitfisher.cascade import ELEMENTWISE, Cascade, operation
 from unitfisher.cases import UnitCases
 from unitfisher.chain import Chain
 from unitfisher.errors import (
@@ -29,11 +29,11 @@ from unitfisher.errors import (
     send_back,
 )
 from unitfisher.layers import LayerSelectionError
-from unitfisher.likelihoods import Output, OutputError
+from unitfisher.likelihoods import Classes, Output, OutputError
 from unitfisher.memory import AMPLE, within
 from unitfisher.observed import Folding, Observed
 from unitfisher.outputs import UnitMeans
-from unitfisher.passes import Chance, Pick, arguments, pick_output, undisturbed
+from unitfisher.passes import Chance, Pick, arguments, eagerly, pick_output, undisturbed
 from unitfisher.plan import Planner
 from unitfisher.shapes import shapes_of
 
@@ -91,7 +91,7 @@ class Observer:
             raise OutputError(f"the batch is empty: the output has shape {tuple(output.shape)}")
         z = self.estimator.likelihood.arrange(output.detach())
         edges = _edges(output, seen)
-        fault = seen.fault() or (None if z.isfinite().all() else "the logits after the last layer")
+        fault = seen.fault() or self._fault(z)
         z = z if fault is None else z.nan_to_num(0.0, 0.0, 0.0)  # so that labels can be drawn
         with self._planned(seen, z):
             cases, gradients = self._sent_back(output, z, edges, seen, targets)
@@ -130,6 +130,13 @@ class Observer:
                 gradients[name] = Gradient(g, None if self.layers[name].bias is None else g0)
         return {name: folded.cases() for name, folded in foldings.items()}, gradients
 
+    def _fault(self, z: Output) -> str | None:
+        """Name the logits where they hold NaN or infinity; -inf is a class that cannot be."""
+        possible = z.isfinite()
+        if isinstance(self.estimator.likelihood, Classes):
+            possible |= z == -torch.inf
+        return None if possible.all() else "the logits after the last layer"
+
     @property
     def workspace(self) -> int:
         return AMPLE if self.planner is None else self.planner.workspace
@@ -163,14 +170,17 @@ def observe_now(
     """
     args, kwargs = arguments(inputs)
     with undisturbed(model), torch.inference_mode(False):
-        with torch.enable_grad(), capture(observer.layers) as seen:
+        with torch.enable_grad(), eagerly(), capture(observer.layers) as seen:
             result = model(*args, **kwargs)
         Chain().settle(seen, result)
         return observer.observe(result, seen, targets)
 
 
 def _edges(output: Tensor, seen: Seen) -> list[GradientEdge]:
-    """Return where errors arrive, for every call; the model's output must have a graph to all."""
+    """Return where errors arrive, for every call; the model's output must have a graph to all.
+
+    Calls without a graph are forgotten, unless there are no others.
+    """
     if not seen.calls:
         raise LayerSelectionError(
             "none of the observed layers was called in this forward pass (compiled code calls no "
@@ -178,16 +188,31 @@ def _edges(output: Tensor, seen: Seen) -> list[GradientEdge]:
         )
     if not output.requires_grad:
         raise OutputError("the model's output has no graph: does forward detach it?")
-    edges = []
-    for call in seen.calls:
-        if call.edge is None:
-            raise LayerSelectionError(
-                f"layer {call.layer!r} ran without a graph (no_grad, frozen with frozen inputs, or "
-                f"reentrant checkpointing), so no error reaches it: leave it out with layers=..., "
-                f"or use torch.utils.checkpoint(use_reentrant=False)"
-            )
-        edges.append(call.edge)
+    with_graph = [call for call in seen.calls if call.edge is not None]
+    if not with_graph:
+        raise LayerSelectionError(
+            f"layer {seen.calls[0].layer!r} ran without a graph (no_grad, frozen with frozen "
+            f"inputs, or reentrant checkpointing), so no error reaches it: leave it out with "
+            f"layers=..., or use torch.utils.checkpoint(use_reentrant=False)"
+        )
+    if len(with_graph) < len(seen.calls):
+        seen.calls, seen.row = with_graph, []
+    edges = [call.edge for call in seen.calls if call.edge is not None]
+    for call, edge in zip(seen.calls, edges, strict=True):
+        _require_preactivation(call, edge)
     return edges
+
+
+def _require_preactivation(call: Call, edge: GradientEdge) -> None:
+    """Refuse a layer with a forward of its own that ends in a nonlinearity."""
+    own = not type(call.module).__module__.startswith("torch.nn.modules.")
+    if own and operation(edge.node) in ELEMENTWISE:
+        kind = type(call.module).__name__
+        raise LayerSelectionError(
+            f"layer {call.layer!r} ({kind}) returns what a nonlinearity ({edge.node.name()}) has "
+            f"made of its preactivations, and errors would be taken behind it: give the "
+            f"nonlinearity a module of its own, or leave the layer out with layers=..."
+        )
 
 
 def _by_layer(

@@ -39,6 +39,7 @@ class Options:
         require_choice("on_nonfinite", self.on_nonfinite, ("raise", "record"))
         require_choice("solver", self.solver, ("auto", "direct", "iterative"))
         require_damping(self.damping)
+        object.__setattr__(self, "damping", float(self.damping))  # as its column in a record
         counts = {"rows": self.rows, "units": self.units, "activations": self.activations}
         counts = {name: count for name, count in counts.items() if count is not None}
         if self.every is not None and not callable(self.every):
@@ -64,9 +65,7 @@ class Options:
     def planner(self) -> Planner:
         asked = self.memory is not None
         budget = DEFAULT if self.memory is None else bytes_in(self.memory)
-        return Planner(
-            budget, self.rows, self.window, self.solver, float(self.damping), strict=asked
-        )
+        return Planner(budget, self.rows, self.window, self.solver, self.damping, strict=asked)
 
     def recorded(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}

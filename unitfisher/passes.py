@@ -1,7 +1,8 @@
 """One forward pass of the user's model: its arguments, its output, and leaving no trace."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ def activation_statistics(
     """
     args, kwargs = arguments(inputs)
     watched = capture(select(model, layers))
-    with undisturbed(model), torch.no_grad(), watched as seen:
+    with undisturbed(model), torch.no_grad(), eagerly(), watched as seen:
         model(*args, **kwargs)
     return seen.means()
 
@@ -90,6 +91,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def eagerly() -> AbstractContextManager[Any]:
+    """Run what was compiled as it was written, so that its layers' hooks are called."""
+    compiling = "torch._dynamo" in sys.modules  # else nothing is compiled, and it is slow to import
+    return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
+
+
 @contextmanager
 def kept(model: nn.Module) -> Iterator[None]:
     """Restore buffers and random states at the end, whatever a forward pass does to them.
@@ -97,7 +104,7 @@ def kept(model: nn.Module) -> Iterator[None]:
     Sending errors back may run forward passes too: those of checkpointed segments.
     """
     owned = [(module, dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers() if not _overlaps(buffer)]
     device = device_of(model)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -107,6 +114,11 @@ def kept(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
         for buffer, value in values:
             buffer.data.copy_(value)  # .data: batch norm and we change it without a new version
+
+
+def _overlaps(buffer: Tensor) -> bool:
+    """Say whether several numbers share a place (``expand``): nothing can be written to these."""
+    return torch._debug_has_internal_overlap(buffer) == 1
 
 
 def pick_output(result: Any, pick: Pick) -> Tensor:

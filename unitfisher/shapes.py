@@ -1,6 +1,7 @@
 """The sizes of a layer's part in one pass, and the bytes that these take."""
 
 from collections.abc import Mapping
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from unitfisher.calls import Seen
 from unitfisher.costs import Sizes, engine
 from unitfisher.errors import Estimator
-from unitfisher.layers import at_units
+from unitfisher.layers import at_units, weight_shape
 from unitfisher.likelihoods import Output
 
 
@@ -95,7 +96,8 @@ def shapes_of(
 
 
 def bare(layer: nn.Module, units: Int[Tensor, " u"] | None) -> Shape:
-    weight, groups = layer.get_parameter("weight"), getattr(layer, "groups", 1)
-    observed = len(weight) if units is None else len(units)
+    (count, *of_unit), groups = weight_shape(layer), getattr(layer, "groups", 1)
+    observed = count if units is None else len(units)
     own = observed if groups > 1 and units is not None else groups
-    return Shape(0, 1, weight[0].numel(), observed, own, 4, 0, False, engine(weight.device))
+    device = next(layer.parameters()).device
+    return Shape(0, 1, prod(of_unit), observed, own, 4, 0, False, engine(device))

@@ -1,0 +1,227 @@
+"""Models as users have them: with weights that are computed, swapped, shared, frozen, compiled."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from strategies import TOL
+from test_monitor import EXACTLY, a_step, normal
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.testing import assert_close
+
+from unitfisher import Monitor, TiedWeightsWarning, UncoveredLayersWarning
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ELU(), nn.Linear(6, 5), nn.ELU(), nn.Linear(5, 3))
+
+
+def without_bias(layer: nn.Linear) -> None:
+    layer.bias = None
+    parametrizations.weight_norm(layer)
+
+
+COMPUTED: dict[str, Callable[[nn.Linear], object]] = {
+    "nothing-but-computed": without_bias,
+    "orthogonal": parametrizations.orthogonal,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "spectral-norm": parametrizations.spectral_norm,
+    "weight-norm": parametrizations.weight_norm,
+}
+
+
+def trained(compute: Callable[[nn.Linear], object], *, observed: bool) -> tuple[list[Tensor], int]:
+    model = network()
+    compute(model[2])
+    monitor = Monitor(model, every=1, units=3) if observed else None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        a_step(model, normal(8, 4))
+        optimizer.step()
+        optimizer.zero_grad()
+    return list(model.state_dict().values()), 0 if monitor is None else len(monitor.latest)
+
+
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+def test_training_with_computed_weights_is_bit_identical(compute):
+    (alone, _), (watched, measured) = (trained(compute, observed=o) for o in (False, True))
+    assert measured == 3
+    assert_close(watched, alone, **EXACTLY)
+
+
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+def test_computed_weights_are_measured_as_if_they_were_given(compute):
+    model, plain = network(), network()
+    compute(model[2])
+    plain[2].bias = model[2].bias
+    plain[2].weight.data = model.eval()[2].weight.detach()
+    found, expected = (Monitor(m).measure(normal(8, 4)) for m in (model, plain))
+    for name in ("0", "2", "4"):
+        assert_close(found[name].k, expected[name].k, rtol=1e-4, atol=1e-5)
+
+
+def test_natural_gradients_are_of_the_weights_that_are_parameters():
+    model = network()
+    parametrizations.weight_norm(model[2])
+    monitor = Monitor(model, every=1)
+    a_step(model, normal(8, 4))
+    assert list(monitor.natural_gradient()) == ["0", "4"]
+
+
+def test_a_pass_with_swapped_weights_is_measured():
+    model, swapped = network(), network()
+    monitor, other = Monitor(model, every=1), Monitor(swapped, every=1)
+    weights = {name: 2 * p.detach() for name, p in model.named_parameters()}
+    trained = {name: p.requires_grad_() for name, p in weights.items()}
+    torch.func.functional_call(model, trained, normal(8, 4))
+    swapped.load_state_dict(weights)
+    swapped(normal(8, 4))
+    assert_close(monitor.latest["2"].k, other.latest["2"].k, **EXACTLY)
+
+
+class Copying(nn.Module):
+    """Makes its target network when it is first called, as momentum encoders do."""
+
+    def __init__(self, when: str) -> None:
+        super().__init__()
+        self.encoder, self.head, self.when = nn.Linear(4, 5), nn.Linear(5, 3), when
+        self.targets = list[nn.Module]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.when == "before":
+            self.targets.append(copy.deepcopy(self.encoder))
+        h = self.encoder(x).tanh()
+        if self.when == "after":
+            self.targets.append(copy.deepcopy(self.encoder))
+        self.targets[-1](x)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_layer_may_be_copied_within_a_pass(when):
+    model = Copying(when)
+    monitor = Monitor(model, every=1)
+    a_step(model, normal(8, 4))
+    for hook in model.targets[0]._forward_hooks.values():
+        assert hook(None, None, None) is None  # which keeps nothing alive
+    assert monitor.latest["encoder"].cases.samples == 8
+    assert monitor.latest["encoder"].cases.rows == 8
+
+
+class Masking(nn.Module):
+    """Actions that are not allowed have no probability."""
+
+    def __init__(self, lowest: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(4, 5), nn.ELU(), nn.Linear(5, 3))
+        self.lowest = lowest
+
+    def forward(self, x: Tensor) -> Tensor:
+        forbidden = torch.tensor([False, True, False])
+        return self.layers(x).masked_fill(forbidden, self.lowest)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "mc", "rademacher", "top-rademacher"])
+def test_a_class_that_cannot_be_takes_no_part(fisher):
+    found, expected = (
+        Monitor(Masking(lowest).double(), fisher=fisher).measure(normal(8, 4).double())
+        for lowest in (-torch.inf, -1e9)
+    )
+    for name in found:
+        assert_close(found[name].k, expected[name].k, **TOL, equal_nan=True)
+
+
+def test_logits_without_any_class_are_told():
+    model = Masking(-torch.inf)
+    model.forward = lambda x: model.layers(x) - torch.inf
+    with pytest.raises(FloatingPointError, match="errors at layer"):
+        Monitor(model).measure(normal(8, 4))
+
+
+def test_a_buffer_of_numbers_that_share_their_place_is_left_alone():
+    model = network()
+    model.register_buffer("prior", torch.zeros(1).expand(3))
+    monitor = Monitor(model, every=1)
+    a_step(model, normal(8, 4))
+    assert monitor.latest.keys() == monitor.measure(normal(8, 4)).keys()
+
+
+def test_a_layer_that_is_frozen_later_is_named_and_the_others_are_measured():
+    model = network()
+    monitor = Monitor(model, every=1)
+    model[0].requires_grad_(False)
+    with pytest.warns(UncoveredLayersWarning, match=r"'0' .*without a graph.*[Ff]rozen"):
+        a_step(model, normal(8, 4))
+    a_step(model, normal(8, 4))  # it is said once
+    assert list(monitor.latest) == ["2", "4"]
+
+
+def test_calls_without_a_graph_do_not_count():
+    model = Copying("before")
+    x = normal(8, 4)
+    model.register_forward_pre_hook(lambda model, args: model_without_graph(model, args[0]))
+    monitor = Monitor(model, every=1)
+    model(x)
+    other = Monitor(same := copy.deepcopy(model), every=1)
+    same._forward_pre_hooks.clear()
+    assert monitor.latest["encoder"].cases.rows == len(x)
+    assert other.measure(x)["encoder"].k.allclose(monitor.latest["encoder"].k)
+
+
+def model_without_graph(model: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        model.encoder(x)
+
+
+def test_a_bias_that_is_not_trained_leaves_the_weights_to_be_corrected():
+    model = network()
+    model[2].bias.requires_grad_(False)
+    monitor = Monitor(model, every=1)
+    a_step(model, normal(8, 4))
+    steps = monitor.natural_gradient()
+    A = monitor.latest["2"].cases.sums().damped(1e-3).A
+    assert_close(
+        steps["2"].dw.double(), torch.linalg.solve(A, model[2].weight.grad.double()), **LOOSE
+    )
+    assert steps["2"].dw0 is None
+    assert steps["0"].dw0 is not None
+    assert_close(monitor.natural_gradient()["2"].dw, steps["2"].dw, **LOOSE)
+
+
+LOOSE = {"rtol": 1e-3, "atol": 1e-3}  # single precision
+
+
+def test_weights_that_two_modules_share_are_named():
+    model = network()
+    model.append(nn.Linear(5, 3))
+    model[5].weight = model[4].weight
+    with pytest.warns(TiedWeightsWarning, match=r"4\.weight and 5\.weight.*natural_gradient"):
+        Monitor(model)
+
+
+@pytest.mark.parametrize("compile_", [lambda m: m.compile(backend="eager"), None], ids=str)
+def test_what_was_compiled_after_attaching_is_measured_when_asked(compile_):
+    model, expected = network(), Monitor(network()).measure(normal(8, 4))
+    monitor = Monitor(model)
+    if compile_ is None:
+        torch.compile(model, backend="eager")(normal(8, 4))
+    else:
+        compile_(model)
+        model(normal(8, 4))
+    assert_close(monitor.measure(normal(8, 4))["0"].k, expected["0"].k, **EXACTLY)
+
+
+def test_the_default_device_is_no_concern_of_a_measurement():
+    model, expected = network(), Monitor(network()).measure(normal(8, 4))
+    with torch.device("meta"):
+        found = Monitor(model).measure(normal_on_cpu())
+    assert_close(found["0"].k, expected["0"].k, **EXACTLY)
+
+
+def normal_on_cpu() -> Tensor:
+    with torch.device("cpu"):
+        return normal(8, 4)
