@@ -203,15 +203,14 @@ def test_weights_that_two_modules_share_are_named():
         Monitor(model)
 
 
-@pytest.mark.parametrize("compile_", [lambda m: m.compile(backend="eager"), None], ids=str)
-def test_what_was_compiled_after_attaching_is_measured_when_asked(compile_):
+@pytest.mark.parametrize("in_place", [True, False])
+def test_what_was_compiled_after_attaching_is_measured_when_asked(in_place):
     model, expected = network(), Monitor(network()).measure(normal(8, 4))
     monitor = Monitor(model)
-    if compile_ is None:
-        torch.compile(model, backend="eager")(normal(8, 4))
-    else:
-        compile_(model)
-        model(normal(8, 4))
+    if in_place:
+        model.compile(backend="eager")
+    compiled = model if in_place else torch.compile(model, backend="eager")
+    compiled(normal(8, 4))
     assert_close(monitor.measure(normal(8, 4))["0"].k, expected["0"].k, **EXACTLY)
 
 
