@@ -447,6 +447,14 @@ def test_a_gradient_that_does_not_fit_the_layer_is_told(gradient, told):
         measured.natural_gradient(*gradient)
 
 
+@pytest.mark.parametrize("damping", [-0.5, float("nan"), float("inf")])
+def test_a_damping_that_cannot_be_is_refused_afterwards_too(damping):
+    monitor = Monitor(mlp(), solver="iterative")
+    for x in (normal(3, 4), normal(40, 4)):
+        with pytest.raises(ValueError, match="damping must be 0 or more and finite"):
+            monitor.measure(x)["0"].damped(damping)
+
+
 STATES = {
     "units": ({"units": 2}, {}, "other options: units was 2 and is None; attach with the same"),
     "other-units": ({"units": 2}, {"units": 3}, "units was 2 and is 3"),

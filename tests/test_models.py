@@ -8,10 +8,17 @@ import torch
 from strategies import TOL
 from test_monitor import EXACTLY, a_step, normal
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
-from unitfisher import Monitor, TiedWeightsWarning, UncoveredLayersWarning
+from unitfisher import (
+    Monitor,
+    TiedWeightsWarning,
+    UncoveredLayersWarning,
+    per_sample_gradients,
+    unit_fisher,
+)
 
 
 def network() -> nn.Sequential:
@@ -224,3 +231,36 @@ def test_the_default_device_is_no_concern_of_a_measurement():
 def normal_on_cpu() -> Tensor:
     with torch.device("cpu"):
         return normal(8, 4)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cell(x)[0][:, -1])
+
+
+def test_what_vmap_cannot_take_has_per_sample_gradients_too():
+    model, x, y = Recurrent().double(), normal(6, 2, 4).double(), torch.tensor([0, 1, 2, 0, 1, 2])
+    found = per_sample_gradients(model, x, y)
+    for i in range(len(x)):
+        model.zero_grad()
+        (-cross_entropy(model(x[i : i + 1]), y[i : i + 1])).backward()
+        for name, parameter in model.named_parameters():
+            assert_close(found[name][i], parameter.grad, **TOL)
+
+
+def test_what_vmap_cannot_take_has_unit_fishers_too():
+    model, x = Recurrent().double(), normal(6, 2, 4).double()
+    F = unit_fisher(model, x, layers="cell", sharing="joint")["cell.weight_hh_l0"]
+    expected = torch.zeros_like(F)
+    for y in range(3):
+        of_label = torch.full((6,), y)
+        G = per_sample_gradients(model, x, of_label)
+        g = torch.cat([G["cell.weight_hh_l0"], G["cell.bias_hh_l0"][..., None]], -1)
+        pi = model(x).softmax(-1)[:, y].detach()
+        expected += torch.einsum("n,nud,nue->ude", pi, g, g) / len(x)
+    assert_close(F, expected, **TOL)

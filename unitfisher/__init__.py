@@ -15,6 +15,7 @@ from unitfisher.monitor import Monitor as Monitor
 from unitfisher.observer import NonFiniteError as NonFiniteError
 from unitfisher.operator import UnitFisherOperator as UnitFisherOperator
 from unitfisher.operator import unit_fisher_operator as unit_fisher_operator
+from unitfisher.outputs import UnitMeans as UnitMeans
 from unitfisher.passes import activation_statistics as activation_statistics
 from unitfisher.per_sample import per_sample_gradients as per_sample_gradients
 from unitfisher.plan import MemoryBudgetError as MemoryBudgetError
@@ -24,6 +25,9 @@ from unitfisher.record import RecordExistsError as RecordExistsError
 from unitfisher.record import Run as Run
 from unitfisher.solvers import SingularFisherError as SingularFisherError
 from unitfisher.statistics import UnitStatistics as UnitStatistics
+from unitfisher.steps import LayerStep as LayerStep
+from unitfisher.theorems import BiasShiftCorrection as BiasShiftCorrection
+from unitfisher.theorems import UnitStep as UnitStep
 from unitfisher.theorems import bias_shift_correction as bias_shift_correction
 from unitfisher.theorems import theorem_1 as theorem_1
 from unitfisher.theorems import theorem_2 as theorem_2

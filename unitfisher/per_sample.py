@@ -5,6 +5,8 @@ Fisher only (``sharing="joint"``): a parameter's gradient is already summed over
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +39,8 @@ def per_sample_gradients(
 ) -> dict[str, Tensor]:
     """Return the gradient of ln p in every trainable parameter, for each sample on its own.
 
-    The model runs in eval mode and is left as it was.
+    The model runs in eval mode and is left as it was. What ``torch.func.vmap`` cannot take (an
+    nn.LSTM) goes by plain autograd, sample by sample.
 
     Args:
         model: Any module that takes one sample as a batch of one.
@@ -86,12 +89,37 @@ def per_sample_gradients(
         given = args, kwargs
         if targets is not None and isinstance(estimator.likelihood, Residual):
             _require_each(targets, next(iter([*args, *kwargs.values()])))
-            return dict(vmap(of_target, chunk_size=chunk_size)(given, targets))
+            with suppress(RuntimeError):
+                return dict(vmap(of_target, chunk_size=chunk_size)(given, targets))
         z = outputs(chosen, given)
         chance = Chance(seed).on(z.device)
         S = torch.cat(list(columns(z, estimator, chance, targets, TOGETHER)))
-        each = vmap(pulled_back, in_dims=(0, 1), out_dims=1, chunk_size=chunk_size)(given, S)
+        try:
+            each = vmap(pulled_back, in_dims=(0, 1), out_dims=1, chunk_size=chunk_size)(given, S)
+        except RuntimeError:
+            each = _one_by_one(outputs, chosen, given, S)
     return {name: g[0] if targets is not None else g for name, g in each.items()}
+
+
+def _one_by_one(
+    outputs: Callable[[dict[str, Tensor], Given], Tensor],
+    chosen: Mapping[str, Tensor],
+    given: Given,
+    S: Float[Tensor, "r n t y"],
+) -> dict[str, Tensor]:
+    """Take gradients by plain autograd: for operations (nn.LSTM) that vmap has no rule for."""
+    leaves = {name: p.clone().requires_grad_() for name, p in chosen.items()}
+    of_samples = []
+    for i, of_sample in enumerate(S.unbind(1)):
+        with torch.enable_grad():
+            z = outputs(leaves, _each(given, partial(Tensor.narrow, dim=0, start=i, length=1)))[0]
+        grads = [
+            torch.autograd.grad(z, [*leaves.values()], column, True, materialize_grads=True)
+            for column in of_sample
+        ]
+        of_samples.append([torch.stack(of_columns) for of_columns in zip(*grads, strict=True)])
+    joined = [torch.stack(of_parameter, 1) for of_parameter in zip(*of_samples, strict=True)]
+    return dict(zip(leaves, joined, strict=True))
 
 
 def unit_fisher_per_sample(

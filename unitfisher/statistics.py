@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from unitfisher.blocks import Block, blocks, joined_gradients
+from unitfisher.choices import require_damping
 from unitfisher.diagnostics import mean_share
 from unitfisher.observer import Gradient, Observation
 from unitfisher.steps import Angles, LayerStep, in_shape_of, in_shapes_of, natural_gradient
@@ -15,7 +16,7 @@ from unitfisher.streaming import Cases, Streamed
 from unitfisher.theory import theory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class UnitStatistics:
     """One layer's measurement; tensors stay on the device of the model, without a graph.
 
@@ -63,7 +64,7 @@ class UnitStatistics:
     biased: bool
     cases: Cases = field(repr=False)
     block: Block = field(repr=False)  # the layers that were measured together with it
-    gradient: Gradient | None = field(repr=False)
+    gradient: Gradient | None = field(repr=False)  # of ln p by targets, or the loss's from .grad
 
     def natural_gradient(
         self, g: Float[Tensor, "u *d"], g0: Float[Tensor, " u"] | None = None
@@ -90,7 +91,14 @@ class UnitStatistics:
         return in_shape_of(gradient, natural_gradient(self.alone, self.damping, gradient))
 
     def damped(self, damping: float) -> "UnitStatistics":
-        """Return the same measurement at another relative damping."""
+        """Return the same measurement at another relative damping.
+
+        Raises:
+            ValueError: The damping is negative, or not finite.
+            LoaderError: The loader that has to be read again has changed, or the model has.
+            SingularFisherError: A unit's Fisher has no inverse at that damping.
+        """
+        require_damping(damping)
         found = theory(self.alone.damped(damping), damping, self.gradient)
         return replace(self, damping=damping, **found.theory)
 
