@@ -159,6 +159,50 @@ def test_a_layer_that_no_row_was_sent_to_is_left_out_of_the_measurement():
     assert list(monitor.latest) == ["experts.0", "head"]
 
 
+class Routed(nn.Module):
+    """Sends each row to one of two experts; the second one is called on the first's rows, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, h = x[:, 0] > 0, x.new_zeros(len(x), 4)
+        h[first], h[~first] = self.experts[0](x[first]), self.experts[1](x[~first])
+        return self.head(h.tanh() + self.experts[1](x).sigmoid())
+
+
+def test_a_layer_to_which_some_rows_are_sent_has_these_as_cases():
+    torch.manual_seed(0)
+    model, x = Routed().double(), normal(13, 4).double()
+    found = Monitor(model).measure(x)
+    first = x[:, 0] > 0
+    assert 13 % int(first.sum())
+    assert 13 % int((~first).sum())
+    seen = {"experts.0": x[first], "experts.1": torch.cat([x[~first], x])}
+    for name, received in seen.items():
+        assert_close(found[name].mean, received.mean(0))
+        D = squared_errors(model, name, x)
+        assert_close(found[name].c, D.sum(0) / len(x))
+        assert_close(found[name].mean_q, (D.T @ received) / D.sum(0)[:, None])
+
+
+def squared_errors(model: nn.Module, layer: str, x: Tensor) -> Tensor:
+    """E_y δ² of every row that the layer is called on, label by label."""
+    nets = []
+    handle = model.get_submodule(layer).register_forward_hook(lambda m, a, y: nets.append(y))
+    log_p = model(x).log_softmax(-1)
+    handle.remove()
+    D = [torch.zeros_like(net) for net in nets]
+    for sample in log_p:
+        for of_label in sample:
+            grads = torch.autograd.grad(of_label, nets, retain_graph=True)
+            for total, grad in zip(D, grads, strict=True):
+                total += of_label.detach().exp() * grad**2
+    return torch.cat(D)
+
+
 class TwoParts(nn.Module):
     def __init__(self) -> None:
         super().__init__()

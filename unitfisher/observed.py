@@ -34,7 +34,7 @@ class Observed:
             call.require_unchanged()
         seen = [incoming(self.layer, call.activations) for call in self.calls]
         parts = [self._by_sample(x) for x in seen]
-        a = torch.cat(parts, 2) if len(parts) > 1 else _own(parts[0], self.calls[0].activations)
+        a = _end_to_end(parts) if len(parts) > 1 else _own(parts[0], self.calls[0].activations)
         a = a if a.dtype == torch.float64 else a.float()
         groups = a.shape[0]
         if groups == 1 or self.units is None:
@@ -53,7 +53,7 @@ class Observed:
                 grad = call.activations.new_zeros(columns, *call.shape)
             delta = at_units(self.layer, grad.flatten(0, 1))
             parts.append(self._by_sample(delta.view(columns, -1, *delta.shape[1:])))
-        delta = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+        delta = _end_to_end(parts)
         return delta if self.units is None else delta[..., self.units.to(delta.device)]
 
     def gradient(
@@ -69,18 +69,30 @@ class Observed:
         return g.flatten(0, 1) / self.samples, g0.flatten() / self.samples
 
     def _by_sample(self, x: Tensor) -> Tensor:
-        """Give the second axis the samples and the third the positions."""
+        """Give the second axis the samples and the third the positions.
+
+        Rows that do not divide evenly, as of an expert to which some samples are sent, are cases
+        of which the sample is not known.
+        """
         rows = x.shape[1] * x.shape[2]
         if x.shape[1] == self.samples:
             return x
-        if rows % self.samples or self.sharing != "expand":
+        if self.sharing != "expand":
             raise LayerSelectionError(
                 f"layer {self.name!r} was called on {x.shape[1]} rows where the model's output "
                 f"has {self.samples} samples: which rows belong to which sample is not known. "
-                f"Keep the samples on the first axis, leave the layer out with layers=..., or, "
-                f"when the rows divide evenly, use sharing='expand'"
+                f"Keep the samples on the first axis, leave the layer out with layers=..., or "
+                f"take each row as a case with sharing='expand'"
             )
-        return x.reshape(len(x), self.samples, -1, x.shape[-1])
+        even = rows % self.samples == 0
+        return x.reshape(len(x), self.samples if even else rows, -1, x.shape[-1])
+
+
+def _end_to_end(calls: Sequence[Float[Tensor, "g _n _t d"]]) -> Float[Tensor, "g n t d"]:
+    """Join calls: as positions of the same samples, or else as further cases."""
+    if len({x.shape[1] for x in calls}) == 1:
+        return torch.cat(list(calls), 2) if len(calls) > 1 else calls[0]
+    return torch.cat([x.flatten(1, 2) for x in calls], 1).unsqueeze(2)
 
 
 def _own(x: Tensor, given: Tensor) -> Tensor:

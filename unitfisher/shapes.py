@@ -82,7 +82,7 @@ def shapes_of(
     for name, calls in seen.by_layer().items():
         samples = len(z)
         nets = [at_units(call.module, call.y) for call in calls]
-        positions = sum(net.shape[0] * net.shape[1] for net in nets) // samples
+        positions = -(-sum(net.shape[0] * net.shape[1] for net in nets) // samples)
         several, sharing = positions > 1, estimator.sharing
         shapes[name] = bare(layers[name], units.get(name))._replace(
             samples=samples,
