@@ -3,15 +3,20 @@
     python analysis/train.py --preset mnist --data-root DIR
 
 records each network in a folder of its own under ``runs/<preset>``, keeps a checkpoint there, and
-goes on from it with ``--resume``. Several GPUs share every batch where torchrun starts it:
+goes on from it with ``--resume``. Ctrl-C ends the training after the step at hand, with a
+checkpoint; a second one ends it at once, and the last checkpoint stands. Several GPUs share every
+batch where torchrun starts it:
 
     torchrun --nproc-per-node 2 analysis/train.py --preset imagenet-15 --device cuda
 
 Feeds the scripts in ``paper_figs/``.
 """
 
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -70,6 +75,9 @@ def main(name: str, preset: Preset, where: Where) -> int:
     where = replace(where, device=ranks.device(where.device))
     try:
         return train_all(name, preset, where, ranks)
+    except KeyboardInterrupt:
+        print("\nInterrupted; go on from the last checkpoint with --resume.")
+        return INTERRUPTED
     finally:
         ranks.leave()
 
@@ -91,12 +99,11 @@ def train_all(name: str, preset: Preset, where: Where, ranks: Ranks) -> int:
             workers=where.workers,
             ranks=ranks,
         ) as trainer:
-            try:
+            with first_interrupt(trainer.stop):
                 follow(trainer, f"{name}, {len(members)} networks")
-            except KeyboardInterrupt:
-                if ranks.size == 1:  # several may stand at different steps
-                    trainer.save()
-                print(f"\nInterrupted after step {trainer.iteration}; go on with --resume.")
+            if trainer.stopped:
+                if ranks.is_first:
+                    print(f"Interrupted after step {trainer.iteration}; go on with --resume.")
                 return INTERRUPTED
             if ranks.is_first:
                 print(conclusion(trainer))
@@ -143,6 +150,22 @@ def follow(trainer: Trainer, title: str) -> None:
                 bar.set_postfix_str(
                     f"epoch {progress.epoch}, loss {progress.loss:.4f}", refresh=False
                 )
+
+
+@contextmanager
+def first_interrupt(noted: Callable[[], None]) -> Iterator[None]:
+    """Let a first Ctrl-C only be noted: in a step, the state is of no step. A second one ends."""
+
+    def note(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        noted()
+        os.write(2, b"\nEnding after this step; Ctrl-C again ends at once.\n")  # print may be busy
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def conclusion(trainer: Trainer) -> str:

@@ -3,7 +3,9 @@
 import gc
 import hashlib
 import multiprocessing
+import os
 import pickle
+import signal
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -560,6 +562,16 @@ def test_what_workers_read_ahead_is_not_in_the_state(sets: PhotographSets) -> No
     stream = Stream(sets.train, 4, seed=0, workers=2)
     stream.next()
     assert (stream.state()["epoch"], stream.state()["position"]) == (0, 1)
+
+
+def test_workers_leave_interrupts_to_the_process_that_wants_their_batches(
+    sets: PhotographSets,
+) -> None:
+    stream, alone = (Stream(sets.train, 4, seed=0, workers=workers) for workers in (1, 0))
+    for _ in range(4):  # the worker reads two batches ahead
+        assert same(stream.next(), alone.next())
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGINT)
 
 
 def test_workers_go_with_their_stream(sets: PhotographSets) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import train
-from forked import command
+from forked import command, interrupted
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.testing import assert_close
@@ -27,12 +27,8 @@ DIGITS = (
 PAIR = tuple(Ranks(rank, 2) for rank in range(2))
 
 
-def launched(logs: Path, *given: str) -> str:
-    """Run the command in two processes, as torchrun does; return what they say."""
-    return by_two(logs, command, *DIGITS.split(), *given)
-
-
 def by_two(logs: Path, run: Callable[..., None], *given: str) -> str:
+    """Run this in two processes, as torchrun does; return what they say."""
     rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": logs.name}
     files = DefaultLogsSpecs(str(logs), redirects=Std.ALL)
     config = LaunchConfig(
@@ -53,13 +49,15 @@ def checkpoint(out: Path) -> dict[str, object]:
     return torch.load(out / "checkpoint.pt", weights_only=True)
 
 
-def test_two_processes_train_as_one_and_resume(tmp_path: Path) -> None:
+def test_two_processes_train_as_one_end_together_and_resume(tmp_path: Path) -> None:
     alone, pair = tmp_path / "alone", tmp_path / "pair"
     assert (
         train.main(*train.parse([*DIGITS.split(), "--iterations", "12", "--out", str(alone)])) == 0
     )
-    options = ["--iterations", "12", "--out", str(pair)]
-    said = launched(tmp_path / "logs", *options)
+    given = [*DIGITS.split(), "--iterations", "12", "--out", str(pair)]
+    by_two(tmp_path / "logs", interrupted, *given, "--checkpoint-every", "1000")
+    assert checkpoint(pair)["iteration"] == 3
+    said = by_two(tmp_path / "again", command, *given, "--resume")
     assert said.count("4 networks, 12 steps") == 1  # the first alone reports
     one, two = checkpoint(alone), checkpoint(pair)
     assert_close(two["ensemble"], one["ensemble"])
@@ -69,10 +67,9 @@ def test_two_processes_train_as_one_and_resume(tmp_path: Path) -> None:
         columns = ["iteration", "train_loss", "test_loss"]
         records = [pd.read_parquet(run / name / "training")[columns] for run in (alone, pair)]
         pd.testing.assert_frame_equal(*records, rtol=1e-4)
-    launched(tmp_path / "again", *options, "--resume")
     refused = pytest.raises(ValueError, match="is of 2 processes .* not of 1 on cpu")
     with refused:
-        train.main(*train.parse([*DIGITS.split(), *options, "--resume"]))
+        train.main(*train.parse([*given, "--resume"]))
 
 
 def test_an_error_in_one_process_ends_all(tmp_path: Path) -> None:

@@ -14,14 +14,16 @@ import pandas as pd
 import pytest
 import torch
 import train
-from forked import FORKED, command
+from forked import FORKED, command, interrupt
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from unitfisher.experiments import Dataset
 from unitfisher.experiments.images import DamagedDataError
 from unitfisher.experiments.presets import PRESETS
+from unitfisher.experiments.sources import Held
 from unitfisher.experiments.trainer import Trainer
+from unitfisher.experiments.watching import Watch
 
 CLOCKS = ("seconds", "monitoring")
 TABLES = ["activations", "finished", "path", "plan", "training", "units"]
@@ -55,15 +57,17 @@ def logged(log: Path, given: Sequence[str]) -> None:
     command(*given)
 
 
-def killed(given: Sequence[str], checkpoint: Path, log: Path) -> None:
-    """Start the command, and kill it as soon as there is a checkpoint."""
+def sent(
+    number: signal.Signals, given: Sequence[str], checkpoint: Path, log: Path
+) -> tuple[int | None, str]:
+    """Start the command, and send it a signal as soon as there is a checkpoint."""
     process = FORKED.Process(target=logged, args=(log, [*given, "--checkpoint-every", "0"]))
     process.start()
     while process.is_alive() and not checkpoint.exists():
         time.sleep(0.001)
-    process.kill()
+    os.kill(process.pid, number)
     process.join()
-    assert process.exitcode == -signal.SIGKILL, log.read_text()
+    return process.exitcode, log.read_text()
 
 
 def assert_same_checkpoints(one: Path, other: Path) -> None:
@@ -95,7 +99,8 @@ def test_a_training_that_was_killed_ends_bit_identical(
 ) -> None:
     whole, cut, cache = tmp_path / "whole", tmp_path / "cut", tmp_path / "cache"
     given = arguments(name, data_root, cut, cache)
-    killed(given, cut / "checkpoint.pt", tmp_path / "log")
+    code, said = sent(signal.SIGKILL, given, cut / "checkpoint.pt", tmp_path / "log")
+    assert code == -signal.SIGKILL, said
     preset = train.parse(given)[1]
     done = torch.load(cut / "checkpoint.pt", weights_only=True)["iteration"]
     assert 0 < done < preset.iterations
@@ -129,6 +134,51 @@ TINY = (
     "--preset mnist --dataset digits --hidden 8 --seeds 0 --activations relu elu --iterations 6 "
     "--every 3 --probe 50 --measurements 2 --units 2 --threads 1"
 )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    assert train.main(*train.parse([*TINY.split(), "--out", str(out)])) == 0
+    return out
+
+
+def assert_goes_on_to(whole: Path, cut: Path, given: Sequence[str]) -> None:
+    assert train.main(*train.parse([*given, "--resume"])) == 0
+    assert_same_checkpoints(whole / "checkpoint.pt", cut / "checkpoint.pt")
+    assert_same_records(whole, cut)
+
+
+@pytest.mark.parametrize(
+    ("of", "method", "call", "last"),
+    [(Held, "next", 0, 1), (Held, "next", 3, 4), (Watch, "record", 0, 1), (Watch, "record", 2, 3)],
+    ids=["first step", "a step", "first evaluation", "an evaluation"],
+)
+def test_an_interrupted_training_ends_after_the_step_and_goes_on_bit_identical(
+    of: type, method: str, call: int, last: int, whole: Path, tmp_path: Path
+) -> None:
+    given = [*TINY.split(), "--out", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, of, method, {call})
+        assert train.main(*train.parse(given)) == train.INTERRUPTED
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"] == last
+    assert_goes_on_to(whole, tmp_path, given)
+
+
+def test_a_second_interrupt_leaves_the_last_checkpoint(whole: Path, tmp_path: Path) -> None:
+    given = [*TINY.split(), "--out", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, Watch, "record", {2, 3})  # of both members, after three steps
+        assert train.main(*train.parse([*given, "--checkpoint-every", "0"])) == train.INTERRUPTED
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"] == 2
+    assert_goes_on_to(whole, tmp_path, given)
+
+
+def test_an_interrupt_from_outside_ends_the_process_as_shells_expect(tmp_path: Path) -> None:
+    given = [*TINY.split(), "--iterations", "100000", "--out", str(tmp_path)]
+    code, said = sent(signal.SIGINT, given, tmp_path / "checkpoint.pt", tmp_path / "log")
+    assert (code, "Traceback" in said) == (130, False)
+    assert "Ctrl-C again ends at once" in said
 
 
 def losses(out: Path) -> list[float]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,11 @@ VALIDATION_CASES: Final = 5_000
 SUBSET_SEED: Final = 0
 MEAN_BATCH: Final = 64
 COMPARED_SIZES: Final = 1_000  # of how many files the size tells whether a mean is still theirs
+
+
+def _deaf(_: int) -> None:
+    """Let Ctrl-C, which all processes get, be the main one's alone: it may want more batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Photographs:
             num_workers=workers,
             pin_memory=self.mean.is_cuda,
             generator=torch.Generator(),  # the global one is not to be drawn from
+            worker_init_fn=_deaf,
         )
 
     def centred(self, read: Batch) -> Batch:

@@ -108,6 +108,7 @@ class Trainer:
         self._phase: Phase | None = None
         self.iteration, self.seconds, self.monitoring = 0, 0.0, 0.0
         self._clock = time.perf_counter()  # until when seconds are counted
+        self.stopped = self._stop_asked = False
         self.loss = torch.zeros(len(members), device=self.device)  # since the last evaluation
         self._diverged = torch.zeros(len(members), dtype=torch.bool)
         # of dropout, which draws from torch's own generator
@@ -150,20 +151,28 @@ class Trainer:
     def __iter__(self) -> Iterator[Progress]:
         """Train to the end from where it stands, keeping checkpoints; yield after each step.
 
+        Where `stop` asks for it, the end is that of the step at hand, and ``stopped`` is true.
+
         Raises:
             DivergedError: No member's loss is finite any more. The last checkpoint is older.
         """
         self._clock = saved = time.perf_counter()
         if not self.iteration:
             self._evaluate()
-        while self.iteration < self.iterations:
+        while self.iteration < self.iterations and not self.stopped:
             self.step()
             ended = self.iteration == self.iterations
             loss = self._evaluate() if ended or self.iteration % self.every == 0 else None
-            if self.ranks.agreed(ended or time.perf_counter() - saved > self.checkpoint_every):
+            due = time.perf_counter() - saved > self.checkpoint_every
+            if self.ranks.agreed(ended or due or self._stop_asked):
+                self.stopped = self.ranks.agreed(self._stop_asked)
                 self.save()
                 saved = time.perf_counter()
             yield Progress(self.epoch, self.iteration, loss)
+
+    def stop(self) -> None:
+        """Let the training end with the step at hand, of which there will be a checkpoint."""
+        self._stop_asked = True
 
     def step(self) -> None:
         """Take one step of every member on its next batch."""
