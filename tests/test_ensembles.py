@@ -22,7 +22,7 @@ from unitfisher.experiments.descent import Descent
 from unitfisher.experiments.divergence import DivergedError
 from unitfisher.experiments.ensembles import Ensemble
 from unitfisher.experiments.orders import Orders
-from unitfisher.experiments.presets import PRESETS, Member, Preset
+from unitfisher.experiments.presets import PRESETS, Member, Phase, Preset
 from unitfisher.experiments.trainer import Trainer
 from unitfisher.experiments.training import Schedule
 from unitfisher.record import RecordExistsError
@@ -376,10 +376,35 @@ def test_freed_memory_is_kept_where_the_c_library_can() -> None:
     assert told.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
 
 
+def test_a_phase_that_names_no_dropout_goes_on_with_the_one_before_it() -> None:
+    first, second = Phase(2, 1.0, (0.1,), "all"), Phase(4, 0.5)
+    preset = replace(SMALL, phases=(first, second, Phase(6, 0.1, (0.3,))))
+    found = {step: preset.phase(step) for step in (1, 3, 5, 7)}
+    expected = {1: Phase(0), 3: first, 5: Phase(4, 0.5, (0.1,), "all"), 7: Phase(6, 0.1, (0.3,))}
+    assert found == expected
+
+
+def test_a_training_resumed_in_a_phase_that_names_no_dropout_has_the_one_before_it(
+    tmp_path: Path,
+) -> None:
+    x = torch.rand(4, 3, 8, 8, generator=seeded(0))
+    data = Dataset(x, torch.arange(4), x[:1], torch.arange(1))
+    phases = (Phase(0), Phase(1, 1.0, (0.9,) * 6), Phase(2, 0.5))
+    preset = replace(PRESETS["cifar10-11"], activations=("elu",), batch_size=2, phases=phases)
+    with Trainer(preset, preset.members, data, tmp_path) as whole:
+        for step in range(3):
+            if step == 2:
+                whole.save()
+            whole.step()
+    with Trainer(preset, preset.members, data, tmp_path, resume=True) as resumed:
+        resumed.step()
+    assert_close(resumed.ensemble.state_dict(), whole.ensemble.state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "change",
-    [{"epochs": 0}, {"seeds": ()}, {"measurements": 1}],
-    ids=["epochs", "seeds", "measurements"],
+    [{"epochs": 0}, {"seeds": ()}, {"measurements": 1}, {"phases": (Phase(9), Phase(0))}],
+    ids=["epochs", "seeds", "measurements", "phases"],
 )
 def test_impossible_presets_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):

@@ -115,6 +115,9 @@ class Preset:
             raise ValueError("hidden is empty: name the width of at least one layer")
         if self.measurements < 2:
             raise ValueError("measurements must be 2 or more: before and after training")
+        starts = [phase.start for phase in self.phases]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"phases start at {starts}: name them in order, once each")
 
     @property
     def members(self) -> list[Member]:
@@ -135,9 +138,13 @@ class Preset:
         return self.every or per_epoch
 
     def phase(self, iteration: int) -> Phase:
-        """What holds at a step."""
-        begun = [phase for phase in self.phases if phase.start <= iteration]
-        return begun[-1] if begun else Phase(0)
+        """What holds at a step, whatever step a training was resumed at."""
+        now = Phase(0)
+        for phase in self.phases:
+            if phase.start <= iteration:
+                as_it_was = now._replace(start=phase.start, factor=phase.factor)
+                now = phase if phase.dropout else as_it_was
+        return now
 
 
 # [R] everything but what follows; [I] batch (100 is stated for the larger network only), biases
