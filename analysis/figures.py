@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from tables import Records
 
-from unitfisher import plotting
+from unitfisher.experiments import plotting
 
 Share = Literal["none", "all", "row"]
 

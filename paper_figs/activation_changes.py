@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from summary import Summary
 
-from unitfisher import plotting
+from unitfisher.experiments import ACTIVATIONS, plotting
 
 
 def draw() -> Figure:
@@ -44,7 +44,7 @@ def draw() -> Figure:
 def _deciles(ax: Axes, name: str, variance: pd.Series) -> Line2D:
     values = np.maximum(variance.to_numpy(), 1e-12)
     look = {"color": plotting.COLOURS[name], "marker": plotting.MARKERS[name], "markersize": 3}
-    (line,) = ax.plot(values, variance.index, label=plotting.ACTIVATIONS[name].label, **look)
+    (line,) = ax.plot(values, variance.index, label=ACTIVATIONS[name].label, **look)
     return line
 
 

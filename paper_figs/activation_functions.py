@@ -7,8 +7,7 @@ import style
 import torch
 from matplotlib.figure import Figure
 
-from unitfisher import plotting
-from unitfisher.experiments import ACTIVATIONS
+from unitfisher.experiments import ACTIVATIONS, plotting
 
 SHOWN = ("relu", "lrelu", "srelu", "elu")
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from summary import Summary
 
-from unitfisher import plotting
+from unitfisher.experiments import ACTIVATIONS, plotting
 
 ERRORS = {
     "reconstruction": "½ Σ error² per image",
@@ -57,7 +57,7 @@ def _medians(summary: Summary, rate: float, value: str) -> pd.DataFrame:
 def _name_diverged(ax: Axes, summary: Summary, rate: float) -> None:
     lost = summary.diverged[summary.diverged["rate"] == rate]
     names = [
-        f"{plotting.ACTIVATIONS[name].label} ({seeds} of {summary.seeds})"
+        f"{ACTIVATIONS[name].label} ({seeds} of {summary.seeds})"
         for name, seeds in lost["activation"].value_counts(sort=False).items()
     ]
     if names:

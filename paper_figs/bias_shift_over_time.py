@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from summary import Summary, with_and_without_norm
 
-from unitfisher import plotting
+from unitfisher.experiments import plotting
 
 FREE = {
     "mean_share": "mean share of activations",

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from summary import with_and_without_norm
 
-from unitfisher import plotting
+from unitfisher.experiments import plotting
 
 VALUES = {
     "mean_share": "mean share of\nincoming activations",

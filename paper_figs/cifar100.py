@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from summary import Summary
 
-from unitfisher import plotting
+from unitfisher.experiments import ACTIVATIONS, plotting
 
 VALUES = {"train_loss": "training loss\n(cross-entropy, nats)", "test_error": "test error (%)"}
 
@@ -52,7 +52,7 @@ def _published(ax: Axes, summary: Summary) -> list[str]:
     dataset, network = summary.config["dataset"], summary.config["network"]
     same = [r for r in style.published()["cifar"] if r.get("network") == network]
     rows = [r for r in same if dataset in r and "iterations" in r]
-    said = [f"{plotting.ACTIVATIONS[r['activation']].label} {r[dataset]:.2f}" for r in rows]
+    said = [f"{ACTIVATIONS[r['activation']].label} {r[dataset]:.2f}" for r in rows]
     if not rows:
         return []
     after = rows[0]["iterations"]

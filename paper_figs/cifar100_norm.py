@@ -16,7 +16,7 @@ from cifar100 import VALUES
 from matplotlib.figure import Figure
 from summary import NORMS, Summary, with_and_without_norm
 
-from unitfisher import plotting
+from unitfisher.experiments import ACTIVATIONS, plotting
 
 
 def draw(name: str = "cifar100-11") -> Figure:
@@ -34,7 +34,7 @@ def draw(name: str = "cifar100-11") -> Figure:
                 lines = plotting.plot_over(ax, shown, value, x="iteration", style=look) | lines
         row[0].set_ylabel(label)
     for ax, other in zip(axes[0], others, strict=False):
-        ax.set_title(f"ELU, {plotting.ACTIVATIONS[other].label}", fontsize=9)
+        ax.set_title(f"ELU, {ACTIVATIONS[other].label}", fontsize=9)
     for ax in axes[-1]:
         style.count(ax, "iteration")
     first, *more = found.items()

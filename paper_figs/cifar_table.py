@@ -18,7 +18,7 @@ import summary
 from matplotlib.figure import Figure
 from summary import Summary
 
-from unitfisher import plotting
+from unitfisher.experiments import ACTIVATIONS, plotting
 
 DATASETS = {"cifar-10": "CIFAR-10", "cifar-100": "CIFAR-100"}
 NETWORKS = {"cifar11": "11 convolutions", "cifar18": "18 convolutions"}
@@ -41,7 +41,7 @@ class Kind(NamedTuple):
     def label(self) -> str:
         norm = "" if self.norm == "none" else f", {self.norm} norm"
         network = NETWORKS.get(self.network, self.network)
-        return f"{plotting.ACTIVATIONS[self.activation].label}, {network}{norm}"
+        return f"{ACTIVATIONS[self.activation].label}, {network}{norm}"
 
 
 Errors = dict[str, str]  # by data set

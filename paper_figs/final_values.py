@@ -10,7 +10,7 @@ import pandas as pd
 import tyro
 from summary import Summary
 
-from unitfisher import plotting
+from unitfisher.experiments import ACTIVATIONS, plotting
 
 COLUMNS = {
     "train_loss": "training loss",
@@ -37,7 +37,7 @@ def _rows(final: pd.DataFrame, shown: list[str]) -> Iterator[list[str]]:
     for name in plotting.COLOURS:
         of_activation = final[final["activation"] == name]
         for rate, networks in of_activation.groupby("rate"):
-            label = plotting.ACTIVATIONS[name].label
+            label = ACTIVATIONS[name].label
             yield [label, f"{rate:g}", *(_with_sd(networks[value]) for value in shown)]
 
 

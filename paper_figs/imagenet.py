@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from summary import Summary
 
-from unitfisher import plotting
+from unitfisher.experiments import plotting
 
 VALUES = {
     "train_loss": "training loss\n(cross-entropy, nats)",

@@ -9,7 +9,7 @@ import style
 from matplotlib.figure import Figure
 from summary import Summary
 
-from unitfisher import plotting
+from unitfisher.experiments import plotting
 
 
 def draw() -> Figure:

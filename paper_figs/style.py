@@ -28,7 +28,7 @@ from matplotlib.ticker import (
 )
 from numpy.typing import NDArray
 
-from unitfisher import plotting
+from unitfisher.experiments import plotting
 
 FIGURES = Path(__file__).parent / "figures"
 NORMS = dict(zip(summary.NORMS, ("-", "--"), strict=True))  # styles of plotting.plot_over

@@ -21,7 +21,7 @@ def listed() -> list[str]:
 def used_by(module: str) -> set[str]:
     """Modules of the package that a file imports, at its top or later."""
     source = (PACKAGE / f"{module}.py").read_text()
-    direct = re.findall(r"from unitfisher\.(\w+) import", source)
+    direct = re.findall(r"from unitfisher\.(\w+)[.\w]* import", source)
     beside = re.findall(r"^from unitfisher import (.+)$", source, re.MULTILINE)
     return {*direct, *(name for names in beside for name in re.findall(r"\w+", names))}
 

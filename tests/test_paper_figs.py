@@ -27,7 +27,7 @@ from recorded import record
 from summaries import summarise
 from summary import Summary
 
-from unitfisher import plotting
+from unitfisher.experiments import plotting
 from unitfisher.experiments.presets import PRESETS, Member, Preset
 
 CIFAR = replace(PRESETS["cifar100-11"], seeds=tuple(range(6)), dampings=(0.1, 0.01))
