@@ -22,9 +22,8 @@ from benchmark_report import save
 from benchmark_results import Result
 from benchmark_rows import ROWS, Row
 from benchmark_timing import Effort
+from interrupts import INTERRUPTED
 from tqdm import tqdm
-
-INTERRUPTED = 130  # exit code, as shells have it
 
 GUIDE = """\
 Times what it costs to observe a training step in many ways, and says which meet their bars.

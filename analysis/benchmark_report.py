@@ -5,9 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,8 @@ import torch
 from benchmark_peers import DISTRIBUTIONS
 from benchmark_results import Result
 
+from unitfisher.experiments.markdown import markdown_table
+from unitfisher.native import compiled
 from unitfisher.provenance import plain, provenance
 
 HEADINGS = (
@@ -37,12 +37,8 @@ HEADINGS = (
 
 
 def table(results: Sequence[Result]) -> str:
-    """Lay the results out in Markdown that can be read as it is."""
-    lines = [HEADINGS, *map(_cells, results)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
-    rows = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
-    rule = "| " + " | ".join("-" * width for width in widths) + " |"
-    return "\n".join([rows[0], rule, *rows[1:]]) + "\n"
+    """Lay the results out in Markdown."""
+    return markdown_table(HEADINGS, map(_cells, results))
 
 
 def save(results: Sequence[Result], folder: Path, config: Any, seconds: float) -> None:
@@ -66,18 +62,11 @@ def write(
 def conditions(seconds: float) -> dict[str, Any]:
     return {
         "threads": torch.get_num_threads(),
-        "compiled_kernel": compiled_kernel(),
+        "compiled_kernel": compiled(),
         "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
         "seconds": round(seconds, 1),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def compiled_kernel() -> bool:
-    """Whether the package has a compiled kernel here, and uses it."""
-    if find_spec("unitfisher.native") is None:
-        return False
-    return import_module("unitfisher.native").compiled()
 
 
 def sentence(record: Mapping[str, Any], results: Sequence[Result]) -> str:

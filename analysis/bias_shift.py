@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from interrupts import INTERRUPTED
 from jobs import Job, Progress, RunConfig, RunMismatchError, state
 from tqdm import tqdm
 from workers import run_all
@@ -30,7 +31,6 @@ from unitfisher.experiments import (
 EPOCHS = {"digits": 60, "mnist": 10, "fashion-mnist": 10}
 PROBE = {"digits": 1024, "mnist": 4096, "fashion-mnist": 4096}  # cases, several per input
 PAPERS: tuple[ActivationName, ...] = ("relu", "lrelu", "srelu", "elu")
-INTERRUPTED = 130  # exit code, as shells have it
 
 GUIDE = """\
 Trains 8×128 networks that differ in nothing but the activation function, watches the unit

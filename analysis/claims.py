@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import pandas as pd
-from tables import When, markdown, spread
+from tables import When, markdown
 
 from unitfisher.experiments import ACTIVATIONS
+from unitfisher.experiments.markdown import spread
 
 RULE = """\
 ELU is compared with every other activation, seed by seed: same initial weights, same batches.

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 import tyro
-from tables import markdown, save, spread
+from tables import markdown, save
 from torch import Tensor, nn
 
 from unitfisher import Monitor
 from unitfisher.experiments import Schedule, load, mlp, probe, train
+from unitfisher.experiments.markdown import spread
 from unitfisher.provenance import provenance
 
 ESTIMATORS = ("mc", "rademacher", "top-rademacher")

@@ -27,6 +27,7 @@ from unitfisher.experiments import (
 )
 from unitfisher.experiments.sources import PROBE_SEED
 from unitfisher.experiments.watching import measured_epochs, record_activations, record_path
+from unitfisher.provenance import differences, plain
 
 WIDTH = 128
 
@@ -91,15 +92,9 @@ def state(job: Job) -> Literal["new", "unfinished", "finished"]:
     if not file.exists():
         raise RunMismatchError(f"{job.folder} holds files that are no run; choose another --out")
     found = json.loads(file.read_text())["config"]
-    asked = json.loads(json.dumps(asdict(job.config)))
-    changed = [
-        f"{field} = {found.get(field)!r}, asked for {asked.get(field)!r}"
-        for field in sorted(found.keys() | asked.keys())
-        if found.get(field) != asked.get(field)
-    ]
-    if changed:
+    if changed := differences(found, plain(job.config)):
         raise RunMismatchError(
-            f"{job.folder} holds a run with {'; '.join(changed)}. "
+            f"{job.folder} holds another run: {'; '.join(changed)}. "
             "Choose another --out, or remove that folder"
         )
     if not any((job.folder / "finished").glob("part-*.parquet")):

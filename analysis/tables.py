@@ -11,6 +11,7 @@ import pandas as pd
 from jobs import TABLES, Job
 
 from unitfisher.experiments import ACTIVATIONS
+from unitfisher.experiments.markdown import markdown_table, spread
 
 RUN = ["activation", "seed"]
 When = Literal["through training", "at the end"]
@@ -143,32 +144,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Write a table that is Markdown to a renderer and aligned to a reader."""
-    columns = [[str(name), *table[name]] for name in table.columns]
-    widths = [max(map(len, column)) for column in columns]
-    rows = [list(row) for row in zip(*columns, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    lines = (
-        " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
-
-
-def spread(mean: float, sd: float) -> str:
-    """Write mean ± sd with two digits of the sd, or one where the mean has three by then."""
-    if pd.isna(mean):
-        return "-"
-    if pd.isna(sd):
-        return f"{mean:.3g}"
-    digits = min(max(_decimals(mean, 3), _decimals(sd, 1)), _decimals(sd, 2))
-    return f"{mean:.{digits}f} ± {sd:.{digits}f}"
-
-
-def _decimals(number: float, significant: int) -> int:
-    """Decimals that show so many digits of a number."""
-    exponent = int(f"{number:e}".split("e")[1])
-    return max(significant - 1 - exponent, 0)
+    """Write a table of text as Markdown."""
+    return markdown_table(list(map(str, table)), table.itertuples(index=False, name=None))
 
 
 def save(table: pd.DataFrame, written: str, made: Mapping[str, Any], folder: Path) -> None:

@@ -12,11 +12,8 @@ batch where torchrun starts it:
 Feeds the scripts in ``paper_figs/``.
 """
 
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from interrupts import INTERRUPTED, first_interrupt
 from tqdm import tqdm
 
 from unitfisher.experiments import DataNotFoundError, Dataset, load
@@ -37,8 +35,6 @@ from unitfisher.experiments.ranks import Ranks
 from unitfisher.experiments.trainer import Trainer
 from unitfisher.experiments.whitening import whitened
 from unitfisher.record import RecordExistsError
-
-INTERRUPTED = 130  # exit code, as shells have it
 
 
 @dataclass(frozen=True)
@@ -150,22 +146,6 @@ def follow(trainer: Trainer, title: str) -> None:
                 bar.set_postfix_str(
                     f"epoch {progress.epoch}, loss {progress.loss:.4f}", refresh=False
                 )
-
-
-@contextmanager
-def first_interrupt(noted: Callable[[], None]) -> Iterator[None]:
-    """Let a first Ctrl-C only be noted: in a step, the state is of no step. A second one ends."""
-
-    def note(*_: object) -> None:
-        signal.signal(signal.SIGINT, before)
-        noted()
-        os.write(2, b"\nEnding after this step; Ctrl-C again ends at once.\n")  # print may be busy
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def conclusion(trainer: Trainer) -> str:

@@ -1,14 +1,13 @@
 """Many runs at once: one process per core, one progress for all, and Ctrl-C loses nothing."""
 
 import multiprocessing
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from queue import Empty
 
+from interrupts import interrupts_ignored
 from jobs import Job, Progress, Tell, run
 
 _messages: "Queue[Progress]"  # of a worker process, which gets them once, at its start
@@ -29,7 +28,7 @@ def run_all(jobs: Sequence[Job], processes: int, tell: Tell) -> None:
     stop = context.Event()
     pool = ProcessPoolExecutor(processes, context, _start_worker, (messages, stop))
     with pool:
-        with _interrupts_ignored():  # inherited: only this process hears Ctrl-C
+        with interrupts_ignored():  # inherited: only this process hears Ctrl-C
             futures = [pool.submit(_run_in_worker, job) for job in jobs]
         try:
             _follow(futures, messages, tell)
@@ -54,15 +53,6 @@ def _next(messages: "Queue[Progress]") -> Progress | None:
         return messages.get_nowait()
     except Empty:
         return None
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _start_worker(messages: "Queue[Progress]", stop: Event) -> None:

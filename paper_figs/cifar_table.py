@@ -8,7 +8,7 @@ committed tables of these data sets.
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from math import isnan, nan
+from math import nan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from summary import Summary
 
 from unitfisher.experiments import ACTIVATIONS, plotting
+from unitfisher.experiments.markdown import markdown_table, spread
 
 DATASETS = {"cifar-10": "CIFAR-10", "cifar-100": "CIFAR-100"}
 NETWORKS = {"cifar11": "11 convolutions", "cifar18": "18 convolutions"}
@@ -26,6 +27,7 @@ ERRORS = [f"{dataset}\n{by}" for dataset in DATASETS.values() for by in ("publis
 HEAD = ("network", "augmented", *ERRORS)
 PUBLISHED = (2, 4)  # columns
 NONE = "–"
+DECIMALS = 2  # as published
 LETTER, LINE = 0.072, 0.24  # inches of width and height
 
 
@@ -53,7 +55,7 @@ def rows(recorded: Sequence[Summary]) -> list[list[str]]:
     table = []
     for row in style.published()["cifar"]:
         kind = Kind(row.get("network"), row.get("activation", "relu"), "none", row["augmented"])
-        errors = {d: _with_sd(row[d], row.get("sd", nan)) for d in DATASETS if d in row}
+        errors = {d: spread(row[d], row.get("sd", nan), DECIMALS) for d in DATASETS if d in row}
         table.append(_row(row["label"], kind, errors, ours.pop(kind, {})))
     return table + [_row(kind.label, kind, {}, errors) for kind, errors in ours.items()]
 
@@ -82,12 +84,12 @@ def markdown() -> str:
     """The same table as text; published values in italics."""
     recorded = _recorded()
     head = [cell.replace("\n", ", ") for cell in HEAD]
-    lines = [head, ["---"] * len(head)] + [
+    lines = [
         [f"*{text}*" if _published(column, text) else text for column, text in enumerate(row)]
         for row in rows(recorded)
     ]
     notes = "".join(f"- {note}\n" for note in _notes(recorded))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n" + notes
+    return f"{markdown_table(head, lines)}\n{notes}"
 
 
 def write() -> Path:
@@ -111,7 +113,7 @@ def _ours(recorded: Sequence[Summary]) -> dict[Kind, Errors]:
             errors = final.loc[final["activation"] == name, "test_error"]
             if len(errors):
                 kind = Kind(config["network"], name, config["norm"], config["augmented"])
-                error = _with_sd(errors.mean(), errors.std())
+                error = spread(errors.mean(), errors.std(), DECIMALS)
                 ours[kind][config["dataset"]] = f"{error} ({s.outcome})"
     return ours
 
@@ -119,10 +121,6 @@ def _ours(recorded: Sequence[Summary]) -> dict[Kind, Errors]:
 def _row(label: str, kind: Kind, published: Errors, ours: Errors) -> list[str]:
     errors = [by.get(dataset, NONE) for dataset in DATASETS for by in (published, ours)]
     return [label, "yes" if kind.augmented else "no", *errors]
-
-
-def _with_sd(error: float, sd: float) -> str:
-    return f"{error:.2f}" if isnan(sd) else f"{error:.2f} ± {sd:.2f}"
 
 
 def _published(column: int, text: str) -> bool:

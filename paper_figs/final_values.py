@@ -11,6 +11,7 @@ import tyro
 from summary import Summary
 
 from unitfisher.experiments import ACTIVATIONS, plotting
+from unitfisher.experiments.markdown import markdown_table, spread
 
 COLUMNS = {
     "train_loss": "training loss",
@@ -29,8 +30,7 @@ def markdown(summary: Summary) -> str:
     if summary.config["dataset"] not in FIVE_OF:
         shown = [name for name in shown if name != "test_top5_error"]
     head = ["network", "rate", *(COLUMNS[name] for name in shown)]
-    lines = [head, ["---"] * len(head), *_rows(final, shown)]
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", summary.conditions])
+    return f"{markdown_table(head, _rows(final, shown))}\n{summary.conditions}"
 
 
 def _rows(final: pd.DataFrame, shown: list[str]) -> Iterator[list[str]]:
@@ -38,12 +38,8 @@ def _rows(final: pd.DataFrame, shown: list[str]) -> Iterator[list[str]]:
         of_activation = final[final["activation"] == name]
         for rate, networks in of_activation.groupby("rate"):
             label = ACTIVATIONS[name].label
-            yield [label, f"{rate:g}", *(_with_sd(networks[value]) for value in shown)]
-
-
-def _with_sd(values: pd.Series) -> str:
-    sd = f" ± {values.std():.2g}" if len(values) > 1 else ""
-    return f"{values.mean():.3g}{sd}"
+            over_seeds = (spread(networks[v].mean(), networks[v].std()) for v in shown)
+            yield [label, f"{rate:g}", *over_seeds]
 
 
 def main(name: Annotated[str, tyro.conf.Positional]) -> None:

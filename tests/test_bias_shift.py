@@ -10,6 +10,8 @@ import pytest
 import tables
 import workers
 
+from unitfisher.experiments.markdown import spread
+
 TINY = bias_shift.Config(
     activations=("relu", "elu"),
     seeds=(0,),
@@ -92,7 +94,7 @@ def test_finished_runs_are_not_made_again(
 
 
 def test_another_configuration_is_refused(made: bias_shift.Config, refused: None) -> None:
-    with pytest.raises(jobs.RunMismatchError, match=r"units = 4, asked for 5.*another --out"):
+    with pytest.raises(jobs.RunMismatchError, match=r"units was 4 and is 5.*another --out"):
         bias_shift.main(replace(made, units=5))
 
 
@@ -226,9 +228,10 @@ def test_measured_epochs_hold_the_first_and_the_last() -> None:
         (1234.5, 67.8, "1234 ± 68"),
         (-0.6, 1.31, "-0.6 ± 1.3"),
         (0.0, 0.0, "0.0 ± 0.0"),
+        (1.8e-5, 9.21e-7, "1.8e-05 ± 9.2e-07"),
         (0.1234, float("nan"), "0.123"),
         (float("nan"), float("nan"), "-"),
     ],
 )
 def test_spread_is_written_with_the_digits_it_has(mean: float, sd: float, written: str) -> None:
-    assert tables.spread(mean, sd) == written
+    assert spread(mean, sd) == written
