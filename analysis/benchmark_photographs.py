@@ -132,7 +132,7 @@ def of_photographs(config: Config) -> list[Result]:
         preset = replace(
             PRESETS["imagenet-15"],
             network=config.network,
-            weight_variance=1.0 if config.network == "imagenet15" else 2.0,
+            weight_variance=1.0 if config.network == "imagenet15" else None,
             activations=("elu",),
             batch_size=config.batch,
             probe=2,

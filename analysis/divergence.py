@@ -23,11 +23,11 @@ from tqdm import trange
 from train import Where, opened
 
 from unitfisher.experiments import DataNotFoundError
+from unitfisher.experiments.models import HE
 from unitfisher.experiments.presets import PRESETS
 from unitfisher.experiments.trainer import Trainer
 from unitfisher.provenance import plain, provenance
 
-HE = 2.0
 BEGINNINGS = {  # networks, and how many steps are enough to see it
     "mnist-autoencoder": (replace(PRESETS["mnist-autoencoder"], rates=(1e-2, 1e-3)), 100),
     "cifar100-11": (PRESETS["cifar100-11"], 30),

@@ -285,11 +285,10 @@ def test_the_network_for_imagenet_has_twenty_one_bins() -> None:
     assert on_no_device(imagenet15, 1000).hidden1.in_features == 21_504
 
 
-def test_a_first_stride_and_other_bins_are_taken() -> None:
+def test_a_first_stride_is_taken() -> None:
     plan = narrow(((Conv(96, 6, stride=2),), *IMAGENET15[1:]))
-    network = pyramidal(plan, (4,), 10, Maker(seeded(0)), bins=(6, 3, 2, 1))
+    network = pyramidal(plan, (4,), 10, Maker(seeded(0)))
     assert walk(network, 224) == [224, 113, 57, 29, 15, 8]
-    assert network.hidden1.in_features == 50 * 2
 
 
 def test_larger_images_are_averaged() -> None:
@@ -410,6 +409,7 @@ def test_unknown_options_are_refused_and_the_known_ones_named(option: str) -> No
         ("maxout", {"activation": "elu"}),
         ("cuda-convnet", {"norm": "batch"}),
         ("nin", {"padding": "same"}),
+        ("all-cnn-c", {"weight_variance": 2.0}),
         ("torchvision:resnet18", {"norm": "batch"}),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from unitfisher.experiments.models import HE
 from unitfisher.experiments.stacks import Conv, Maker, Stack, set_dropout, stacks
 
 # [R] all stacks but the last, 1 × classes × 1, which is the output
@@ -50,9 +51,7 @@ class PyramidPool(nn.Module):
         He et al. (2014), Spatial pyramid pooling in deep convolutional networks, arXiv 1406.4729.
     """
 
-    def __init__(self, bins: Sequence[int] = (4, 2, 1)) -> None:
-        super().__init__()
-        self.bins = tuple(bins)
+    bins: Final = (4, 2, 1)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
         return torch.cat([F.adaptive_max_pool2d(x, side).flatten(1) for side in self.bins], 1)
@@ -95,8 +94,6 @@ def pyramidal(
     hidden: Sequence[int],
     classes: int,
     make: Maker,
-    *,
-    bins: Sequence[int] = (4, 2, 1),
 ) -> nn.Sequential:
     """Stack ``stack1``, ..., ``pyramid``, ``hidden1``, ``act1``, ``drop1``, ..., ``output``.
 
@@ -105,10 +102,9 @@ def pyramidal(
         hidden: Units of the fully connected layers, each with dropout of rate 0.5.
         classes: How many outputs (n, classes) the network has, for images of any size.
         make: Makes the layers.
-        bins: A side of each level of the pyramid.
     """
     parts = stacks(plan, make)
-    parts["pyramid"] = pyramid = PyramidPool(bins)
+    parts["pyramid"] = pyramid = PyramidPool()
     inputs = pyramid.features(plan[-1][-1].units)
     for i, units in enumerate(hidden, start=1):
         parts |= make.hidden(i, inputs, units)
@@ -125,7 +121,7 @@ def cifar11(
     *,
     norm: str = "none",
     padding: str = "caffe",
-    weight_variance: float = 2.0,
+    weight_variance: float = HE,
 ) -> nn.Sequential:
     """The paper's network for CIFAR-100 curves: 11 convolutions, 1.67 million parameters.
 
@@ -142,7 +138,7 @@ def cifar18(
     *,
     norm: str = "none",
     padding: str = "caffe",
-    weight_variance: float = 2.0,
+    weight_variance: float = HE,
 ) -> nn.Sequential:
     """The paper's best network for CIFAR: 18 convolutions and the output, 39.3 million parameters.
 
@@ -159,13 +155,13 @@ def imagenet15(
     *,
     norm: str = "none",
     padding: str = "caffe",
-    weight_variance: float = 2.0,
+    weight_variance: float = HE,
 ) -> nn.Sequential:
     """The paper's network for ImageNet: 15 layers, 165 million parameters for 1000 classes.
 
     A batch (n, 3, 224, 224), or of images of another size, becomes (n, classes). [R] three levels
-    of the pyramid; [I] their bins and a stride of 1: ``pyramidal`` takes others. Options as of
-    ``Maker``, which raises for them.
+    of the pyramid; [I] their bins and a stride of 1. Options as of ``Maker``, which raises
+    for them.
     """
     make = Maker(generator, activation, norm, padding, weight_variance)
     return pyramidal(IMAGENET15, (4096, 4096), classes, make)

@@ -21,7 +21,7 @@ from unitfisher.parts import write_atomically
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
 
-PAD: Final = 4
+PAD: Final = 4  # pixels on each side
 SIDE: Final = 256  # pixels, of image files as they are read unless said
 
 
@@ -108,20 +108,17 @@ def load_cifar(name: str, root: Path | str) -> Dataset:
     return Dataset(*_read(reader, root, train=True), *_read(reader, root, train=False))
 
 
-def augmented(
-    x: Float[Tensor, "*n c h w"], crops: Crops, *, pad: int = PAD
-) -> Float[Tensor, "*n c h w"]:
+def augmented(x: Float[Tensor, "*n c h w"], crops: Crops) -> Float[Tensor, "*n c h w"]:
     """Pad with zeros, crop to the old size, mirror: each image as was drawn for it.
 
     Args:
         x: Preprocessed images, on any device.
         crops: Of the padded images, as `cropped` takes them.
-        pad: Pixels on each side.
 
     References:
         Clevert et al. (2016), section 4.2: 4 zero pixels, 32 × 32 crops, horizontal flips.
     """
-    return cropped(F.pad(x, [pad] * 4), crops, x.shape[-2:])
+    return cropped(F.pad(x, [PAD] * 4), crops, x.shape[-2:])
 
 
 def draw_crops(shape: Sequence[int], spare: int, generator: torch.Generator) -> Crops:

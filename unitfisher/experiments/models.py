@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 ActivationName = Literal["relu", "lrelu", "srelu", "elu", "prelu", "gelu", "silu", "selu"]
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+HE: Final = 2.0  # variance of initial weights, times fan-in
 
 
 class SReLU(nn.Module):
@@ -48,7 +49,7 @@ def mlp(
     activation: str,
     generator: torch.Generator,
     *,
-    weight_variance: float = 2.0,
+    weight_variance: float = HE,
 ) -> nn.Sequential:
     """Stack ``hidden1``, ``act1``, ``hidden2``, ..., ``output``.
 
@@ -58,7 +59,7 @@ def mlp(
         sizes: Inputs, hidden units layer by layer, outputs.
         activation: A key of ``ACTIVATIONS``.
         generator: Draws the weights from a uniform distribution about 0; biases start at 0.
-        weight_variance: Of the weights, times fan-in: 2 as of He, 1/3 as of torch's own layers.
+        weight_variance: Of the weights, times fan-in: 1/3 is that of torch's own layers.
 
     Raises:
         ValueError: There is no such activation.

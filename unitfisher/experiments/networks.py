@@ -12,13 +12,12 @@ from torch import nn
 
 from unitfisher.experiments.comparisons import all_cnn_c, cuda_convnet, dsn, maxout, nin
 from unitfisher.experiments.convnets import cifar11, cifar18, imagenet15
-from unitfisher.experiments.models import mlp
+from unitfisher.experiments.models import HE, mlp
 from unitfisher.experiments.packages import PACKAGES, model_of
 from unitfisher.experiments.presets import Member, Preset
 from unitfisher.experiments.sources import Source
 from unitfisher.experiments.tasks import TASKS
 
-HE: Final = 2.0  # variance of weights times fan-in, of networks that have no other
 NETWORKS: Final = MappingProxyType[str, Callable[..., nn.Module]](
     {
         "cifar11": cifar11,
@@ -74,8 +73,7 @@ def build(
     refused = [option for option in options if option not in signature(builder).parameters]
     if refused:
         raise ValueError(
-            f"{name} has its own {' and '.join(refused)}: leave None there (in a preset norm none, "
-            f"padding None, weight_variance 2)"
+            f"{name} has its own {' and '.join(refused)}: leave None there (in a preset, norm none)"
         )
     return builder(classes, generator, **options)
 
@@ -104,9 +102,9 @@ def _network(
     if preset.network == "mlp":
         inputs = source.shape.numel()
         sizes = [inputs, *preset.hidden, TASKS[preset.task].outputs(inputs, source.classes)]
-        return mlp(sizes, member.activation, generator, weight_variance=preset.weight_variance)
+        variance = HE if preset.weight_variance is None else preset.weight_variance
+        return mlp(sizes, member.activation, generator, weight_variance=variance)
     norm = preset.norm if preset.norm != "none" else None
-    variance = preset.weight_variance if preset.weight_variance != HE else None
     built = build(
         preset.network,
         source.classes,
@@ -114,6 +112,6 @@ def _network(
         generator,
         norm=norm,
         padding=preset.padding,
-        weight_variance=variance,
+        weight_variance=preset.weight_variance,
     )
     return built if isinstance(built, nn.Sequential) else nn.Sequential(OrderedDict(network=built))

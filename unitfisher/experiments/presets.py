@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
 from unitfisher.experiments.convnets import RATES
-from unitfisher.experiments.models import ActivationName
+from unitfisher.experiments.models import HE, ActivationName
 from unitfisher.experiments.tasks import TaskName
 
 DatasetName = Literal["digits", "mnist", "fashion-mnist", "cifar-10", "cifar-100", "photographs"]
@@ -51,9 +51,9 @@ class Preset:
     torchvision:NAME or timm:NAME."""
     hidden: tuple[int, ...] = ()
     """Hidden units of the fully connected network, layer by layer."""
-    weight_variance: float = 2.0
-    """Of the initial weights, times fan-in: 2 as of He, 1/3 as of torch's own layers. Networks
-    other than "mlp" and the paper's take 2 only, which leaves them their own."""
+    weight_variance: float | None = None
+    """Of the initial weights, times fan-in: 2 as of He, 1/3 as of torch's own layers. None: the
+    network's own, He's of "mlp" and of the paper's; the others take nothing else."""
     norm: Literal["none", "batch"] = "none"
     """Batch normalisation before every activation of a convolutional network, or none."""
     padding: Literal["caffe", "same"] | None = None
@@ -199,7 +199,7 @@ PRESETS: Final = MappingProxyType(
     {
         # [R] network, rate, batch, epochs, He initialisation, 5 runs; [I] uniform, biases 0, no
         # momentum (binet, the authors' framework), the probe set's size, the test set to validate
-        "mnist": Preset("mnist", hidden=(128,) * 8),
+        "mnist": Preset("mnist", hidden=(128,) * 8, weight_variance=HE),
         # [R] layers, batch, epochs, rates; [I] linear output with ½ Σ error² (binet), ELU's code
         # layer like all hidden ones, three seeds, torch's own initial variance: from He's, every
         # network diverges at rate 1e-2 and those of ELU and SReLU at 1e-3 (results/divergence)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unitfisher.choices import require_choice
-from unitfisher.experiments.models import ACTIVATIONS, Layer, drawn
+from unitfisher.experiments.models import ACTIVATIONS, HE, Layer, drawn
 
 Parts = OrderedDict[str, nn.Module]
 
@@ -45,7 +45,7 @@ class Maker:
         norm: "none" or "batch", before the activation.
         padding: "caffe" (⌊size / 2⌋ zeros on every side, so that even sizes enlarge the map;
             pooling rounds up) or "same" (the map's size stays; pooling rounds down).
-        weight_variance: Of the weights, times fan-in: 2 as of He.
+        weight_variance: Of the weights, times fan-in.
 
     Raises:
         ValueError: One of the names is unknown.
@@ -55,7 +55,7 @@ class Maker:
     activation: str = "elu"
     norm: str = "none"
     padding: str = "caffe"
-    weight_variance: float = 2.0
+    weight_variance: float = HE
 
     def __post_init__(self) -> None:
         require_choice("activation", self.activation, tuple(ACTIVATIONS))
@@ -112,12 +112,12 @@ class HalvingPool(nn.Module):
         return self.rounding
 
 
-def stacks(plan: Sequence[Stack], make: Maker, *, channels: int = 3) -> Parts:
+def stacks(plan: Sequence[Stack], make: Maker) -> Parts:
     """Make ``stack1``, ..., each of ``conv1``, ``act1``, ``drop1``, ``conv2``, ..., ``pool``.
 
     Every layer has its dropout, of rate 0 until ``set_dropout`` says otherwise.
     """
-    parts = Parts()
+    parts, channels = Parts(), 3  # red, green and blue
     for s, convs in enumerate(plan, start=1):
         stack = Parts()
         for i, conv in enumerate(convs, start=1):

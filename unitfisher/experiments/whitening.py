@@ -17,8 +17,8 @@ from torch import Tensor
 from unitfisher.experiments.data import Dataset
 from unitfisher.experiments.images import kept
 
-NORM: Final = 55.0
-FILTER_BIAS: Final = 0.1
+NORM: Final = 55.0  # of each image before it is whitened
+FILTER_BIAS: Final = 0.1  # added to each variance, in squared pixels
 PART: Final = 1_000  # images at a time
 LEAST_DIVISOR: Final = 1e-8
 VERSION: Final = 1  # of what the files hold
@@ -26,27 +26,26 @@ VERSION: Final = 1  # of what the files hold
 
 @dataclass(frozen=True)
 class Zca:
-    """x ↦ P (x − mean), P = E (Λ + filter_bias)^(−½) Eᵀ, of images taken as d numbers."""
+    """x ↦ P (x − mean), P = E (Λ + FILTER_BIAS)^(−½) Eᵀ, of images taken as d numbers."""
 
     mean: Float64[Tensor, " d"]
     P: Float64[Tensor, "d d"]
 
     @classmethod
-    def fit(cls, x: Float[Tensor, "n *shape"], filter_bias: float = FILTER_BIAS) -> "Zca":
+    def fit(cls, x: Float[Tensor, "n *shape"]) -> "Zca":
         """Fit mean and P to the images; E Λ Eᵀ is their covariance, a sum divided by n.
 
         Args:
             x: The training images.
-            filter_bias: Added to each variance, in squared pixels.
 
         Raises:
-            ValueError: The bias is not positive, or the images are none, or not all finite.
+            ValueError: The images are none, or not all finite.
 
         References:
             pylearn2, ``datasets/preprocessing.py``, class ``ZCA``.
         """
-        if not (filter_bias > 0 and len(x)):
-            raise ValueError(f"{len(x)} images and {filter_bias=}: both must be positive")
+        if not len(x):
+            raise ValueError("there are no images to fit whitening to")
         parts = [part.flatten(1) for part in x.split(PART)]
         mean = torch.stack([part.sum(0, dtype=torch.float64) for part in parts]).sum(0) / len(x)
         covariance = mean.new_zeros(len(mean), len(mean))
@@ -56,7 +55,7 @@ class Zca:
         if not covariance.isfinite().all():
             raise ValueError("some of the images hold NaN or infinite pixels")
         variances, E = torch.linalg.eigh(covariance)
-        return cls(mean, (E / (variances.clamp(min=0) + filter_bias).sqrt()) @ E.mT)
+        return cls(mean, (E / (variances.clamp(min=0) + FILTER_BIAS).sqrt()) @ E.mT)
 
     def __call__(self, x: Float[Tensor, "n *shape"]) -> Float[Tensor, "n *shape"]:
         return _by_parts(lambda rows: (rows - self.mean) @ self.P, x)
@@ -65,63 +64,52 @@ class Zca:
         return Zca(self.mean.to(device), self.P.to(device))
 
 
-def contrast_normalised(
-    x: Float[Tensor, "n *shape"], norm: float = NORM
-) -> Float[Tensor, "n *shape"]:
-    """Subtract from each image its mean over pixels and channels; scale to L2 norm ``norm``.
+def contrast_normalised(x: Float[Tensor, "n *shape"]) -> Float[Tensor, "n *shape"]:
+    """Subtract from each image its mean over pixels and channels; scale to L2 norm ``NORM``.
 
-    An image without contrast, whose norm is below 1e-8 of ``norm``, is not scaled: it is zero.
-
-    Raises:
-        ValueError: The norm is not positive.
+    An image without contrast, whose norm is below 1e-8 of that, is not scaled: it is zero.
 
     References:
         pylearn2, ``expr/preprocessing.py``, ``global_contrast_normalize``; Goodfellow et al.
         (2013), *Maxout networks*, with norm 55.
     """
-    if not norm > 0:
-        raise ValueError(f"images cannot be scaled to a norm of {norm}; give a positive one")
 
     def normalised(rows: Tensor) -> Tensor:
         centred = rows - rows.mean(1, keepdim=True)
-        divisor = centred.norm(dim=1, keepdim=True) / norm
+        divisor = centred.norm(dim=1, keepdim=True) / NORM
         return centred / torch.where(divisor < LEAST_DIVISOR, 1.0, divisor)
 
     return _by_parts(normalised, x)
 
 
-def whitened(
-    data: Dataset, name: str, cache: Path, *, norm: float = NORM, filter_bias: float = FILTER_BIAS
-) -> Dataset:
+def whitened(data: Dataset, name: str, cache: Path) -> Dataset:
     """Normalise each image's contrast and whiten, by statistics of the training images alone.
 
     The fit is kept in a file of the cache folder that belongs to these very training images and
-    settings, ``zca-<name>-<checksum>.pt``; whatever else is there, it is never another's.
+    constants, ``zca-<name>-<checksum>.pt``; whatever else is there, it is never another's.
 
     Args:
         data: On the device to compute on, which must have float64.
         name: Of the data set, to tell files apart by.
         cache: Folder, made when absent. 72 MiB for images of 3 × 32 × 32.
-        norm: Of each image before it is whitened.
-        filter_bias: Added to each variance.
 
     Raises:
-        ValueError: As `contrast_normalised` and `Zca.fit`.
+        ValueError: As `Zca.fit`.
     """
-    train_x = contrast_normalised(data.train_x, norm)
+    train_x = contrast_normalised(data.train_x)
 
     def fitted() -> dict[str, Tensor]:
-        zca = Zca.fit(train_x, filter_bias).to("cpu")
+        zca = Zca.fit(train_x).to("cpu")
         return {"mean": zca.mean, "P": zca.P}
 
-    checksum = _checksum(data.train_x, norm, filter_bias)
+    checksum = _checksum(data.train_x)
     zca = Zca(**kept(cache / f"zca-{name}-{checksum}.pt", fitted)).to(train_x.device)
-    test_x = contrast_normalised(data.test_x, norm)
+    test_x = contrast_normalised(data.test_x)
     return replace(data, train_x=zca(train_x), test_x=zca(test_x))
 
 
-def _checksum(x: Tensor, norm: float, filter_bias: float) -> str:
-    settings = repr((VERSION, tuple(x.shape), float(norm), float(filter_bias)))
+def _checksum(x: Tensor) -> str:
+    settings = repr((VERSION, tuple(x.shape), NORM, FILTER_BIAS))
     checksum = hashlib.sha256(settings.encode())
     for part in x.split(PART):
         checksum.update(part.numpy(force=True).tobytes())
