@@ -22,7 +22,7 @@ from tables import markdown, save
 from torch import Tensor, nn
 
 from unitfisher import Monitor
-from unitfisher.experiments import Schedule, load, mlp, probe, train
+from unitfisher.experiments import load, mlp, probe, train
 from unitfisher.experiments.markdown import spread
 from unitfisher.provenance import provenance
 
@@ -101,7 +101,7 @@ def problems(config: Config) -> Iterator[Problem]:
     sizes = [data.train_x.shape[1], *config.hidden, data.classes]
     model = mlp(sizes, "elu", generator)
     x = probe(data, config.cases, generator)[0].double()
-    for epoch in train(model, data, Schedule(config.epochs), generator):
+    for epoch in train(model, data, config.epochs, generator):
         if epoch in (0, config.epochs):
             name = "digits, trained" if epoch else "digits, untrained"
             yield Problem(name, deepcopy(model).double(), x, config.damping)

@@ -18,7 +18,6 @@ from unitfisher.experiments import (
     ActivationName,
     Dataset,
     DatasetName,
-    Schedule,
     evaluate,
     load,
     mlp,
@@ -26,6 +25,7 @@ from unitfisher.experiments import (
     train,
 )
 from unitfisher.experiments.sources import PROBE_SEED
+from unitfisher.experiments.training import BATCH_SIZE
 from unitfisher.experiments.watching import measured_epochs, record_activations, record_path
 from unitfisher.provenance import differences, plain
 
@@ -151,16 +151,15 @@ def _recorded_training(
     generator: torch.Generator,
     record: Run,
 ) -> Iterator[Progress]:
-    schedule = Schedule(c.epochs)
     x, y = probe(data, c.probe, torch.Generator().manual_seed(PROBE_SEED))
-    steps = -(-len(data.train_x) // schedule.batch_size)
+    steps = -(-len(data.train_x) // BATCH_SIZE)
     every = steps * max(1, c.epochs // LIVE)
     to_measure = measured_epochs(c.epochs, c.measurements)
     default = c.dampings[-1]
     with unitfisher.Monitor(
         model, units=c.units, every=every, damping=default, record=record
     ) as monitor:
-        for epoch in train(model, data, schedule, generator):
+        for epoch in train(model, data, c.epochs, generator):
             outputs = unitfisher.activation_statistics(model, x, layers="hidden*")
             record_activations(record, {"epoch": epoch}, outputs)
             loss = _record_scores(record, epoch, model, data)

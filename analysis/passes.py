@@ -21,7 +21,7 @@ from tables import markdown, save
 from torch import Tensor, nn
 
 from unitfisher import Monitor
-from unitfisher.experiments import Schedule, load, mlp, train
+from unitfisher.experiments import load, mlp, train
 from unitfisher.provenance import provenance
 
 
@@ -96,7 +96,7 @@ def problems(config: Config) -> Iterator[Problem]:
     untrained = mlp([width, width, data.classes], "elu", generator)
     yield Problem("random", untrained, torch.randn(cases, width, generator=generator))
     model = mlp([data.train_x.shape[1], width, width, data.classes], "elu", generator)
-    for _ in train(model, data, Schedule(config.epochs), generator):
+    for _ in train(model, data, config.epochs, generator):
         pass
     with torch.no_grad():
         learnt = model[:2](data.train_x)

@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 import tyro
 from interrupts import INTERRUPTED, first_interrupt
 from tqdm import tqdm
 
-from unitfisher.experiments import DataNotFoundError, Dataset, load
+from unitfisher.experiments import DataNotFoundError, Dataset, DatasetName, load
 from unitfisher.experiments.allocation import keep_freed_memory
 from unitfisher.experiments.data import data_root
 from unitfisher.experiments.divergence import DivergedError
@@ -109,7 +109,7 @@ def train_all(name: str, preset: Preset, where: Where, ranks: Ranks) -> int:
 def opened(preset: Preset, where: Where, cache: Path) -> Dataset | PhotographSets:
     """Load a preset's data, preprocessed."""
     name = preset.dataset
-    if name in ("digits", "mnist", "fashion-mnist"):
+    if name in get_args(DatasetName):
         return load(name, where.data_root).to(where.device)
     root = data_root(name, where.data_root)
     if name == "photographs":

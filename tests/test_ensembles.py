@@ -24,7 +24,6 @@ from unitfisher.experiments.ensembles import Ensemble
 from unitfisher.experiments.orders import Orders
 from unitfisher.experiments.presets import PRESETS, Member, Phase, Preset
 from unitfisher.experiments.trainer import Trainer
-from unitfisher.experiments.training import Schedule
 from unitfisher.record import RecordExistsError
 
 SMALL = replace(
@@ -199,7 +198,7 @@ def test_members_end_where_a_single_run_of_their_seed_ends(
     found = trained.ensemble.members[SMALL.members.index(member)]
     generator = seeded(member.seed)
     alone = mlp([64, 16, 12, 10], member.activation, generator)
-    for _ in train(alone, few(), Schedule(2, member.rate), generator):
+    for _ in train(alone, few(), 2, generator):
         pass
     for name, parameter in alone.named_parameters():
         assert_close(found.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)

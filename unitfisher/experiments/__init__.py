@@ -9,6 +9,5 @@ from unitfisher.experiments.models import ACTIVATIONS as ACTIVATIONS
 from unitfisher.experiments.models import ActivationName as ActivationName
 from unitfisher.experiments.models import SReLU as SReLU
 from unitfisher.experiments.models import mlp as mlp
-from unitfisher.experiments.training import Schedule as Schedule
 from unitfisher.experiments.training import evaluate as evaluate
 from unitfisher.experiments.training import train as train

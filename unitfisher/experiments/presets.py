@@ -9,10 +9,11 @@ from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
 from unitfisher.experiments.convnets import RATES
+from unitfisher.experiments.data import DatasetName
 from unitfisher.experiments.models import HE, ActivationName
 from unitfisher.experiments.tasks import TaskName
 
-DatasetName = Literal["digits", "mnist", "fashion-mnist", "cifar-10", "cifar-100", "photographs"]
+PresetData = Literal[DatasetName, "cifar-10", "cifar-100", "photographs"]
 
 
 class Member(NamedTuple):
@@ -44,7 +45,7 @@ class Phase(NamedTuple):
 class Preset:
     """A training by stochastic gradient descent, of one network per activation, rate and seed."""
 
-    dataset: DatasetName
+    dataset: PresetData
     """Data set; "photographs" are folders train and val with a folder for each class."""
     network: str = "mlp"
     """Fully connected ("mlp"), a name of unitfisher.experiments.networks.NETWORKS, or

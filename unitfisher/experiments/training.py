@@ -1,8 +1,7 @@
 """Plain stochastic gradient descent on tensors that already lie on the device."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +11,8 @@ from torch import Tensor, nn
 from unitfisher.experiments.data import Dataset
 from unitfisher.experiments.tasks import TASKS, Task
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """How to train: the paper's MNIST values, SGD without momentum or decay."""
-
-    epochs: int
-    lr: float = 0.01
-    batch_size: int = 64
+RATE: Final = 0.01  # this and the next: the paper's for MNIST
+BATCH_SIZE: Final = 64
 
 
 class Score(NamedTuple):
@@ -31,22 +24,22 @@ class Score(NamedTuple):
 
 
 def train(
-    model: nn.Module, data: Dataset, schedule: Schedule, generator: torch.Generator
+    model: nn.Module, data: Dataset, epochs: int, generator: torch.Generator
 ) -> Iterator[int]:
-    """Train epoch by epoch, yielding 0 before the first step and then each epoch done.
+    """Train epoch by epoch at `RATE`, yielding 0 before the first step and then each epoch done.
 
     What one does between epochs is the body of the caller's loop. The order of the
     cases is the generator's alone, so runs of one seed see the same batches.
     """
     parameters: list[Tensor] = list(model.parameters())
     yield 0
-    for epoch in range(1, schedule.epochs + 1):
+    for epoch in range(1, epochs + 1):
         model.train()
-        for x, y in batches(data, schedule.batch_size, generator):
+        for x, y in batches(data, BATCH_SIZE, generator):
             loss = F.cross_entropy(model(x), y)
             gradients = torch.autograd.grad(loss, parameters)
             with torch.no_grad():  # torch.optim would load the compiler: seconds, for this line
-                torch._foreach_add_(parameters, gradients, alpha=-schedule.lr)
+                torch._foreach_add_(parameters, gradients, alpha=-RATE)
         yield epoch
 
 
