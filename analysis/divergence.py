@@ -115,7 +115,7 @@ def steps_that_last(trainer: Trainer, steps: int, title: str) -> list[float]:
     diverged = [math.nan] * len(trainer.members)
     for step in trange(1, steps + 1, desc=title):
         trainer.step()
-        for i, loss in enumerate(trainer.loss.tolist()):
+        for i, loss in enumerate(trainer.losses.sum.tolist()):
             if math.isnan(diverged[i]) and not math.isfinite(loss):
                 diverged[i] = step
         if not any(map(math.isnan, diverged)):

@@ -36,7 +36,8 @@ def trained(folder: str, ranks: Ranks | None = None) -> None:
     with Trainer(PRESET, PRESET.members, images(), Path(folder), ranks=ranks) as trainer:
         for _ in range(5):
             trainer.step()
-    torch.save((trainer.ensemble.state_dict(), trainer.loss), Path(folder, f"{ranks.rank}.pt"))
+    found = trainer.ensemble.state_dict(), trainer.losses.sum
+    torch.save(found, Path(folder, f"{ranks.rank}.pt"))
     ranks.leave()
 
 

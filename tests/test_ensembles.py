@@ -350,7 +350,7 @@ def test_a_checkpoint_of_more_processes_is_refused_before_anything_is_changed(
 
 
 def test_the_fishers_of_a_member_are_those_of_its_network(trained: Trainer) -> None:
-    x, y = trained.watches[3].probe
+    x, y = trained.watches.each[3].probe
     alone = mlp([64, 16, 12, 10], "elu", seeded(0))
     alone.load_state_dict(trained.ensemble.members[3].state_dict())
     expected = Monitor(alone, "hidden*", units=8).measure(x, targets=y)

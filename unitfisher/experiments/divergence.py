@@ -1,10 +1,12 @@
-"""Members of an ensemble whose loss has come to NaN or infinity: named once, then left alone."""
+"""Losses of an ensemble's members; those that come to NaN or infinity are named once, then left."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from unitfisher.experiments.presets import Member, named
@@ -14,32 +16,57 @@ class DivergedError(ArithmeticError):
     """Every training of an ensemble has come to a loss that is NaN or infinite."""
 
 
-def diverged(
-    before: Bool[Tensor, " m"],
-    loss: Float[Tensor, " m"],
-    members: Sequence[Member],
-    *,
-    step: int,
-    checkpoint: Path,
-    aloud: bool,
-) -> Bool[Tensor, " m"]:
-    """Mark the members that have diverged, those of before among them; warn aloud of new ones.
+class Losses:
+    """Each member's loss, summed over the steps since the last evaluation.
 
-    Raises:
-        DivergedError: None is left.
+    Args:
+        members: Of the ensemble.
+        device: Where the losses come from.
+        checkpoint: Where the last finite state is kept, for the words of an error.
+        aloud: Warn of members that diverge: all processes have the same losses.
     """
-    found = before | ~loss.isfinite().cpu()
-    news = found & ~before
-    if found.all():
-        raise DivergedError(
-            f"by step {step} the loss of {named(members)} is NaN or infinite; "
-            f"{checkpoint} holds the last finite state that was kept. "
-            "Train with a smaller rate, in another folder"
-        )
-    if aloud and news.any():
-        warnings.warn(
-            f"{named(m for m, new in zip(members, news, strict=True) if new)} diverged "
-            f"by step {step}: the loss is NaN or infinite, and is recorded so",
-            stacklevel=4,
-        )
-    return found
+
+    def __init__(
+        self, members: Sequence[Member], device: torch.device, checkpoint: Path, *, aloud: bool
+    ) -> None:
+        self.members, self.checkpoint, self.aloud = members, checkpoint, aloud
+        self.sum = torch.zeros(len(members), device=device)
+        self.diverged = torch.zeros(len(members), dtype=torch.bool)
+
+    def add(self, loss: Float[Tensor, " m"]) -> None:
+        self.sum += loss
+
+    def means(self, steps: int) -> list[float]:
+        """Return each member's mean over so many steps, NaN over none, and begin anew."""
+        means: list[float] = (self.sum / steps).tolist()
+        self.sum.zero_()
+        return means
+
+    def name_diverged(self, step: int) -> None:
+        """Mark the members that have diverged by a step; warn of new ones.
+
+        Raises:
+            DivergedError: None is left.
+        """
+        before, self.diverged = self.diverged, self.diverged | ~self.sum.isfinite().cpu()
+        news = self.diverged & ~before
+        if self.diverged.all():
+            raise DivergedError(
+                f"by step {step} the loss of {named(self.members)} is NaN or infinite; "
+                f"{self.checkpoint} holds the last finite state that was kept. "
+                "Train with a smaller rate, in another folder"
+            )
+        if self.aloud and news.any():
+            warnings.warn(
+                f"{named(m for m, new in zip(self.members, news, strict=True) if new)} diverged "
+                f"by step {step}: the loss is NaN or infinite, and is recorded so",
+                stacklevel=3,
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what goes on after a checkpoint."""
+        return {"loss": self.sum, "diverged": self.diverged}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self.sum, self.diverged = state["loss"], state["diverged"].cpu()

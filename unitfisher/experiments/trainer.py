@@ -12,7 +12,6 @@ runs/mnist/
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from unitfisher.experiments import checkpoints
 from unitfisher.experiments.data import Dataset
 from unitfisher.experiments.descent import Descent
-from unitfisher.experiments.divergence import diverged
+from unitfisher.experiments.divergence import Losses
 from unitfisher.experiments.ensembles import Ensemble
 from unitfisher.experiments.networks import networks_of
 from unitfisher.experiments.norms import share_norms
@@ -33,7 +32,7 @@ from unitfisher.experiments.ranks import ALONE, Ranks
 from unitfisher.experiments.sources import source_of
 from unitfisher.experiments.stacks import set_dropout
 from unitfisher.experiments.tasks import TASKS
-from unitfisher.experiments.watching import Moment, Watch
+from unitfisher.experiments.watching import Moment, Watches
 
 DROPOUT = 2**33  # added for every further process, for its own dropout
 
@@ -109,29 +108,25 @@ class Trainer:
         self.iteration, self.seconds, self.monitoring = 0, 0.0, 0.0
         self._clock = time.perf_counter()  # until when seconds are counted
         self.stopped = self._stop_asked = False
-        self.loss = torch.zeros(len(members), device=self.device)  # since the last evaluation
-        self._diverged = torch.zeros(len(members), dtype=torch.bool)
+        self.losses = Losses(self.members, self.device, self.checkpoint, aloud=ranks.is_first)
         # of dropout, which draws from torch's own generator
         torch.manual_seed(members[0].seed + DROPOUT * ranks.rank)
-        self._begin(folder, resume)
+        recorded = zip(self.members, self.ensemble.members, strict=True)
+        self.watches = Watches(
+            preset, recorded if ranks.is_first else (), self.source, folder, resume=resume
+        )
+        try:
+            self._begin(resume)
+        except BaseException:
+            self.close()
+            raise
 
-    def _begin(self, folder: Path, resume: bool) -> None:
-        """Open the records, and go on from the checkpoint if there is one to go on from."""
-        members = zip(self.members, self.ensemble.members, strict=True)
-        with ExitStack() as opened:
-            self.watches = [
-                opened.enter_context(
-                    Watch(self.preset, member, model, self.source, folder, resume=resume)
-                )
-                for member, model in members
-                if self.ranks.is_first
-            ]
-            if resume and self.checkpoint.exists():
-                self.load(checkpoints.read(self.checkpoint, self.device))
-            else:
-                for watch in self.watches:
-                    watch.clear()  # of a training that was killed before its first checkpoint
-            self._opened = opened.pop_all()
+    def _begin(self, resume: bool) -> None:
+        """Go on from the checkpoint if there is one to go on from."""
+        if resume and self.checkpoint.exists():
+            self.load(checkpoints.read(self.checkpoint, self.device))
+        else:
+            self.watches.clear()  # of a training that was killed before its first checkpoint
 
     @property
     def epoch(self) -> int:
@@ -184,7 +179,7 @@ class Trainer:
         gradients = torch.autograd.grad(losses.sum() * cases, self.parameters)
         *averaged, loss = self.ranks.averaged([*gradients, losses.detach() * cases], cases)
         self.descent.step(averaged, phase.factor)
-        self.loss += loss
+        self.losses.add(loss)
         self.iteration += 1
 
     def save(self) -> None:
@@ -194,7 +189,7 @@ class Trainer:
             DivergedError: There is nothing finite to keep.
         """
         self._count_seconds()
-        self._name_diverged()
+        self.losses.name_diverged(self.iteration)
         state = self.state()  # of which every process has a share
         if self.ranks.is_first:
             checkpoints.write(self.checkpoint, state)
@@ -210,9 +205,8 @@ class Trainer:
             "ensemble": self.ensemble.state_dict(),
             "descent": self.descent.state(),
             "source": self.source.state(),
-            "loss": self.loss,
-            "diverged": self._diverged,
-            "watches": [watch.state() for watch in self.watches],
+            **self.losses.state(),
+            "watches": self.watches.state(),
             "random": self.ranks.gathered(checkpoints.random_states(self.device)),
         }
 
@@ -228,14 +222,14 @@ class Trainer:
         self.ensemble.load_state_dict(state["ensemble"])
         self.descent.load(state["descent"])
         self.source.load(state["source"])
-        self.loss, self._diverged = state["loss"], state["diverged"].cpu()
-        for watch, of in zip(self.watches, state["watches"], strict=self.ranks.is_first):
-            watch.load(of)
+        self.losses.load(state)
+        if self.ranks.is_first:
+            self.watches.load(state["watches"])
         checkpoints.load_random(state["random"], self.device, self.ranks)
 
     def close(self) -> None:
         """Write what was recorded; safe to call twice."""
-        self._opened.close()
+        self.watches.close()
 
     def __enter__(self) -> "Trainer":
         return self
@@ -261,14 +255,12 @@ class Trainer:
         It is averaged over the members that have one.
         """
         self._count_seconds()
-        self._name_diverged()
-        steps = (self.iteration - 1) % self.every + 1 if self.iteration else math.nan
-        losses = (self.loss / steps).tolist()
-        self.loss.zero_()
+        self.losses.name_diverged(self.iteration)
+        steps = (self.iteration - 1) % self.every + 1 if self.iteration else 0
+        losses = self.losses.means(steps)
         self.ensemble.eval()
-        for watch, loss, lost in zip(self.watches, losses, self._diverged, strict=False):
-            when = Moment(self.epoch, self.iteration, self.seconds, self.monitoring)
-            self.monitoring += watch.record(when, loss, measure=not lost)
+        when = Moment(self.epoch, self.iteration, self.seconds, self.monitoring)
+        self.monitoring += self.watches.record(when, losses, self.losses.diverged.tolist())
         self.ensemble.train()
         finite = [loss for loss in losses if math.isfinite(loss)]
         return sum(finite) / len(finite) if finite else math.nan
@@ -276,13 +268,3 @@ class Trainer:
     def _count_seconds(self) -> None:
         now = time.perf_counter()
         self.seconds, self._clock = self.seconds + now - self._clock, now
-
-    def _name_diverged(self) -> None:
-        self._diverged = diverged(
-            self._diverged,
-            self.loss,
-            self.members,
-            step=self.iteration,
-            checkpoint=self.checkpoint,
-            aloud=self.ranks.is_first,  # all processes have the same loss
-        )

@@ -1,7 +1,8 @@
 """What is recorded of a network in training, on a fixed set of cases."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,6 +130,60 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.monitor.detach()
         self.run.close()
+
+
+class Watches:
+    """Those of an ensemble: its members' networks, each with a record of its own.
+
+    Args:
+        preset: What is trained.
+        networks: Each member's.
+        source: Of the fixed sets that they are evaluated on.
+        folder: Of all records.
+        resume: Continue the records, if there are any.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        networks: Iterable[tuple[Member, nn.Module]],
+        source: Source,
+        folder: Path,
+        *,
+        resume: bool = False,
+    ) -> None:
+        with ExitStack() as opened:
+            self.each = [
+                opened.enter_context(Watch(preset, member, model, source, folder, resume=resume))
+                for member, model in networks
+            ]
+            self._opened = opened.pop_all()
+
+    def record(self, when: Moment, losses: Iterable[float], diverged: Iterable[bool]) -> float:
+        """Record an epoch of all; return how many seconds the Monitors' part took."""
+        spent = 0.0
+        for watch, loss, lost in zip(self.each, losses, diverged, strict=False):
+            now = when._replace(monitoring=when.monitoring + spent)
+            spent += watch.record(now, loss, measure=not lost)
+        return spent
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return what records that are resumed go on from."""
+        return [watch.state() for watch in self.each]
+
+    def load(self, states: Iterable[Mapping[str, Any]]) -> None:
+        """Go on from `states`: the records lose the rows that came after it."""
+        for watch, state in zip(self.each, states, strict=True):
+            watch.load(state)
+
+    def clear(self) -> None:
+        """Drop all rows that the records have."""
+        for watch in self.each:
+            watch.clear()
+
+    def close(self) -> None:
+        """Write what was recorded; safe to call twice."""
+        self._opened.close()
 
 
 def _hidden(name: str, module: nn.Module) -> bool:
