@@ -1,6 +1,7 @@
 """Several processes share every batch, and train as one would."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ DIGITS = (
     "--preset mnist --dataset digits --hidden 16 12 --seeds 0 1 --activations relu elu --every 5 "
     "--probe 100 --measurements 2 --units 4 --momentum 0.9 --threads 1 --checkpoint-every 0"
 )
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torch, from then on
 PAIR = tuple(Ranks(rank, 2) for rank in range(2))
 
 
@@ -34,7 +36,12 @@ def by_two(logs: Path, run: Callable[..., None], *given: str) -> str:
     config = LaunchConfig(
         1, 1, 2, **rendezvous, start_method="forkserver", monitor_interval=0.1, logs_specs=files
     )
-    elastic_launch(config, run)(*given)
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    try:
+        elastic_launch(config, run)(*given)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return "".join(file.read_text() for file in sorted(logs.rglob("stdout.log")))
 
 
