@@ -37,7 +37,7 @@ def systems(draw, shares: tuple[float, ...] = (1e-8, 1e-4, 1.0)) -> System:
     K = a @ a.mT / a.shape[-1]
     largest = torch.linalg.eigvalsh(K).amax() * (v**2).amax(1)
     epsilon = largest * draw(st.sampled_from(shares))
-    return System(K, v, epsilon, normal(generator, U, N, 2), torch.zeros_like(v))
+    return System(K, v, epsilon, normal(generator, U, N, 2), *2 * [torch.zeros_like(v)])
 
 
 def assert_solved(found: conjugate.Iterated, system: System) -> None:
@@ -66,7 +66,7 @@ def benign() -> System:
     a = normal(generator, 1, N, 4 * N)
     v = 1 + torch.rand(U, N, generator=generator, dtype=torch.float64)
     rhs = normal(generator, U, N, 2)
-    return System(a @ a.mT / a.shape[-1], v, torch.full_like(v[:, 0], 0.1), rhs, 0 * v)
+    return System(a @ a.mT / a.shape[-1], v, torch.full_like(v[:, 0], 0.1), rhs, 0 * v, 0 * v)
 
 
 def test_what_converges_needs_no_factor(monkeypatch):

@@ -55,7 +55,7 @@ def system(
     share = torch.rand(u, generator=generator, dtype=torch.float64) / 2
     first = a[..., 0].repeat_interleave(u // groups, 0) / n**0.5
     x = share[:, None] ** 0.5 * v * first
-    return System(K, v, epsilon, normal(generator, u, n, r), x)
+    return System(K, v, epsilon, normal(generator, u, n, r), x, torch.zeros_like(x))
 
 
 @st.composite
@@ -175,9 +175,29 @@ def test_both_routes_draw_the_line_of_singular_at_the_same_pivot():
     K = torch.ones(1, 2, 2, dtype=torch.float64)
     epsilon = torch.tensor([2.0**-44, 2.0**-46, 2.0**-48], dtype=torch.float64)
     one, none = torch.ones(3, 2, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
-    s = System(K, one, epsilon, normal(Generator(), 3, 2, 1), none)
+    s = System(K, one, epsilon, normal(Generator(), 3, 2, 1), none, none)
     assert by_torch(*s).regular.tolist() == [True, True, False]
     assert solve_grams(*s).regular.tolist() == [True, True, False]
+
+
+@per_route
+@pytest.mark.parametrize("off", [0.0, 2.0**-52, 2.0**-50])
+def test_what_is_subtracted_leaves_nothing_but_rounding(solve, off):
+    K, one = torch.tensor([[[4.0, 0.0], [0.0, 1.0]]]).double(), torch.ones(1, 2).double()
+    x = torch.tensor([[2 * (1 - off), 0.0]], dtype=torch.float64)  # whose square is K's first entry
+    rhs, none = one.unsqueeze(-1), torch.zeros_like(one)
+    assert not solve(K, one, none[:, 0], rhs, x, none).regular
+    assert solve(K, one, none[:, 0] + 1e-6, rhs, x, none).regular
+
+
+@per_route
+def test_a_pivot_must_be_more_than_the_noise_of_its_entry(solve):
+    s = system(9, 13, 2, ridge=1e-3)
+    pivots = torch.stack([torch.linalg.cholesky(matrix(s, i)).diagonal() ** 2 for i in range(9)])
+    below, above = s._replace(noise=0.99 * pivots), s._replace(noise=0.99 * pivots)
+    above.noise[[2, 5], [0, 12]] = 1.01 * pivots[[2, 5], [0, 12]]
+    assert solve(*below).regular.all()
+    assert (~solve(*above).regular).nonzero().flatten().tolist() == [2, 5]
 
 
 @pytest.mark.parametrize("pool", ["torch's", "python's"])

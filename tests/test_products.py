@@ -120,6 +120,18 @@ def test_a_unit_of_few_cases_is_singular_without_damping():
     assert_same_theory(iterated, solved, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("solver", ["sums", "products"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.3, 1.0, 3.0])
+def test_an_input_that_is_constant_where_a_unit_has_errors_makes_it_singular(solver, dtype, value):
+    cases = layer(0)
+    delta, a = cases.delta.clone(), cases.a.clone()
+    delta[:, 40:, :, 2], a[:, :40, :, 0] = 0.0, value
+    ((_, _, m),) = UnitCases(a.to(dtype), delta.to(dtype), N, solver=solver).damped_parts(0.0)
+    with pytest.raises(SingularFisherError):
+        m.fit  # noqa: B018
+
+
 def convolution() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     head = nn.Flatten(), nn.Linear(4 * 36, 3)

@@ -40,6 +40,7 @@ from unitfisher import (
     theorem_2,
     unit_natural_gradient,
 )
+from unitfisher.costs import DAMPED
 from unitfisher.theorems import weight_natural_gradient
 
 DAMPING = 1e-2
@@ -767,6 +768,60 @@ def test_an_input_that_is_constant_under_q_makes_the_fisher_singular(batch):
     m = UnitMoments.of(torch.cat([batch.a, constant], dim=1), batch.D)
     with pytest.raises(SingularFisherError, match="unit 0 "):
         bias_shift_correction(m)
+
+
+ORIGINS = {
+    "of the batch": lambda a, D: None,
+    "of each unit": lambda a, D: ((D / D.sum(0)).T.to(a.dtype) @ (a - a.mean(0))) + a.mean(0),
+    "elsewhere": lambda a, D: a.mean(0) + 1,
+}
+
+
+@pytest.mark.parametrize("origin", ORIGINS.values(), ids=ORIGINS)
+@pytest.mark.parametrize("native", ["0", "1"])
+@given(
+    generator=seeds,
+    n=st.sampled_from([40, 300, 3000]),
+    value=st.floats(-4, 4),
+    of_a=st.sampled_from([torch.float32, torch.float64]),
+    of_D=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_rounding_hides_no_constant_input(origin, native, generator, n, value, of_a, of_D):
+    a, D = activations(generator, (n, 4), 1.0, 1.0).to(of_a), normal(generator, n, 2).to(of_D) ** 4
+    last_digit = torch.finfo(of_a).eps * torch.randint(0, 2, (n,), generator=generator)
+    a[:, 2] = value * (1 - last_digit / 2)  # as of a function that is saturated
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNITFISHER_NATIVE", native)
+        m = UnitMoments.of(a, D, origin=origin(a, D))
+        with pytest.raises(SingularFisherError, match="unit 0 "):
+            bias_shift_correction(m)
+        assert bias_shift_correction(m.damped(1e-6)).s.isfinite().all()
+
+
+@given(r=rows(), value=st.floats(0.5, 4))
+def test_rounding_hides_no_constant_input_of_joint_gradients(r, value):
+    G, mean = r.G.clone(), r.mean.clone()
+    G[..., 0], mean[0] = value * r.S, value
+    G = G.float().double()
+    eps = torch.finfo(torch.float32).eps
+    m = UnitMoments.of_gradients(G, r.S, mean, samples=r.samples, eps=eps)
+    with pytest.raises(SingularFisherError, match="unit 0 "):
+        bias_shift_correction(m)
+    assert bias_shift_correction(m.damped(1e-6)).s.isfinite().all()
+
+
+@pytest.mark.parametrize("native", ["0", "1"])
+@given(generator=seeds, d=st.integers(4, 40), more=st.integers(-3, 3), mean=means)
+def test_little_damping_makes_up_for_few_cases_in_single_precision(
+    native, generator, d, more, mean
+):
+    a = activations(generator, (d + more, d), mean, 1.0)
+    D = normal(generator, d + more, 3) ** 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNITFISHER_NATIVE", native)
+        s, _ = bias_shift_correction(UnitMoments.of(a.float(), D).damped(DAMPED))
+    exact, _ = bias_shift_correction(UnitMoments.of(a, D).damped(DAMPED))
+    assert_close(s, exact, rtol=1.0, atol=0)
 
 
 def test_two_cases_and_one_input_worked_by_hand():

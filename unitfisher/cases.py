@@ -139,7 +139,10 @@ class UnitCases:
         G, S = self.joined_gradients(origin)
         about = torch.zeros_like(origin)  # G is about the origin already
         joined = UnitMoments.of_gradients(
-            G, S, self.mean - origin, origin=about, samples=self.samples
+            *(G, S, self.mean - origin),
+            origin=about,
+            samples=self.samples,
+            eps=torch.finfo(self.a.dtype).eps,
         )
         return replace(joined, origin=origin)
 

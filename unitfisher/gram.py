@@ -14,7 +14,7 @@ from torch import Tensor
 from unitfisher import native
 from unitfisher.memory import workspace
 from unitfisher.native import Kernel
-from unitfisher.solvers import outer
+from unitfisher.solvers import factored, outer, rounding, substituted
 
 
 class GramSolution(NamedTuple):
@@ -32,6 +32,7 @@ class System(NamedTuple):
     epsilon: Float[Tensor, " u"]
     rhs: Float[Tensor, "u n r"]
     x: Float[Tensor, "u n"]
+    noise: Float[Tensor, "u n"]
 
     @property
     def group(self) -> int:
@@ -48,7 +49,8 @@ class Task(native.Task):
     """As in solve_grams.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("K", "v", "own", "rhs", "x", "Y", "L", "regular")),
+        *((name, ctypes.c_void_p) for name in ("K", "v", "own", "rhs", "x", "noise")),
+        *((name, ctypes.c_void_p) for name in ("Y", "L", "regular")),
         *((name, ctypes.c_int64) for name in ("u", "n", "r", "group", "known", "taken")),
     )
 
@@ -59,19 +61,23 @@ def solve_grams(
     epsilon: Float[Tensor, " u"],
     rhs: Float[Tensor, "u n r"],
     x: Float[Tensor, "u n"] | None = None,
+    noise: Float[Tensor, "u n"] | None = None,
 ) -> GramSolution:
     """Solve (diag(v_u) K diag(v_u) - x_u x_uᵀ + ε_u I) Y_u = rhs_u for all units, in double.
 
     K is one for all units, or one for each of g groups of consecutive units. A matrix is called
     regular if every pivot of its Cholesky factor is more than 64 roundings of the diagonal entry
-    that it began as.
+    that it began as, before x xᵀ was subtracted, and than the noise, which says how wrong that
+    entry is to begin with.
     """
     u, n, _ = rhs.shape
     groups = len(K) if K.dim() == 3 else 1
     if u % groups:
         raise ValueError(f"{u} units cannot share {groups} Gram matrices evenly")
-    x = torch.zeros_like(v) if x is None else x
-    system = System(K.expand(groups, n, n), v.expand(u, n), epsilon.expand(u), rhs, x.expand(u, n))
+    none = torch.zeros_like(v)
+    x, noise = (none if given is None else given for given in (x, noise))
+    of_units = v.expand(u, n), epsilon.expand(u), rhs, x.expand(u, n), noise.expand(u, n)
+    system = System(K.expand(groups, n, n), *of_units)
     kernel = native.kernel("solve_grams", *system)
     return _by_torch(system) if kernel is None else _by_kernel(kernel, system)
 
@@ -118,9 +124,9 @@ class Scaled(NamedTuple):
 
 
 def _by_kernel(kernel: Kernel, system: System) -> GramSolution:
-    (K, v, epsilon, rhs, x), (u, n, r) = system, system.rhs.shape
+    (K, v, epsilon, rhs, x, noise), (u, n, r) = system, system.rhs.shape
     own = epsilon[:, None].expand(u, n)
-    given = [each.contiguous() for each in (K, v, own, rhs, x)]
+    given = [each.contiguous() for each in (K, v, own, rhs, x, noise)]
     found = GramSolution(given[3].new_empty(u, n, r), rhs.new_empty(u, dtype=torch.bool))
     pointers = [each.data_ptr() for each in (*given, found.Y)]
     task = Task(*pointers, None, found.regular.data_ptr(), u, n, r, system.group, False, 0)
@@ -137,13 +143,11 @@ def _by_torch(system: System) -> GramSolution:
 
 
 def _part_by_torch(part: System) -> GramSolution:
-    K, v, epsilon, rhs, x = (each.double() for each in part)
-    matrix = outer(v, v).mul(K) - outer(x, x)
+    K, v, epsilon, rhs, x, noise = (each.double() for each in part)
+    weighted = outer(v, v).mul(K)
+    diagonal = weighted.diagonal(dim1=-2, dim2=-1) + epsilon[:, None]
+    matrix = weighted - outer(x, x)
     matrix.diagonal(dim1=-2, dim2=-1).add_(epsilon[:, None])
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    pivots, diagonal = (m.diagonal(dim1=-2, dim2=-1) for m in (factor, matrix))
-    noise = 64 * torch.finfo(matrix.dtype).eps
-    regular = (info == 0) & (pivots**2 > noise * diagonal).all(-1)
-    y = torch.linalg.solve_triangular(factor, rhs, upper=False)
-    Y = torch.linalg.solve_triangular(factor.mT, y, upper=True)
-    return GramSolution(torch.where(regular[:, None, None], Y, torch.nan), regular)
+    L, regular = factored(matrix, noise + rounding(torch.float64) * diagonal)
+    Y = torch.where(regular[:, None, None], substituted(L, rhs), torch.nan)
+    return GramSolution(Y, regular)

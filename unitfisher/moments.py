@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unitfisher.gram import solve_grams
 from unitfisher.scatter import scatter
-from unitfisher.solvers import dot, outer, require_regular
+from unitfisher.solvers import dot, outer, require_regular, rounding
 
 
 class ConstantFit(NamedTuple):
@@ -55,6 +55,8 @@ class UnitMoments:
     sum_Da: Float[Tensor, "u d"]  # Σ D (a - origin)
     sum_Daa: Float[Tensor, "u d d"]  # Σ D (a - origin)(a - origin)ᵀ
     ridge: Float[Tensor, " u"]  # λ on the weight block of F
+    eps: float  # how activations are rounded, relative
+    noise: float  # how wrong second moments may be, relative
 
     @classmethod
     def of(
@@ -80,7 +82,8 @@ class UnitMoments:
         center = grouped.detach().mean(1)
         if origin is None:
             origin = center[0] if len(center) == 1 else _repeated(center, units)
-        sum_Da, sum_Daa = scatter(grouped, D, origin)
+        sum_Da, sum_Daa, terms = scatter(grouped, D, origin)
+        coarser = max(a.dtype, D.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         return cls(
             origin=origin.to(D.dtype),
             cases=D.new_tensor(len(D)),
@@ -92,6 +95,8 @@ class UnitMoments:
             sum_Da=sum_Da,
             sum_Daa=sum_Daa,
             ridge=D.new_zeros(units),
+            eps=torch.finfo(coarser).eps,
+            noise=rounding(coarser, terms),
         )
 
     @classmethod
@@ -103,6 +108,7 @@ class UnitMoments:
         *,
         origin: Float[Tensor, "*g d"] | None = None,
         samples: int | None = None,
+        eps: float = 0.0,
     ) -> "UnitMoments":
         """Sum over gradients that are already joined over positions (``sharing="joint"``).
 
@@ -112,6 +118,8 @@ class UnitMoments:
             mean: E_p(a) over all positions.
             origin: Near that mean; the mean itself if not given.
             samples: How many samples the rows belong to; all rows if not given.
+            eps: How activations were rounded, and these with them, where the gradients' own
+                precision does not tell.
         """
         origin = mean if origin is None else origin
         about = G - S.unsqueeze(-1) * origin
@@ -128,6 +136,8 @@ class UnitMoments:
             sum_Da=(S.unsqueeze(-1) * about).sum(0),
             sum_Daa=about.permute(1, 2, 0) @ about.transpose(0, 1),
             ridge=S.new_zeros(S.shape[1]),
+            eps=eps,
+            noise=max((8 * eps) ** 2, rounding(S.dtype, len(S))),
         )
 
     def __add__(self, other: "UnitMoments") -> "UnitMoments":
@@ -265,14 +275,14 @@ class UnitMoments:
         return ConstantFit(gain, dot(self.mean_shift, x), epsilon * dot(x, x) / gain)
 
     def _solve(self, *rhs: Float[Tensor, "u d"]) -> tuple[Tensor, ...]:
-        K, v, epsilon, mean = self._system
-        solved = solve_grams(K, v, epsilon, torch.stack(rhs, -1).to(K.dtype), mean)
+        K, v, epsilon, mean, least = self._system
+        solved = solve_grams(K, v, epsilon, torch.stack(rhs, -1).to(K.dtype), mean, least)
         require_regular(solved.regular)
         alive = self.alive[:, None]
         return tuple(Y.to(x.dtype) * alive for Y, x in zip(solved.Y.unbind(-1), rhs, strict=True))
 
     @cached_property
-    def _system(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _system(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Var_q as `solve_grams` takes it; the identity where a unit is idle, whose answer is 0."""
         d = self.sum_Da.shape[-1]
         idle_units = idle(self.alive, self.trace_Var_q, self.mu_q_squared)
@@ -280,7 +290,11 @@ class UnitMoments:
         scale = torch.where(idle_units, 0.0, self._safe(self.sum_D).rsqrt())
         epsilon = torch.where(idle_units, 1.0, self.ridge / self._safe(self.c))
         mean = torch.where(idle_units[:, None], 0.0, self._mean)
-        return self.sum_Daa, scale[:, None].expand_as(mean), epsilon, mean
+        undamped, least = epsilon == 0, None
+        if bool(undamped.any()):
+            squares = scale[:, None] ** 2 * self.sum_Daa.diagonal(dim1=-2, dim2=-1)
+            least = least_pivots(squares, self.mu_q, self.eps, self.noise) * undamped[:, None]
+        return self.sum_Daa, scale[:, None].expand_as(mean), epsilon, mean, least
 
     @cached_property
     def _mean(self) -> Float[Tensor, "u d"]:
@@ -295,6 +309,18 @@ def idle(
 ) -> Bool[Tensor, " u"]:
     """Dead, or fed with nothing but zeros: then Var_q is 0 and every answer too."""
     return ~alive | (trace_Var_q == 0) & (mu_q_squared == 0)
+
+
+def least_pivots(
+    squares: Float[Tensor, "*u d"], mu_q: Float[Tensor, "*u d"], eps: float, noise: float
+) -> Float[Tensor, "*u d"]:
+    """What rounding may leave of an input's variance under q where in truth it has none.
+
+    Of second moments about an origin, Σ q (a - origin)², it leaves a share, and to begin with it
+    made the activations vary by their own last digit. A damped unit need not mind: whatever
+    rounding has done, its matrix has an inverse.
+    """
+    return torch.addcmul(noise * squares, mu_q, mu_q, value=eps**2)
 
 
 def corrected_mean(

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from unitfisher.moments import ConstantFit, UnitMoments, corrected_mean, idle
+from unitfisher.moments import ConstantFit, UnitMoments, corrected_mean, idle, least_pivots
 from unitfisher.rows import UnitRows
-from unitfisher.solvers import dot, require_regular, solve
+from unitfisher.solvers import dot, require_regular, rounding, solve
 from unitfisher.weighted import CaseProducts, Solution, Solving, Weighted
 
 ITERATIONS = 300  # at most
@@ -192,8 +192,7 @@ class UnitProducts:
         x = torch.linalg.solve_triangular(self.whitened.L.mT, y, upper=True).mT.flatten(0, 1)
         if self.patience is not None:
             for unit in (residual > self.tolerance).nonzero().flatten().tolist():
-                V = self.covariance(unit).unsqueeze(0)
-                x[unit], residual[unit] = solve(V, rhs[unit].double().unsqueeze(0))[0], 0.0
+                x[unit], residual[unit] = self._solved_directly(unit, rhs[unit].double()), 0.0
         x = torch.where(self._idle[:, None], rhs, x) * self.alive[:, None]
         return Solution(x, residual)
 
@@ -203,6 +202,15 @@ class UnitProducts:
         V = self.cases.second_moment(unit) - torch.outer(mean, mean)
         V.diagonal().add_(self.epsilon[unit])
         return V
+
+    def _solved_directly(self, unit: int, rhs: Float64[Tensor, " d"]) -> Float64[Tensor, " d"]:
+        V, dtype = self.covariance(unit), self.origin.dtype
+        squares = V.diagonal() + self.mean_about[unit] ** 2  # as before that was subtracted
+        least = rounding(torch.float64) * squares
+        if not self.ridge[unit]:
+            noise = rounding(dtype, int(self.cases.support[unit]))
+            least = least_pivots(squares, self.mu_q[unit], torch.finfo(dtype).eps, noise)
+        return solve(*(x.unsqueeze(0) for x in (V, rhs, least)))[0]
 
     def _right_hand_side(
         self, rhs: Float[Tensor, "u d"]

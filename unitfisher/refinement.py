@@ -105,7 +105,7 @@ class Factors:
             self.regular = t.new_empty(u, dtype=torch.bool)
             self.L = t.new_empty(-(-u // TOGETHER) * TOGETHER * (n + 3) * (n + 7) // 2)
         Y = torch.empty_like(rhs)
-        given = (K, t, own, rhs, self.none, Y, self.L, self.regular)
+        given = (K, t, own, rhs, self.none, self.none, Y, self.L, self.regular)
         task = Task(*(x.data_ptr() for x in given), u, n, r, u, known, 0)
         native.run(kernel, task, u * n**2 * (4 * r + (0 if known else n // 3)))
         return Y

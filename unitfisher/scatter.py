@@ -16,6 +16,7 @@ from unitfisher import native
 from unitfisher.memory import workspace
 from unitfisher.native import Kernel
 
+ROWS = 64  # cases that the kernel adds up in single precision
 BLOCK = 128  # rows of a symmetric product, of which only one triangle is formed
 
 
@@ -24,6 +25,7 @@ class Scatter(NamedTuple):
 
     first: Float[Tensor, "u d"]  # Σ D (a - o)
     second: Float[Tensor, "u d d"]  # Σ D (a - o)(a - o)ᵀ
+    terms: int  # as many were added up in the precision of the activations
 
 
 class Task(native.Task):
@@ -45,12 +47,12 @@ def scatter(
     if kernel is not None:
         return _by_kernel(kernel, a, weight, origin, scale)
     together = max(1, workspace() // (8 * a[0].nbytes))
-    parts = [
+    parts = (
         _by_torch(a, weight.to(a.dtype), origin, slice(start, start + together))
         for start in range(0, D.shape[1], together)
-    ]
+    )
     first, second = (torch.cat(sums).to(D.dtype) for sums in zip(*parts, strict=True))
-    return Scatter(first * scale[:, None], second * scale[:, None, None])
+    return Scatter(first * scale[:, None], second * scale[:, None, None], len(D))
 
 
 def _single(*operands: Tensor) -> bool:
@@ -67,8 +69,8 @@ def _by_kernel(
     u, (groups, n, d) = len(weight), a.shape
     root = weight.sqrt().to(a.dtype, memory_format=torch.contiguous_format)
     a, origin = a.contiguous(), origin.contiguous()
-    found = Scatter(scale.new_empty(u, d), scale.new_empty(u, d, d))
-    pointers = [x.data_ptr() for x in (a, root, origin, scale, *found)]
+    found = Scatter(scale.new_empty(u, d), scale.new_empty(u, d, d), min(n, ROWS))
+    pointers = [x.data_ptr() for x in (a, root, origin, scale, found.first, found.second)]
     task = Task(*pointers, u, n, d, max(1, u // groups), origin.dim() - 1, 0)
     native.run(kernel, task, u * n * d**2)
     return found
@@ -79,14 +81,14 @@ def _by_torch(
     weight: Float[Tensor, "u n"],
     origin: Float[Tensor, "*u d"],
     part: slice,
-) -> Scatter:
+) -> tuple[Float[Tensor, "v d"], Float[Tensor, "v d d"]]:
     if origin.dim() == 1:
         about = a - origin
     else:
         group = torch.arange(len(weight), device=a.device)[part] * len(a) // len(weight)
         about = (a if len(a) == 1 else a[group]) - origin[part].unsqueeze(1)
     own = weight[part].unsqueeze(1)
-    return Scatter((own @ about).squeeze(1), _symmetric(own * about.mT, about))
+    return (own @ about).squeeze(1), _symmetric(own * about.mT, about)
 
 
 def _symmetric(x: Float[Tensor, "u d n"], y: Float[Tensor, "v n d"]) -> Float[Tensor, "u d d"]:

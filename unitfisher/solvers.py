@@ -4,6 +4,9 @@ Only Cholesky and triangular solves: batched LU on CPU (torch 2.13 and 2.15, two
 256×256) raises or is silently wrong.
 """
 
+from math import sqrt
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -27,18 +30,28 @@ class SingularFisherError(ValueError):
         )
 
 
-def cholesky(matrix: Float[Tensor, "u m m"]) -> Float[Tensor, "u m m"]:
+class Factored(NamedTuple):
+    """Cholesky factors, and which units' matrices have an inverse."""
+
+    L: Float[Tensor, "u m m"]
+    regular: Bool[Tensor, " u"]
+
+
+def factored(matrix: Float[Tensor, "u m m"], least: Float[Tensor, "u m"]) -> Factored:
     """Factor one symmetric positive definite matrix per unit.
 
-    Raises:
-        SingularFisherError: A matrix is not positive definite; names the first such unit.
+    It is called regular if every pivot is more than the least that counts, which is `rounding` of
+    the entry that it began as: what is less may have been made of zero.
     """
-    factor: Tensor
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    pivots, diagonal = (x.diagonal(dim1=-2, dim2=-1) for x in (factor, matrix))
-    noise = 64 * torch.finfo(matrix.dtype).eps  # a pivot that rounding has made of zero
-    require_regular((info == 0) & (pivots**2 > noise * diagonal).all(-1))
-    return factor
+    L, info = torch.linalg.cholesky_ex(matrix)
+    pivots = L.diagonal(dim1=-2, dim2=-1)
+    return Factored(L, (info == 0) & (pivots**2 > least).all(-1))
+
+
+def rounding(dtype: torch.dtype, terms: int = 256) -> float:
+    """How wrong a sum of so many products may be, relative: roundings walk at random."""
+    eps: float = torch.finfo(dtype).eps
+    return 4 * eps * sqrt(terms)
 
 
 def require_regular(regular: Bool[Tensor, " u"]) -> None:
@@ -47,17 +60,28 @@ def require_regular(regular: Bool[Tensor, " u"]) -> None:
         raise SingularFisherError(int((~regular).nonzero()[0]))
 
 
-def cholesky_solve(
-    factor: Float[Tensor, "u m m"], rhs: Float[Tensor, "u m"]
+def substituted(L: Float[Tensor, "u m m"], rhs: Float[Tensor, "u m r"]) -> Float[Tensor, "u m r"]:
+    """Return (L Lᵀ)⁻¹ rhs."""
+    y = torch.linalg.solve_triangular(L, rhs, upper=False)
+    x: Tensor = torch.linalg.solve_triangular(L.mT, y, upper=True)
+    return x
+
+
+def solve(
+    matrix: Float[Tensor, "u m m"],
+    rhs: Float[Tensor, "u m"],
+    least: Float[Tensor, "u m"] | None = None,
 ) -> Float[Tensor, "u m"]:
-    """Solve with a factor from `cholesky`."""
-    y = torch.linalg.solve_triangular(factor, rhs.unsqueeze(-1), upper=False)
-    x: Tensor = torch.linalg.solve_triangular(factor.mT, y, upper=True)
-    return x.squeeze(-1)
+    """Solve for one right-hand side a unit.
 
-
-def solve(matrix: Float[Tensor, "u m m"], rhs: Float[Tensor, "u m"]) -> Float[Tensor, "u m"]:
-    return cholesky_solve(cholesky(matrix), rhs)
+    Raises:
+        SingularFisherError: A matrix is not positive definite; names the first such unit.
+    """
+    if least is None:
+        least = rounding(matrix.dtype) * matrix.diagonal(dim1=-2, dim2=-1)
+    L, regular = factored(matrix, least)
+    require_regular(regular)
+    return substituted(L, rhs.unsqueeze(-1)).squeeze(-1)
 
 
 def dot(x: Float[Tensor, "*u d"], y: Float[Tensor, "*v d"]) -> Float[Tensor, "*w"]:

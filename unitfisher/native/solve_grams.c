@@ -42,14 +42,14 @@ typedef real lanes __attribute__((vector_size(BYTES)));
 typedef whole mask __attribute__((vector_size(BYTES)));
 
 typedef struct { /* as in gram.py */
-    const real *K, *v, *own, *rhs, *x;
+    const real *K, *v, *own, *rhs, *x, *noise;
     real *Y, *L; /* L: the factors, if they are kept */
     bool *regular;
     int64_t u, n, r, group, known, taken; /* units that share a K; are the factors known? */
 } Task;
 
 typedef struct { /* up to LANES units: weights, solutions, factor */
-    lanes *v, *own, *x, *y, *L;
+    lanes *v, *own, *x, *noise, *y, *L;
     mask regular;
     const real *K[LANES];
     int64_t n, panels, first, units;
@@ -70,14 +70,17 @@ INLINE lanes gram(const Block *b, int64_t i, int64_t j) {
     return K;
 }
 
-INLINE lanes entry(const Block *b, int64_t i, int64_t j) {
-    return b->v[i] * b->v[j] * gram(b, i, j) - b->x[i] * b->x[j];
+INLINE lanes weighted(const Block *b, int64_t i, int64_t j) {
+    return b->v[i] * b->v[j] * gram(b, i, j);
 }
 
 INLINE void build(lanes C[T][T], const Block *b, int64_t I, int64_t J) {
     EACH(i, 0, T) {
         int64_t row = T * I + i;
-        EACH(j, 0, T) C[i][j] = entry(b, row, T * J + j);
+        EACH(j, 0, T) {
+            int64_t column = T * J + j;
+            C[i][j] = weighted(b, row, column) - b->x[row] * b->x[column];
+        }
         if (I == J) C[i][i] += row < b->n ? b->own[row] : (lanes){} + 1;
     }
 }
@@ -91,17 +94,18 @@ INLINE void subtract(lanes C[T][T], const lanes *A, const lanes *B, int64_t colu
     }
 }
 
-/* A pivot must be more than what rounding makes of zero. */
+/* A pivot must be more than what rounding makes of zero: see factored in solvers.py. What x x'
+ * leaves of a diagonal entry may itself be rounding, so that does not count, but what was there. */
 APART void factor_tile(Block *b, int64_t J) {
     lanes C[T][T], root, *at = tile(b, J, J);
     EACH(j, 0, T) {
         int64_t row = T * J + j;
-        lanes diagonal = entry(b, row, row) + b->own[row];
+        lanes least = b->noise[row] + 64 * EPSILON * (weighted(b, row, row) + b->own[row]);
         EACH(i, j, T) C[i][j] = at[T * j + i];
         EACH(k, 0, j) EACH(i, j, T) C[i][j] -= C[i][k] * C[j][k];
         EACH(l, 0, LANES) root[l] = __builtin_sqrt(C[j][j][l]);
         C[j][j] = 1 / root;
-        b->regular &= 64 * EPSILON * diagonal * C[j][j] * C[j][j] < 1;
+        b->regular &= least * C[j][j] * C[j][j] < 1;
         EACH(i, j + 1, T) C[i][j] *= C[j][j];
         EACH(i, j, T) at[T * j + i] = C[i][j];
     }
@@ -178,6 +182,7 @@ static void factor_block(Block *b, const Task *t) {
     gather(b->v, b, t->v + b->first * t->n, 1, 1);
     gather(b->own, b, t->own + b->first * t->n, 1, 1);
     gather(b->x, b, t->x + b->first * t->n, 1, 1);
+    gather(b->noise, b, t->noise + b->first * t->n, 1, 1);
     for (int64_t i = 0; i < b->n; i++)
         for (int64_t l = b->units; l < LANES; l++) b->own[i][l] = 1;
     factor(b);
@@ -197,10 +202,11 @@ static void solve_block(Block *b, const Task *t) {
 /* What every thread runs until no units are left; one without memory leaves them to the others. */
 void solve_grams(Task *t) {
     int64_t panels = (t->n + T - 1) / T, rows = T * panels, L = t->L ? 0 : above(panels);
-    lanes *memory = aligned_alloc(sizeof(lanes), (5 * rows + L + 1) * sizeof(lanes));
+    lanes *memory = aligned_alloc(sizeof(lanes), (6 * rows + L + 1) * sizeof(lanes));
     if (!memory) return;
     Block b = {.n = t->n, .panels = panels, .v = memory};
-    b.own = b.v + rows, b.x = b.own + rows, b.y = b.x + rows, b.L = b.y + 2 * rows;
+    b.own = b.v + rows, b.x = b.own + rows, b.noise = b.x + rows, b.y = b.noise + rows;
+    b.L = b.y + 2 * rows;
     while ((b.first = __atomic_fetch_add(&t->taken, LANES, __ATOMIC_RELAXED)) < t->u)
         solve_block(&b, t);
     free(memory);
