@@ -128,7 +128,7 @@ def test_an_input_that_is_constant_where_a_unit_has_errors_makes_it_singular(sol
     delta, a = cases.delta.clone(), cases.a.clone()
     delta[:, 40:, :, 2], a[:, :40, :, 0] = 0.0, value
     ((_, _, m),) = UnitCases(a.to(dtype), delta.to(dtype), N, solver=solver).damped_parts(0.0)
-    with pytest.raises(SingularFisherError):
+    with pytest.raises(SingularFisherError, match="unit 2 "):
         m.fit  # noqa: B018
 
 

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from unitfisher.moments import ConstantFit, UnitMoments, corrected_mean, idle, least_pivots
 from unitfisher.rows import UnitRows
-from unitfisher.solvers import dot, require_regular, rounding, solve
+from unitfisher.solvers import (
+    SingularFisherError,
+    dot,
+    factored,
+    require_regular,
+    rounding,
+    substituted,
+)
 from unitfisher.weighted import CaseProducts, Solution, Solving, Weighted
 
 ITERATIONS = 300  # at most
@@ -210,7 +217,10 @@ class UnitProducts:
         if not self.ridge[unit]:
             noise = rounding(dtype, int(self.cases.support[unit]))
             least = least_pivots(squares, self.mu_q[unit], torch.finfo(dtype).eps, noise)
-        return solve(*(x.unsqueeze(0) for x in (V, rhs, least)))[0]
+        L, regular = factored(V.unsqueeze(0), least.unsqueeze(0))
+        if not regular:
+            raise SingularFisherError(unit)
+        return substituted(L[0], rhs.unsqueeze(1)).squeeze(1)
 
     def _right_hand_side(
         self, rhs: Float[Tensor, "u d"]

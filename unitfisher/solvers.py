@@ -60,26 +60,22 @@ def require_regular(regular: Bool[Tensor, " u"]) -> None:
         raise SingularFisherError(int((~regular).nonzero()[0]))
 
 
-def substituted(L: Float[Tensor, "u m m"], rhs: Float[Tensor, "u m r"]) -> Float[Tensor, "u m r"]:
+def substituted(
+    L: Float[Tensor, "*u m m"], rhs: Float[Tensor, "*u m r"]
+) -> Float[Tensor, "*u m r"]:
     """Return (L Lᵀ)⁻¹ rhs."""
     y = torch.linalg.solve_triangular(L, rhs, upper=False)
     x: Tensor = torch.linalg.solve_triangular(L.mT, y, upper=True)
     return x
 
 
-def solve(
-    matrix: Float[Tensor, "u m m"],
-    rhs: Float[Tensor, "u m"],
-    least: Float[Tensor, "u m"] | None = None,
-) -> Float[Tensor, "u m"]:
+def solve(matrix: Float[Tensor, "u m m"], rhs: Float[Tensor, "u m"]) -> Float[Tensor, "u m"]:
     """Solve for one right-hand side a unit.
 
     Raises:
         SingularFisherError: A matrix is not positive definite; names the first such unit.
     """
-    if least is None:
-        least = rounding(matrix.dtype) * matrix.diagonal(dim1=-2, dim2=-1)
-    L, regular = factored(matrix, least)
+    L, regular = factored(matrix, rounding(matrix.dtype) * matrix.diagonal(dim1=-2, dim2=-1))
     require_regular(regular)
     return substituted(L, rhs.unsqueeze(-1)).squeeze(-1)
 
