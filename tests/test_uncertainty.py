@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import TOL, batches, normal
+from strategies import TOL, batches, normal, seeds
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -15,7 +15,8 @@ from unitfisher.blocks import Block
 from unitfisher.cases import UnitCases
 from unitfisher.memory import within
 from unitfisher.theory import theory
-from unitfisher.uncertainty import _influence
+from unitfisher.uncertainty import _influence, variance_of_sum
+from unitfisher.window import joined
 
 DRAWS = 150
 ERRORS = ("c_error", "mean_q_error", "s_error", "k_error")
@@ -70,6 +71,9 @@ DRAWN = {
     "cases": (dense, {"rows": 30}, ("c", "mean_q")),
     "cases-and-labels": (dense, {"rows": 40, "fisher": "mc", "samples": 4}, ("c", "mean_q")),
     "cases-of-positions": (convolutional, {"rows": 120}, ("c", "mean_q")),
+    "cases-of-positions-and-signs": (
+        convolutional, {"rows": 240, "fisher": "rademacher", "samples": 2}, ("c", "mean_q")
+    ),
 }  # fmt: skip
 
 
@@ -113,6 +117,76 @@ def test_memory_that_units_and_samples_may_take_does_not_change_the_errors():
         assert_close(apart[name], together[name], **TOL)
 
 
+def errors_of(cases: UnitCases) -> dict[str, Tensor]:
+    block = Block(("0",), (torch.arange(cases.units),), cases, finite=True)
+    found = theory(block, 1e-3, None).theory
+    return {name: found[name] for name in ERRORS}
+
+
+@st.composite
+def sequences(draw) -> list[UnitCases]:
+    """Batches of two drawn columns, whose samples have other numbers of positions each."""
+    generator, samples = draw(seeds), draw(st.integers(2, 4))
+    lengths = draw(st.lists(st.integers(1, 5), min_size=2, max_size=3))
+    return [
+        UnitCases(
+            normal(generator, 1, samples * t, 1, 3),
+            normal(generator, 2, samples * t, 1, 4),
+            samples,
+            replicates=2,
+        )
+        for t in lengths
+    ]
+
+
+@given(batches=sequences())
+def test_variances_of_samples_add_up_whatever_their_lengths(batches):
+    apart = torch.stack([variance_of_sum(cases) for cases in batches])
+    assert_close(variance_of_sum(joined(batches)), apart.sum(0), **TOL)
+
+
+@given(batches=sequences(), generator=seeds)
+def test_the_order_of_cases_is_invisible_to_errors(batches, generator):
+    cases = joined(batches)
+    order = torch.randperm(cases.delta.shape[1], generator=generator)
+    parts = cases.a[:, order], cases.delta[:, order], cases.of_sample[order]
+    shuffled = replace(cases, a=parts[0], delta=parts[1], sample=parts[2])
+    for name, error in errors_of(cases).items():
+        assert_close(errors_of(shuffled)[name], error, **TOL)
+
+
+@given(batches=sequences())
+def test_the_error_of_the_mean_is_that_of_the_sums_over_samples(batches):
+    cases = joined(batches)
+    x = cases.delta.squeeze(2) ** 2 - (cases.delta.squeeze(2) ** 2).mean(0)
+    mean = torch.einsum("mu,md->ud", cases.D, cases.a[0, :, 0]) / cases.weight[:, None]
+    parts = torch.einsum("kmu,mud->kmud", x, cases.a[0] - mean)
+    own = [parts[:, cases.of_sample == i].sum(1) for i in range(cases.samples)]
+    expected = (2 * torch.stack(own).square().sum((0, 1))).sqrt() / cases.weight[:, None]
+    assert_close(errors_of(cases)["mean_q_error"], expected, **TOL)
+
+
+def test_of_which_sample_a_case_is_need_not_be_kept_where_its_place_tells():
+    batch = UnitCases(torch.randn(1, 6, 1, 3), torch.randn(2, 6, 1, 4), 3, replicates=2)
+    longer = replace(batch, samples=2)
+    assert joined([batch, batch]).sample is None
+    assert joined([batch, longer]).sample.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert joined([replace(one, replicates=1) for one in (batch, longer)]).sample is None
+    chance = torch.Generator().manual_seed(0)
+    assert batch.drawn(4, chance).sample.shape == (4,)
+    assert replace(batch, replicates=1).drawn(4, chance).sample is None
+    assert replace(batch, samples=6).drawn(4, chance).sample is None
+
+
+def test_layers_that_have_drawn_cases_of_other_samples_are_not_measured_together():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh(), nn.Conv2d(4, 4, 1), nn.Flatten())
+    x = normal(torch.Generator().manual_seed(1), 6, 4, 3, 3)
+    found = measured(model.double(), x, rows=30, fisher="mc", samples=2)
+    assert found["0"].block is not found["2"].block
+    assert not found["0"].cases.sample.equal(found["2"].cases.sample)
+
+
 # How s and k follow D
 
 
@@ -142,6 +216,7 @@ UNTOLD = {
     "one-column-and-top": (dense, {"fisher": "top-rademacher"}, ERRORS),
     "joint": (convolutional, {"fisher": "mc", "samples": 2, "sharing": "joint"}, ERRORS[1:]),
     "drawn-cases": (dense, {"rows": 30}, ERRORS[2:]),
+    "drawn-positions-one-column": (convolutional, {"rows": 120, "fisher": "mc"}, ERRORS),
 }
 
 
@@ -204,6 +279,8 @@ def test_a_loader_tells_the_error_of_c():
     assert_close(m.c_error, whole.c_error, rtol=0.5, atol=0)  # of other signs
     assert m.c_error.gt(0).all()
     assert all(getattr(m, name).isnan().all() for name in ERRORS[1:])
+    one = measured(model, [x[:20], x[20:]], fisher="rademacher")["0"]
+    assert all(getattr(one, name).isnan().all() for name in ERRORS)
     exact = measured(model, [x[:20], x[20:]])["0"]
     assert all(getattr(exact, name).eq(0).all() for name in ERRORS)
 

@@ -103,6 +103,8 @@ def _form(of: Observation | Streamed) -> object:
     cases, gradient = of.cases, of.gradient
     if of.fault or not isinstance(cases, UnitCases) or len(cases.a) > 1 or cases.a.shape[2] > 1:
         return None
+    if cases.sample is not None:  # each layer has drawn others
+        return None
     a, delta = cases.a, cases.delta
     given = None if gradient is None else (gradient.g.dtype, gradient.g0 is None)
     counts = cases.samples, cases.population

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -38,6 +38,7 @@ class UnitCases:
     solver: str = "auto"
     replicates: int = 0  # the last so many columns are estimates of D that average; 0: exact
     population: int = 0  # of how many cases these are drawn; 0: they are all
+    sample: Int[Tensor, " m"] | None = None  # of which each case is; None: as many in a row of each
     whole: "UnitCases | None" = None  # of whose units these are some
 
     @property
@@ -47,6 +48,19 @@ class UnitCases:
     @property
     def inputs(self) -> int:
         return self.a.shape[-1]
+
+    @property
+    def shared(self) -> bool:
+        """Whether a sample has several cases, whose errors were drawn for together."""
+        return (self.population or self.delta.shape[1]) > self.samples
+
+    @property
+    def of_sample(self) -> Int[Tensor, " m"]:
+        """Of which sample each case is."""
+        if self.sample is not None:
+            return self.sample
+        count = self.delta.shape[1]
+        return torch.arange(count, device=self.delta.device) // (count // self.samples)
 
     @property
     def dead(self) -> Bool[Tensor, " u"]:
@@ -203,9 +217,13 @@ class UnitCases:
             return self
         chosen = torch.randperm(count, generator=generator, device=generator.device)[:rows]
         chosen = chosen.to(self.a.device)
-        delta = self.delta[:, chosen] * (count / rows) ** 0.5
         return replace(
-            self, a=self.a[:, chosen], delta=delta, incoming=self._incoming, population=count
+            self,
+            a=self.a[:, chosen],
+            delta=self.delta[:, chosen] * (count / rows) ** 0.5,
+            incoming=self._incoming,
+            population=count,
+            sample=self.of_sample[chosen] if self.shared and self.replicates > 1 else None,
         )
 
     def of_units(self, part: slice) -> "UnitCases":

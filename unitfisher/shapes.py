@@ -35,11 +35,12 @@ class Shape(NamedTuple):
 
     @property
     def bytes_of_case(self) -> int:
-        """Activations, errors and D."""
+        """Activations, errors and D, and whose they are."""
         positions = self.positions if self.columns else 1
         item = 8 if self.averaged else self.itemsize
         errors = positions * self.bytes_of_errors
-        return item * positions * self.inputs * self.groups + (errors + 8) * self.units
+        of_sample = 8 * (self.replicates > 1)  # which one it is of
+        return item * positions * self.inputs * self.groups + (errors + 8) * self.units + of_sample
 
     @property
     def bytes_of_errors(self) -> int:

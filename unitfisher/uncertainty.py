@@ -6,16 +6,21 @@ the columns of its sample differ. Samples are drawn for independently, so their 
 Nothing here speaks of the batch itself: another one would give other numbers.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unitfisher.cases import UnitCases
 from unitfisher.memory import workspace
 from unitfisher.products import Moments
 from unitfisher.solvers import dot
+
+# Σ over columns and cases of the squares of something, or over samples of the sum of their cases
+Squares = Callable[[Float[Tensor, "k m u"], bool], Float[Tensor, "..."]]
 
 
 class StandardErrors(NamedTuple):
@@ -61,23 +66,43 @@ class StandardErrors(NamedTuple):
 
 def variance_of_sum(cases: UnitCases) -> Float[Tensor, " u"]:
     """Variance of Σ D, which is N c: of the labels or signs drawn, and of the cases."""
-    labels = torch.full_like(cases.D[0], torch.nan if cases.replicates == 1 else 0.0)
-    if cases.replicates > 1:
-        x = _by_sample(cases, _deviations(cases))
-        labels = _over_columns(cases, x.square().sum((0, 1)))
-    if not cases.population:
-        return labels
-    return _over_cases(cases, (cases.D - cases.D.mean(0)).square().sum(0), labels)
+    if cases.replicates < 2 and not cases.population:
+        return torch.full_like(cases.D[0], torch.nan if cases.replicates else 0.0)
+
+    def squares(x: Float[Tensor, "k m u"], together: bool) -> Float[Tensor, " u"]:
+        return (_by_sample(cases, x) if together else x).square().sum((0, 1))
+
+    return _variance(cases, cases.D - cases.D.mean(0), squares)
 
 
 def _variance_of_mean(cases: UnitCases, m: Moments) -> Float[Tensor, "u d"]:
     """Variance of Σ D (a - E_q(a)), of which E_q(a) has (N c)⁻² to first order."""
-    labels = torch.zeros_like(m.mu_q)
+    return _variance(cases, cases.D, partial(_squares, cases, m))
+
+
+def _variance(cases: UnitCases, D: Float[Tensor, "m u"], squares: Squares) -> Float[Tensor, "..."]:
+    """Variance of a sum over cases, drawn without replacement, whose D were drawn, too.
+
+    The two-stage estimate (Cochran 1977, 10.3): how the cases spread, less what labels make of
+    that, and the labels' own part, to which the cases of a sample contribute together. From a
+    single random column there is but a bound, that of cases drawn with replacement; and none
+    where samples have several cases.
+    """
+    labels = own = torch.zeros(())
     if cases.replicates > 1:
-        labels = _over_columns(cases, _squares(cases, m, _deviations(cases)))
+        x = _deviations(cases)
+        labels = own = _over_columns(cases, squares(x, cases.shared))
+        if cases.population and cases.shared:
+            own = _over_columns(cases, squares(x, False))
     if not cases.population:
         return labels
-    return _over_cases(cases, _squares(cases, m, cases.D.unsqueeze(0)), labels)
+    count = cases.delta.shape[1]
+    more = count / (count - 1) if count > 1 else torch.nan
+    spread = squares(D.unsqueeze(0), False)
+    if cases.replicates == 1:
+        return spread * (torch.nan if cases.shared else more)
+    spread = (more * (spread - own + labels) - labels).clamp_min(0.0)
+    return (1 - count / cases.population) * spread + labels
 
 
 class _Influence(NamedTuple):
@@ -113,35 +138,45 @@ def _deviations(cases: UnitCases) -> Float[Tensor, "k m u"]:
 
 
 def _by_sample(cases: UnitCases, x: Float[Tensor, "k m u"]) -> Float[Tensor, "k n u"]:
-    """Sum over the positions of a sample, which its labels or signs reach together."""
-    parted: Tensor = x.unflatten(1, (-1, _positions(cases)))
-    return parted.sum(2)
+    """Sum over the cases of a sample, which its labels or signs reach together."""
+    if not cases.shared:
+        return x
+    columns, _, units = x.shape
+    return x.new_zeros(columns, cases.samples, units).index_add_(1, cases.of_sample, x)
 
 
-def _positions(cases: UnitCases) -> int:
-    """Cases to a sample; all of them where samples are of different lengths."""
-    count = cases.delta.shape[1]
-    if cases.population:
-        return 1
-    return count // cases.samples if count % cases.samples == 0 else count
-
-
-def _squares(cases: UnitCases, m: Moments, x: Float[Tensor, "k m u"]) -> Float[Tensor, "u d"]:
-    """Σ over columns and samples of (Σ x (a - E_q(a)))², the inner sum over positions."""
-    about, shift, t = _about(cases), m.mu_q_double - cases._origin, _positions(cases)
-    if t == 1:
+def _squares(
+    cases: UnitCases, m: Moments, x: Float[Tensor, "k m u"], together: bool
+) -> Float[Tensor, "u d"]:
+    """Σ over columns and cases of (x (a - E_q(a)))², or over samples, of their cases together."""
+    about, shift = _about(cases), m.mu_q_double - cases._origin
+    if not together:
         weight = x.square().sum(0)
         first, second = _weighted(about, weight), _weighted(about.square(), weight)
         squares = second - 2 * shift * first + weight.sum(0)[:, None] * shift**2
         return squares.clamp_min(0.0)
+    places, there = _places(cases)
+    width = places.shape[1] * (x.shape[-1] + len(about) * about.shape[-1])
+    samples = max(1, workspace() // (64 * shift.numel() + 16 * width))  # to treat together
     total = torch.zeros_like(shift)
-    samples = max(1, workspace() // (64 * shift.numel()))  # to treat together
-    for column in x.unflatten(1, (-1, t)):
-        parts = about.unflatten(1, (-1, t)).split(samples, 1), column.split(samples)
-        for a, weight in zip(*parts, strict=True):
+    for own, true in zip(places.split(samples), there.split(samples), strict=True):
+        a = about[:, own]
+        for column in x:
+            weight = column[own] * true.unsqueeze(-1)
             sums = _weighted(a, weight) - weight.sum(1)[..., None] * shift
             total += sums.square().sum(0)
     return total
+
+
+def _places(cases: UnitCases) -> tuple[Int[Tensor, "n t"], Bool[Tensor, "n t"]]:
+    """List the cases of each sample that has any, filled up to one length; say which are true."""
+    sample = cases.of_sample
+    counts = sample.bincount()
+    counts = counts[counts > 0]
+    there = torch.arange(int(counts.max()), device=sample.device) < counts[:, None]
+    places = torch.zeros_like(there, dtype=torch.int64)
+    places[there] = sample.argsort(stable=True)
+    return places, there
 
 
 def _weighted(
@@ -167,19 +202,3 @@ def _about(cases: UnitCases) -> Float[Tensor, "g m d"]:
 def _over_columns(cases: UnitCases, squares: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Variance of a sum of two columns or more, from the squares of their deviations."""
     return squares * (cases.replicates / (cases.replicates - 1))
-
-
-def _over_cases(
-    cases: UnitCases, squares: Float[Tensor, "..."], labels: Float[Tensor, "..."]
-) -> Float[Tensor, "..."]:
-    """Variance of a sum over cases drawn without replacement, each with an error of its own.
-
-    The two-stage estimate (Cochran 1977, 10.3), which with a single random column is replaced by
-    a bound: that of cases drawn with replacement.
-    """
-    count = cases.delta.shape[1]
-    share = count / cases.population
-    squares = squares * (count / (count - 1) if count > 1 else torch.nan)
-    if cases.replicates == 1:
-        return squares
-    return (1 - share) * squares + share * labels

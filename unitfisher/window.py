@@ -3,8 +3,10 @@
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from unitfisher.cases import UnitCases
@@ -74,4 +76,14 @@ def joined(batches: Sequence[UnitCases]) -> UnitCases:
         a=torch.cat([cases.a for cases in batches], 1),
         delta=torch.cat([cases.delta for cases in batches], 1),
         samples=sum(cases.samples for cases in batches),
+        sample=_of_samples(batches),
     )
+
+
+def _of_samples(batches: Sequence[UnitCases]) -> Int[Tensor, " m"] | None:
+    """Number samples through; None where all have as many cases, or nobody will ask."""
+    lengths = {cases.delta.shape[1] / cases.samples for cases in batches}
+    if len(lengths) == 1 or batches[0].replicates < 2:
+        return None
+    before = accumulate((cases.samples for cases in batches), initial=0)
+    return torch.cat([n + cases.of_sample for n, cases in zip(before, batches, strict=False)])
