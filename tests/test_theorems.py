@@ -41,7 +41,7 @@ from unitfisher import (
     unit_natural_gradient,
 )
 from unitfisher.costs import DAMPED
-from unitfisher.theorems import weight_natural_gradient
+from unitfisher.theorems import damping_share, weight_natural_gradient
 
 DAMPING = 1e-2
 any_sharing = st.sampled_from(["expand", "reduce", "joint"])
@@ -592,6 +592,22 @@ def test_full_damping_is_2d_pseudo_cases(sharing, p):
         assert_close(getattr(full, name), getattr(padded, name), **TOL)
     assert_close(full.mu_p, a.mean(0), **TOL)
     assert_close(full.mean_shift, padded.mu_q - a.mean(0), **TOL)
+
+
+@given(sharing=any_sharing, p=problems(), block=st.sampled_from(["weight", "full"]))
+def test_damping_share_is_its_part_of_what_the_constant_s_fit_leaves(sharing, p, block):
+    m, F = damped(p, sharing, block)
+    corner = inv(F)[:, :, -1]
+    ridge_of = ridge(p, sharing)[:, None] * torch.ones_like(corner)
+    ridge_of[:, -1] *= block == "full"
+    assert_close(damping_share(m), (ridge_of * corner**2).sum(-1) / corner[:, -1], **TOL)
+
+
+@given(sharing=case_sharing, p=problems())
+def test_n_eff_of_full_damping_counts_one_more_case(sharing, p):
+    m, (_, D) = damped(p, sharing, "full")[0], cases(p, sharing)
+    more = torch.cat([D, len(p.a) * ridge(p, sharing)[None]])
+    assert_close(m.n_eff, more.sum(0) ** 2 / (more**2).sum(0), **TOL)
 
 
 @given(sharing=any_sharing, p=problems(), block=st.sampled_from(["weight", "full"]))

@@ -55,6 +55,7 @@ class UnitMoments:
     sum_Da: Float[Tensor, "u d"]  # Σ D (a - origin)
     sum_Daa: Float[Tensor, "u d d"]  # Σ D (a - origin)(a - origin)ᵀ
     ridge: Float[Tensor, " u"]  # λ on the weight block of F
+    bias_ridge: Float[Tensor, " u"]  # λ on the bias, which is among the sums already
     eps: float  # how activations are rounded, relative
     noise: float  # how wrong second moments may be, relative
 
@@ -95,6 +96,7 @@ class UnitMoments:
             sum_Da=sum_Da,
             sum_Daa=sum_Daa,
             ridge=D.new_zeros(units),
+            bias_ridge=D.new_zeros(units),
             eps=torch.finfo(coarser).eps,
             noise=rounding(coarser, terms),
         )
@@ -136,6 +138,7 @@ class UnitMoments:
             sum_Da=(S.unsqueeze(-1) * about).sum(0),
             sum_Daa=about.permute(1, 2, 0) @ about.transpose(0, 1),
             ridge=S.new_zeros(S.shape[1]),
+            bias_ridge=S.new_zeros(S.shape[1]),
             eps=eps,
             noise=max((8 * eps) ** 2, rounding(S.dtype, len(S))),
         )
@@ -147,14 +150,16 @@ class UnitMoments:
             )
         sums = ("cases", "samples", "support", "sum_a", "sum_D", "sum_DD", "sum_Da", "sum_Daa")
         total = {name: getattr(self, name) + getattr(other, name) for name in sums}
-        ridge = self.ridge * self.samples + other.ridge * other.samples
-        return replace(self, **total, ridge=ridge / total["samples"])
+        for name in ("ridge", "bias_ridge"):
+            one, two = (getattr(m, name) * m.samples for m in (self, other))
+            total[name] = (one + two) / total["samples"]
+        return replace(self, **total)
 
     def damped(self, damping: float, *, block: str = "weight") -> "UnitMoments":
         """Return the moments of F + λ diag(1, ..., 1, 0), λ = damping · trace(A) / d per unit.
 
         Only Var_q changes, by (λ/c) I; the theorems stay exact. ``block="full"`` damps the bias
-        too, F + λI, by pseudo-cases ±√d e_j of D mass λ/2d each: c and E_q(a) change with it.
+        too, F + λI, by one more case a = 0 of D mass λ: c and E_q(a) change with it.
 
         Raises:
             ValueError: Negative damping, or no such block.
@@ -163,19 +168,20 @@ class UnitMoments:
             raise ValueError(f"damping must not be negative, got {damping!r}")
         d = self.sum_Da.shape[-1]
         ridge = damping * self.c * (self.trace_Var_q + self.mu_q_squared) / d
+        damped = replace(self, ridge=self.ridge + ridge)
         if block == "weight":
-            return replace(self, ridge=self.ridge + ridge)
+            return damped
         if block != "full":
             raise ValueError(f"block must be 'weight' or 'full', got {block!r}")
-        mass = (ridge * self.samples)[:, None]
-        origin = self.origin.expand_as(self.sum_Da)
-        eye = torch.eye(d, dtype=ridge.dtype, device=ridge.device)
+        D, about = ridge * self.samples, -self.origin.expand_as(self.sum_Da)
         return replace(
-            self,
-            sum_D=self.sum_D + mass.squeeze(1),
-            support=self.support + 2 * d * (mass.squeeze(1) > 0),
-            sum_Da=self.sum_Da - mass * origin,
-            sum_Daa=self.sum_Daa + mass[..., None] * (eye + outer(origin, origin)),
+            damped,
+            bias_ridge=self.bias_ridge + ridge,
+            sum_D=self.sum_D + D,
+            sum_DD=self.sum_DD + D**2,
+            support=self.support + (D > 0),
+            sum_Da=self.sum_Da + D[:, None] * about,
+            sum_Daa=self.sum_Daa + D[:, None, None] * outer(about, about),
         )
 
     @cached_property
@@ -271,8 +277,8 @@ class UnitMoments:
     def fit(self) -> ConstantFit:
         x = self.mu_q_solved
         gain = 1 + dot(self.mu_q, x)
-        epsilon = self.ridge / self._safe(self.c)
-        return ConstantFit(gain, dot(self.mean_shift, x), epsilon * dot(x, x) / gain)
+        of_damping = (self.ridge * dot(x, x) / gain + self.bias_ridge * gain) / self._safe(self.c)
+        return ConstantFit(gain, dot(self.mean_shift, x), of_damping)
 
     def _solve(self, *rhs: Float[Tensor, "u d"]) -> tuple[Tensor, ...]:
         K, v, epsilon, mean, least = self._system

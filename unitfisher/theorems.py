@@ -106,6 +106,7 @@ def weight_natural_gradient(m: Moments, g: Float[Tensor, "u d"]) -> Float[Tensor
 def damping_share(m: Moments) -> Float[Tensor, " u"]:
     """How much of s is made by the damping: ε ‖x‖² / (1 + μ_qᵀ x), x = Var_q⁻¹ μ_q, ε = λ/c.
 
-    In [0, 1): near 1, s and k say more about the damping than about the data. NaN for a dead unit.
+    In [0, 1): near 1, s and k say more about the damping than about the data. Where the bias is
+    damped too, (1 + μ_qᵀ x) λ/c comes to it. NaN for a dead unit.
     """
     return m.fit.damping_share * torch.where(m.alive, 1.0, torch.nan)
