@@ -485,6 +485,23 @@ def test_inputs_that_never_change_are_no_obstacle_to_a_damped_step(n, value):
     assert all(part.isfinite().all() for part in found.natural_gradient(*ones()))
 
 
+ROUTES = {
+    "rows": ((10, 20), "auto"),
+    "sums": ((40, 3), "direct"),
+    "products": ((40, 3), "iterative"),
+}
+
+
+@pytest.mark.parametrize("damping", [-0.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("route", ROUTES)
+def test_no_route_takes_a_damping_that_is_negative_or_not_finite(route, damping):
+    size, solver = ROUTES[route]
+    m = measure(mlp(size[1]), inputs(*size), solver=solver)
+    assert m.route == route
+    with pytest.raises(ValueError, match="damping must be finite and not negative"):
+        m.damped(damping)
+
+
 @all_sharings
 @pytest.mark.parametrize("n", [2, 3])
 def test_undamped_layer_with_too_few_cases_is_named(n, sharing):

@@ -9,6 +9,7 @@ and variances are averages over all cases, under p and under q ∝ D = E_y δ².
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -162,10 +163,9 @@ class UnitMoments:
         too, F + λI, by one more case a = 0 of D mass λ: c and E_q(a) change with it.
 
         Raises:
-            ValueError: Negative damping, or no such block.
+            ValueError: Damping is negative or not finite, or there is no such block.
         """
-        if damping < 0:
-            raise ValueError(f"damping must not be negative, got {damping!r}")
+        require_damping(damping)
         d = self.sum_Da.shape[-1]
         ridge = damping * self.c * (self.trace_Var_q + self.mu_q_squared) / d
         damped = replace(self, ridge=self.ridge + ridge)
@@ -308,6 +308,12 @@ class UnitMoments:
 
     def _safe(self, weight: Float[Tensor, " u"]) -> Float[Tensor, " u"]:
         return torch.where(self.alive, weight, 1.0)
+
+
+def require_damping(damping: float) -> None:
+    """Raise ValueError for what would damp nothing, or everything."""
+    if not 0 <= damping < inf:
+        raise ValueError(f"damping must be finite and not negative, got {damping!r}")
 
 
 def idle(

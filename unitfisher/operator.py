@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from unitfisher.cases import UnitCases
-from unitfisher.moments import UnitMoments
+from unitfisher.moments import UnitMoments, require_damping
 from unitfisher.observer import NonFiniteError
 from unitfisher.products import UnitProducts
 from unitfisher.solvers import SingularFisherError
@@ -194,8 +194,7 @@ def unit_fisher_operator(
     ((4, 4), True)
     """
     damping = measured.damping if damping is None else damping
-    if not 0 <= damping < math.inf:
-        raise ValueError(f"damping must not be negative, got {damping!r}")
+    require_damping(damping)
     if not measured.finite:
         raise NonFiniteError(f"this measurement of layer {measured.layer!r} holds NaN or infinity")
     units: list[int] = measured.units.tolist()

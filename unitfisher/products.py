@@ -16,7 +16,14 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from unitfisher.moments import ConstantFit, UnitMoments, corrected_mean, idle, least_pivots
+from unitfisher.moments import (
+    ConstantFit,
+    UnitMoments,
+    corrected_mean,
+    idle,
+    least_pivots,
+    require_damping,
+)
 from unitfisher.rows import UnitRows
 from unitfisher.solvers import (
     SingularFisherError,
@@ -100,6 +107,7 @@ class UnitProducts:
 
     def damped(self, damping: float) -> "UnitProducts":
         """Damp the weight block; see UnitMoments.damped."""
+        require_damping(damping)
         d = self.origin.shape[-1]
         more = damping * (self.trace_Var_q + self.mu_q_squared) / d
         ridge, trace = self.ridge + self.c * more, self.trace_Var_q + d * more * self.alive

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unitfisher import conjugate, refinement
 from unitfisher.gram import solve_grams
-from unitfisher.moments import ConstantFit, corrected_mean, idle
+from unitfisher.moments import ConstantFit, corrected_mean, idle, require_damping
 from unitfisher.solvers import dot, require_regular
 
 
@@ -109,6 +109,7 @@ class UnitRows:
 
     def damped(self, damping: float) -> "UnitRows":
         """Damp the weight block; see UnitMoments.damped."""
+        require_damping(damping)
         d = self.about.shape[-1]
         more = damping * (self.trace_Var_q + self.mu_q_squared) / d
         ridge, trace = self.ridge + self.c * more, self.trace_Var_q + d * more * self.alive

@@ -8,7 +8,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from unitfisher.blocks import Block, blocks, joined_gradients
-from unitfisher.choices import require_damping
 from unitfisher.diagnostics import mean_share
 from unitfisher.observer import Gradient, Observation
 from unitfisher.steps import Angles, LayerStep, in_shape_of, in_shapes_of, natural_gradient
@@ -94,11 +93,10 @@ class UnitStatistics:
         """Return the same measurement at another relative damping.
 
         Raises:
-            ValueError: The damping is negative, or not finite.
+            ValueError: It is negative or not finite.
             LoaderError: The loader that has to be read again has changed, or the model has.
-            SingularFisherError: A unit's Fisher has no inverse at that damping.
+            SingularFisherError: A unit's Fisher has no inverse at this damping.
         """
-        require_damping(damping)
         found = theory(self.alone.damped(damping), damping, self.gradient)
         return replace(self, damping=damping, **found.theory)
 
