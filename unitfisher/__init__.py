@@ -10,7 +10,6 @@ from unitfisher.likelihoods import Gaussian as Gaussian
 from unitfisher.likelihoods import Likelihood as Likelihood
 from unitfisher.likelihoods import OutputError as OutputError
 from unitfisher.loader import LoaderError as LoaderError
-from unitfisher.moments import UnitMoments as UnitMoments
 from unitfisher.monitor import Monitor as Monitor
 from unitfisher.observer import NonFiniteError as NonFiniteError
 from unitfisher.operator import UnitFisherOperator as UnitFisherOperator
@@ -26,6 +25,7 @@ from unitfisher.record import Run as Run
 from unitfisher.solvers import SingularFisherError as SingularFisherError
 from unitfisher.statistics import UnitStatistics as UnitStatistics
 from unitfisher.steps import LayerStep as LayerStep
+from unitfisher.sums import UnitMoments as UnitMoments
 from unitfisher.theorems import BiasShiftCorrection as BiasShiftCorrection
 from unitfisher.theorems import UnitStep as UnitStep
 from unitfisher.theorems import bias_shift_correction as bias_shift_correction

@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_leaves
 from unitfisher.averages import pieces
 from unitfisher.costs import Sizes, engine, route_of, units_together
 from unitfisher.incoming import Incoming
-from unitfisher.moments import UnitMoments
-from unitfisher.products import Moments, Part, UnitProducts
+from unitfisher.moments import Moments, Part
+from unitfisher.products import UnitProducts
 from unitfisher.rows import UnitRows
+from unitfisher.sums import UnitMoments
 from unitfisher.weighted import Weighted
 
 

@@ -1,24 +1,18 @@
-"""What the units of one layer see: c, E_p(a), E_q(a) and the second moments under q.
-
-``UnitMoments`` holds them as sums: additive over batches, small when a unit has few inputs. Where
-there are fewer cases than inputs `rows.UnitRows` holds the cases instead; theorems take either.
+"""What the theorems ask of the units of one layer, however it is known.
 
 F = [[A, b], [bᵀ, c]] is summed over the positions of a sample and averaged over samples; means
-and variances are averages over all cases, under p and under q ∝ D = E_y δ².
+and variances are averages over all cases, under p and under q ∝ D = E_y δ². Three classes hold
+them: `sums.UnitMoments`, `rows.UnitRows` and `products.UnitProducts`.
 """
 
-from dataclasses import dataclass, replace
-from functools import cached_property
 from math import inf
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unitfisher.gram import solve_grams
-from unitfisher.scatter import scatter
-from unitfisher.solvers import dot, outer, require_regular, rounding
+from unitfisher.solvers import dot
 
 
 class ConstantFit(NamedTuple):
@@ -33,281 +27,93 @@ class ConstantFit(NamedTuple):
     damping_share: Float[Tensor, " u"]  # of E_q(ρ): the ridge's part of the objective
 
 
-@dataclass(frozen=True)
-class UnitMoments:
-    """Sums over cases, taken about a fixed origin near the mean so that variances keep digits.
+@runtime_checkable
+class Moments(Protocol):
+    """Moments of units, and what solves with their Var_q."""
 
-    D is the squared error signal E_y δ² of a unit in a case. Moments of parts with the same
-    origin add up: ``m1 + m2``.
-
-    >>> a, D = torch.randn(100, 3), torch.rand(100, 5)  # 100 cases, 3 inputs, 5 units
-    >>> m = UnitMoments.of(a, D)
-    >>> tuple(m.A.shape)
-    (5, 3, 3)
-    """
-
-    origin: Float[Tensor, "*g d"]
-    cases: Float[Tensor, ""]  # Σ 1 over samples and positions
-    samples: Float[Tensor, ""]  # Σ 1 over samples
-    sum_a: Float[Tensor, "*g d"]  # Σ (a - origin)
-    sum_D: Float[Tensor, " u"]  # Σ D
-    sum_DD: Float[Tensor, " u"]  # Σ D²
-    support: Float[Tensor, " u"]  # Σ 1 over cases that carry weight: they bound the rank
-    sum_Da: Float[Tensor, "u d"]  # Σ D (a - origin)
-    sum_Daa: Float[Tensor, "u d d"]  # Σ D (a - origin)(a - origin)ᵀ
-    ridge: Float[Tensor, " u"]  # λ on the weight block of F
-    bias_ridge: Float[Tensor, " u"]  # λ on the bias, which is among the sums already
-    eps: float  # how activations are rounded, relative
-    noise: float  # how wrong second moments may be, relative
-
-    @classmethod
-    def of(
-        cls,
-        a: Float[Tensor, "*g n d"],
-        D: Float[Tensor, "n u"],
-        *,
-        origin: Float[Tensor, "*u d"] | None = None,
-        samples: int | None = None,
-    ) -> "UnitMoments":
-        """Sum over cases.
-
-        Args:
-            a: Incoming activations. A leading axis g holds groups; each has u / g units.
-            D: Squared error signals, not negative. Sums are kept in its precision, products are
-                formed in that of ``a``.
-            origin: Near the mean of ``a``, or one point a unit, near its E_q(a); this batch's mean
-                if not given.
-            samples: How many samples the cases belong to, when positions share the weights.
-        """
-        units = D.shape[1]
-        grouped = a.unsqueeze(0) if a.dim() == 2 else a
-        center = grouped.detach().mean(1)
-        if origin is None:
-            origin = center[0] if len(center) == 1 else _repeated(center, units)
-        sum_Da, sum_Daa, terms = scatter(grouped, D, origin)
-        coarser = max(a.dtype, D.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-        return cls(
-            origin=origin.to(D.dtype),
-            cases=D.new_tensor(len(D)),
-            samples=D.new_tensor(len(D) if samples is None else samples),
-            sum_a=_sum_about(origin.to(D.dtype), grouped, center),
-            sum_D=D.sum(0),
-            sum_DD=(D**2).sum(0),
-            support=(D > 0).sum(0).to(D.dtype),
-            sum_Da=sum_Da,
-            sum_Daa=sum_Daa,
-            ridge=D.new_zeros(units),
-            bias_ridge=D.new_zeros(units),
-            eps=torch.finfo(coarser).eps,
-            noise=rounding(coarser, terms),
-        )
-
-    @classmethod
-    def of_gradients(
-        cls,
-        G: Float[Tensor, "r u d"],
-        S: Float[Tensor, "r u"],
-        mean: Float[Tensor, "*g d"],
-        *,
-        origin: Float[Tensor, "*g d"] | None = None,
-        samples: int | None = None,
-        eps: float = 0.0,
-    ) -> "UnitMoments":
-        """Sum over gradients that are already joined over positions (``sharing="joint"``).
-
-        Args:
-            G: Weight gradients Σ_t δ a, one row per sample and column of the label expectation.
-            S: Bias gradients Σ_t δ.
-            mean: E_p(a) over all positions.
-            origin: Near that mean; the mean itself if not given.
-            samples: How many samples the rows belong to; all rows if not given.
-            eps: How activations were rounded, and these with them, where the gradients' own
-                precision does not tell.
-        """
-        origin = mean if origin is None else origin
-        about = G - S.unsqueeze(-1) * origin
-        D = S**2
-        count = S.new_tensor(len(S) if samples is None else samples)
-        return cls(
-            origin=origin,
-            cases=count,
-            samples=count,
-            sum_a=(mean - origin) * count,
-            sum_D=D.sum(0),
-            sum_DD=(D**2).sum(0),
-            support=((S != 0) | (G != 0).any(-1)).sum(0).to(S.dtype),
-            sum_Da=(S.unsqueeze(-1) * about).sum(0),
-            sum_Daa=about.permute(1, 2, 0) @ about.transpose(0, 1),
-            ridge=S.new_zeros(S.shape[1]),
-            bias_ridge=S.new_zeros(S.shape[1]),
-            eps=eps,
-            noise=max((8 * eps) ** 2, rounding(S.dtype, len(S))),
-        )
-
-    def __add__(self, other: "UnitMoments") -> "UnitMoments":
-        if self.origin.shape != other.origin.shape or not self.origin.equal(other.origin):
-            raise ValueError(
-                "moments add up about one origin: UnitMoments.of(..., origin=m.origin)"
-            )
-        sums = ("cases", "samples", "support", "sum_a", "sum_D", "sum_DD", "sum_Da", "sum_Daa")
-        total = {name: getattr(self, name) + getattr(other, name) for name in sums}
-        for name in ("ridge", "bias_ridge"):
-            one, two = (getattr(m, name) * m.samples for m in (self, other))
-            total[name] = (one + two) / total["samples"]
-        return replace(self, **total)
-
-    def damped(self, damping: float, *, block: str = "weight") -> "UnitMoments":
-        """Return the moments of F + λ diag(1, ..., 1, 0), λ = damping · trace(A) / d per unit.
-
-        Only Var_q changes, by (λ/c) I; the theorems stay exact. ``block="full"`` damps the bias
-        too, F + λI, by one more case a = 0 of D mass λ: c and E_q(a) change with it.
-
-        Raises:
-            ValueError: Damping is negative or not finite, or there is no such block.
-        """
-        require_damping(damping)
-        d = self.sum_Da.shape[-1]
-        ridge = damping * self.c * (self.trace_Var_q + self.mu_q_squared) / d
-        damped = replace(self, ridge=self.ridge + ridge)
-        if block == "weight":
-            return damped
-        if block != "full":
-            raise ValueError(f"block must be 'weight' or 'full', got {block!r}")
-        D, about = ridge * self.samples, -self.origin.expand_as(self.sum_Da)
-        return replace(
-            damped,
-            bias_ridge=self.bias_ridge + ridge,
-            sum_D=self.sum_D + D,
-            sum_DD=self.sum_DD + D**2,
-            support=self.support + (D > 0),
-            sum_Da=self.sum_Da + D[:, None] * about,
-            sum_Daa=self.sum_Daa + D[:, None, None] * outer(about, about),
-        )
-
-    @cached_property
-    def alive(self) -> Bool[Tensor, " u"]:
-        return self.sum_D > 0
-
-    @property
-    def c(self) -> Float[Tensor, " u"]:
-        return self.sum_D / self.samples
-
-    @property
-    def n_eff(self) -> Float[Tensor, " u"]:
-        return self.sum_D**2 / self.sum_DD
-
-    @property
-    def mu_p(self) -> Float[Tensor, "*g d"]:
-        return self.origin + self.sum_a / self.cases
-
-    @cached_property
-    def mu_q(self) -> Float[Tensor, "u d"]:
-        return self.origin + self._mean
-
-    @cached_property
-    def mu_q_squared(self) -> Float[Tensor, " u"]:
-        return dot(self.mu_q, self.mu_q)
-
-    def corrected_mean(self, k: Float[Tensor, " u"]) -> Float[Tensor, "u d"]:
-        """μ_p - (1 + k) μ_q, as Theorem 2 has it."""
-        return torch.addcmul(self.mu_p, 1 + k[:, None], self.mu_q, value=-1)
-
-    tolerance: ClassVar[float] = 0.0
-
-    @property
-    def residual(self) -> Float[Tensor, " u"]:
-        """Nothing is left to iterate."""
-        return torch.zeros_like(self.c)
-
-    @property
-    def mu_q_double(self) -> Float[Tensor, "u d"]:
-        """E_q(a) as it is known about the origin, not rounded to the precision of the sums."""
-        return self.origin.double() + self._mean.double()
-
-    @property
-    def mean_shift(self) -> Float[Tensor, "u d"]:
-        """E_q(a) - E_p(a), formed about the origin: no digits lost to a large mean."""
-        return self._mean - self.sum_a / self.cases
-
-    @property
-    def Var_q(self) -> Float[Tensor, "u d d"]:
-        weight = self._safe(self.sum_D)[:, None, None]
-        eye = torch.eye(self.sum_Da.shape[-1], dtype=weight.dtype, device=weight.device)
-        ridge = (self.ridge / self._safe(self.c))[:, None, None]
-        return self.sum_Daa / weight - outer(self._mean, self._mean) + ridge * eye
-
-    @cached_property
-    def trace_Var_q(self) -> Float[Tensor, " u"]:
-        trace = self.sum_Daa.diagonal(dim1=-2, dim2=-1).sum(-1) / self._safe(self.sum_D)
-        d = self.sum_Da.shape[-1]
-        return trace - dot(self._mean, self._mean) + d * self.ridge / self._safe(self.c)
-
-    @property
-    def A(self) -> Float[Tensor, "u d d"]:
-        A = self.c[:, None, None] * (self.Var_q + outer(self.mu_q, self.mu_q))
-        if bool(self.alive.all()):
-            return A
-        bare = self.sum_Daa / self.samples  # joint: errors may cancel in c and not in A
-        return torch.where(self.alive[:, None, None], A, bare)
-
-    @property
-    def b(self) -> Float[Tensor, "u d"]:
-        return self.c[:, None] * self.mu_q
-
-    @property
-    def F(self) -> Float[Tensor, "u e e"]:
-        """The Fisher itself, (u, d+1, d+1), bias last."""
-        weights = torch.cat([self.A, self.b.unsqueeze(-1)], -1)
-        bias = torch.cat([self.b, self.c.unsqueeze(-1)], -1)
-        return torch.cat([weights, bias.unsqueeze(-2)], -2)
+    def damped(self, damping: float) -> "Moments":
+        """Return the moments of F + λ diag(1, ..., 1, 0), λ = damping · trace(A) / d per unit."""
 
     def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
-        """Return Var_q⁻¹ rhs; zero where a unit is dead. The same factor solves for μ_q, once."""
-        if "mu_q_solved" in vars(self):
-            return self._solve(rhs)[0]
-        vars(self)["mu_q_solved"], x = self._solve(self.mu_q, rhs)
-        return x
+        """Return Var_q⁻¹ rhs; zero where a unit is dead."""
 
-    @cached_property
-    def mu_q_solved(self) -> Float[Tensor, "u d"]:
-        """Var_q⁻¹ μ_q."""
-        return self._solve(self.mu_q)[0]
+    if TYPE_CHECKING:  # a check at run time would compute them, to see whether they are there
 
-    @cached_property
-    def fit(self) -> ConstantFit:
-        x = self.mu_q_solved
-        gain = 1 + dot(self.mu_q, x)
-        of_damping = (self.ridge * dot(x, x) / gain + self.bias_ridge * gain) / self._safe(self.c)
-        return ConstantFit(gain, dot(self.mean_shift, x), of_damping)
+        @property
+        def c(self) -> Float[Tensor, " u"]: ...
+        @property
+        def alive(self) -> Bool[Tensor, " u"]: ...
+        @property
+        def ridge(self) -> Float[Tensor, " u"]:
+            """λ on the weight block of F."""
 
-    def _solve(self, *rhs: Float[Tensor, "u d"]) -> tuple[Tensor, ...]:
-        K, v, epsilon, mean, least = self._system
-        solved = solve_grams(K, v, epsilon, torch.stack(rhs, -1).to(K.dtype), mean, least)
-        require_regular(solved.regular)
-        alive = self.alive[:, None]
-        return tuple(Y.to(x.dtype) * alive for Y, x in zip(solved.Y.unbind(-1), rhs, strict=True))
+        @property
+        def epsilon(self) -> Float[Tensor, " u"]:
+            """λ / c; any number for a unit whose answer is zero."""
 
-    @cached_property
-    def _system(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Var_q as `solve_grams` takes it; the identity where a unit is idle, whose answer is 0."""
-        d = self.sum_Da.shape[-1]
-        idle_units = idle(self.alive, self.trace_Var_q, self.mu_q_squared)
-        require_regular((self.support > d) | (self.ridge > 0) | idle_units)
-        scale = torch.where(idle_units, 0.0, self._safe(self.sum_D).rsqrt())
-        epsilon = torch.where(idle_units, 1.0, self.ridge / self._safe(self.c))
-        mean = torch.where(idle_units[:, None], 0.0, self._mean)
-        undamped, least = epsilon == 0, None
-        if bool(undamped.any()):
-            squares = scale[:, None] ** 2 * self.sum_Daa.diagonal(dim1=-2, dim2=-1)
-            least = least_pivots(squares, self.mu_q, self.eps, self.noise) * undamped[:, None]
-        return self.sum_Daa, scale[:, None].expand_as(mean), epsilon, mean, least
+        @property
+        def center(self) -> Float[Tensor, "g d"]:
+            """E_p(a) of each g of consecutive units."""
 
-    @cached_property
-    def _mean(self) -> Float[Tensor, "u d"]:
-        return self.sum_Da / self._safe(self.sum_D)[:, None]
+        @property
+        def mu_q(self) -> Float[Tensor, "u d"]: ...
+        @property
+        def mu_q_double(self) -> Float[Tensor, "u d"]:
+            """E_q(a) as it is known about the origin, not rounded to the precision of the sums."""
 
-    def _safe(self, weight: Float[Tensor, " u"]) -> Float[Tensor, " u"]:
-        return torch.where(self.alive, weight, 1.0)
+        @property
+        def mu_q_squared(self) -> Float[Tensor, " u"]: ...
+        @property
+        def mean_shift(self) -> Float[Tensor, "u d"]:
+            """E_q(a) - E_p(a), formed without losing digits to a large mean."""
+
+        @property
+        def trace_Var_q(self) -> Float[Tensor, " u"]: ...
+        @property
+        def mu_q_solved(self) -> Float[Tensor, "u d"]:
+            """Var_q⁻¹ μ_q."""
+
+        @property
+        def fit(self) -> ConstantFit: ...
+        @property
+        def residual(self) -> Float[Tensor, " u"]:
+            """What iterations left of the systems that s and k come from, relative."""
+
+        @property
+        def tolerance(self) -> float:
+            """A residual up to which a unit counts as solved."""
+
+
+class Part(NamedTuple):
+    """Some units of a layer, treated together."""
+
+    units: slice
+    m: Moments
+    damped: Moments
+
+
+def fit_by_solving(m: Moments) -> ConstantFit:
+    """Fit the constant, from x = Var_q⁻¹ μ_q."""
+    x = m.mu_q_solved
+    gain = 1 + dot(m.mu_q, x)
+    return ConstantFit(gain, dot(m.mean_shift, x), m.epsilon * dot(x, x) / gain)
+
+
+def corrected_mean(m: Moments, k: Float[Tensor, " u"]) -> Float[Tensor, "u d"]:
+    """μ_p - (1 + k) μ_q, as Theorem 2 has it."""
+    center = m.center
+    factor, mu_q = (x.unflatten(0, (len(center), -1)) for x in (1 + k[:, None], m.mu_q))
+    return torch.addcmul(center.unsqueeze(1), factor, mu_q, value=-1).flatten(0, 1)
+
+
+def damping_of(m: Moments, damping: float) -> Float[Tensor, " u"]:
+    """Return λ / c = damping · trace(A) / (c d) for each unit, to be added to its Var_q.
+
+    Raises:
+        ValueError: Damping is negative or not finite.
+    """
+    require_damping(damping)
+    return damping * (m.trace_Var_q + m.mu_q_squared) / m.center.shape[-1]
 
 
 def require_damping(damping: float) -> None:
@@ -333,27 +139,3 @@ def least_pivots(
     rounding has done, its matrix has an inverse.
     """
     return torch.addcmul(noise * squares, mu_q, mu_q, value=eps**2)
-
-
-def corrected_mean(
-    center: Float[Tensor, "g d"], mu_q: Float[Tensor, "u d"], k: Float[Tensor, " u"]
-) -> Float[Tensor, "u d"]:
-    """μ_p - (1 + k) μ_q, where groups of consecutive units share a μ_p."""
-    factor, of_groups = (x.unflatten(0, (len(center), -1)) for x in (1 + k[:, None], mu_q))
-    return torch.addcmul(center.unsqueeze(1), factor, of_groups, value=-1).flatten(0, 1)
-
-
-def _sum_about(
-    origin: Float[Tensor, "*u d"], a: Float[Tensor, "g n d"], center: Float[Tensor, "g d"]
-) -> Float[Tensor, "*u d"]:
-    """Σ (a - origin), in the origin's precision though the activations have less."""
-    rest = (a - center.unsqueeze(1)).sum(1).to(origin.dtype)
-    center = center.to(origin.dtype)
-    if origin.dim() == 1:
-        return rest[0] + a.shape[1] * (center[0] - origin)
-    return _repeated(rest, len(origin)) + a.shape[1] * (_repeated(center, len(origin)) - origin)
-
-
-def _repeated(x: Float[Tensor, "g ..."], units: int) -> Float[Tensor, "u ..."]:
-    """Give each unit what its group has."""
-    return x.expand(units, *x.shape[1:]) if len(x) == 1 else x.repeat_interleave(units // len(x), 0)

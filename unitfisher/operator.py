@@ -15,12 +15,13 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from unitfisher.cases import UnitCases
-from unitfisher.moments import UnitMoments, require_damping
+from unitfisher.moments import require_damping
 from unitfisher.observer import NonFiniteError
 from unitfisher.products import UnitProducts
 from unitfisher.solvers import SingularFisherError
 from unitfisher.statistics import UnitStatistics
 from unitfisher.streaming import UnitSums
+from unitfisher.sums import UnitMoments
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg

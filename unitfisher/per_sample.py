@@ -17,8 +17,8 @@ from torch.func import functional_call, vjp, vmap
 from unitfisher.errors import Estimator, columns
 from unitfisher.layers import LayerSelectionError
 from unitfisher.likelihoods import Likelihood, OutputError, Residual, likelihood_of
-from unitfisher.moments import UnitMoments
 from unitfisher.passes import Chance, Pick, arguments, pick_output, undisturbed
+from unitfisher.sums import UnitMoments
 
 TOGETHER = 16  # columns drawn at a time
 Given = tuple[tuple[Tensor, ...], dict[str, Tensor]]  # a forward's arguments

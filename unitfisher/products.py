@@ -18,13 +18,11 @@ from torch import Tensor
 
 from unitfisher.moments import (
     ConstantFit,
-    UnitMoments,
-    corrected_mean,
+    damping_of,
+    fit_by_solving,
     idle,
     least_pivots,
-    require_damping,
 )
-from unitfisher.rows import UnitRows
 from unitfisher.solvers import (
     SingularFisherError,
     dot,
@@ -101,15 +99,9 @@ class UnitProducts:
     def mu_q_squared(self) -> Float[Tensor, " u"]:
         return dot(self.mu_q, self.mu_q)
 
-    def corrected_mean(self, k: Float[Tensor, " u"]) -> Float[Tensor, "u d"]:
-        """μ_p - (1 + k) μ_q, as Theorem 2 has it."""
-        return corrected_mean(self.center, self.mu_q, k)
-
     def damped(self, damping: float) -> "UnitProducts":
-        """Damp the weight block; see UnitMoments.damped."""
-        require_damping(damping)
-        d = self.origin.shape[-1]
-        more = damping * (self.trace_Var_q + self.mu_q_squared) / d
+        """Damp the weight block."""
+        more, d = damping_of(self, damping), self.origin.shape[-1]
         ridge, trace = self.ridge + self.c * more, self.trace_Var_q + d * more * self.alive
         return replace(self, ridge=ridge, trace_Var_q=trace, known=())
 
@@ -123,9 +115,7 @@ class UnitProducts:
 
     @cached_property
     def fit(self) -> ConstantFit:
-        x = self.mu_q_solved
-        gain = 1 + dot(self.mu_q, x)
-        return ConstantFit(gain, dot(self.mean_shift, x), self.epsilon * dot(x, x) / gain)
+        return fit_by_solving(self)
 
     @property
     def mu_q_solved(self) -> Float[Tensor, "u d"]:
@@ -274,14 +264,3 @@ def name_unconverged(
             UnconvergedWarning,
             stacklevel=2,
         )
-
-
-Moments = UnitMoments | UnitRows | UnitProducts
-
-
-class Part(NamedTuple):
-    """Some units of a layer, treated together."""
-
-    units: slice
-    m: Moments
-    damped: Moments

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from unitfisher.cases import UnitCases
 from unitfisher.loader import Batches, named
+from unitfisher.moments import Part
 from unitfisher.observer import Gradient
-from unitfisher.products import Part, UnitProducts, name_unconverged
+from unitfisher.products import UnitProducts, name_unconverged
 from unitfisher.solvers import SingularFisherError, dot
 from unitfisher.theorems import about_mu_q
 from unitfisher.weighted import Solution, Solving, Weighted

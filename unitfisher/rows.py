@@ -1,6 +1,6 @@
 """The cases of one layer's units as weighted rows: exact and cheap for fewer cases than inputs.
 
-There the sums of `moments.UnitMoments` would be large and singular without damping; a system on
+There the sums of `sums.UnitMoments` would be large and singular without damping; a system on
 the cases' side is small, and in double precision loses nothing. The theorems' scalars come from
 one ridge regression of the constant 1 on the rows, without any vector as long as a unit's inputs.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unitfisher import conjugate, refinement
 from unitfisher.gram import solve_grams
-from unitfisher.moments import ConstantFit, corrected_mean, idle, require_damping
+from unitfisher.moments import ConstantFit, corrected_mean, damping_of, idle
 from unitfisher.solvers import dot, require_regular
 
 
@@ -93,11 +93,7 @@ class UnitRows:
     @property
     def mean_shift(self) -> Float[Tensor, "u d"]:
         """μ_q - μ_p."""
-        return -self.corrected_mean(torch.zeros_like(self.c))
-
-    def corrected_mean(self, k: Float[Tensor, " u"]) -> Float[Tensor, "u d"]:
-        """μ_p - (1 + k) μ_q, as Theorem 2 has it."""
-        return corrected_mean(self.center, self.mu_q, k)
+        return -corrected_mean(self, torch.zeros_like(self.c))
 
     @cached_property
     def epsilon(self) -> Float[Tensor, " u"]:
@@ -108,10 +104,8 @@ class UnitRows:
         return epsilon
 
     def damped(self, damping: float) -> "UnitRows":
-        """Damp the weight block; see UnitMoments.damped."""
-        require_damping(damping)
-        d = self.about.shape[-1]
-        more = damping * (self.trace_Var_q + self.mu_q_squared) / d
+        """Damp the weight block."""
+        more, d = damping_of(self, damping), self.about.shape[-1]
         ridge, trace = self.ridge + self.c * more, self.trace_Var_q + d * more * self.alive
         return replace(self, ridge=ridge, trace_Var_q=trace)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from unitfisher.blocks import Block, together
 from unitfisher.diagnostics import cosine
+from unitfisher.moments import Moments
 from unitfisher.observer import Gradient
-from unitfisher.products import Moments
 from unitfisher.solvers import SingularFisherError, dot
 from unitfisher.theorems import unit_natural_gradient, weight_natural_gradient
 

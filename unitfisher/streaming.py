@@ -9,11 +9,12 @@ from torch import Tensor
 from unitfisher.cases import UnitCases
 from unitfisher.loader import Batches
 from unitfisher.memory import within
-from unitfisher.moments import UnitMoments
+from unitfisher.moments import Part
 from unitfisher.observer import Gradient, Observation
 from unitfisher.outputs import UnitMeans
-from unitfisher.products import Part, UnitProducts
+from unitfisher.products import UnitProducts
 from unitfisher.rounds import Rounds, solve_together
+from unitfisher.sums import UnitMoments
 from unitfisher.uncertainty import variance_of_sum
 
 

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unitfisher.moments import UnitMoments
-from unitfisher.products import Moments
+from unitfisher.moments import Moments
 from unitfisher.solvers import dot, solve
+from unitfisher.sums import UnitMoments
 
 
 class BiasShiftCorrection(NamedTuple):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from unitfisher.blocks import Block, together
 from unitfisher.cases import UnitCases
+from unitfisher.moments import Moments, corrected_mean
 from unitfisher.observer import Gradient
-from unitfisher.products import Moments
 from unitfisher.solvers import SingularFisherError
 from unitfisher.steps import Angles, LayerStep, joined_steps, natural_gradient, unit_steps
 from unitfisher.streaming import Cases
@@ -39,7 +39,7 @@ class Theory(NamedTuple):
             mean_q=m.mu_q * living[:, None],
             s=s,
             k=k,
-            corrected_mean=m.corrected_mean(k),
+            corrected_mean=corrected_mean(m, k),
             damping_share=damping_share(damped),
             residual=damped.residual,
             converged=damped.residual <= damped.tolerance,

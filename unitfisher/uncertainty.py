@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unitfisher.cases import UnitCases
 from unitfisher.memory import workspace
-from unitfisher.products import Moments
+from unitfisher.moments import Moments
 from unitfisher.solvers import dot
 
 # Σ over columns and cases of the squares of something, or over samples of the sum of their cases
