@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -32,6 +31,7 @@ from unitfisher.solvers import (
     substituted,
 )
 from unitfisher.weighted import CaseProducts, Solution, Solving, Weighted
+from unitfisher.whitening import Whitened, conjugate_gradients
 
 ITERATIONS = 300  # at most
 ENOUGH = {torch.float32: 1e-6, torch.float64: 1e-11}  # of the relative residual, to stop at
@@ -40,15 +40,6 @@ ROUNDING = 100  # times more may be left in truth
 
 class UnconvergedWarning(UserWarning):
     """Conjugate gradients stopped before they had the answer for every unit."""
-
-
-class Whitened(NamedTuple):
-    """Coordinates ã = L⁻¹ (a - origin), in which Σ q̄ ã ãᵀ + ε̄ L⁻¹ L⁻ᵀ = I for mean weights q̄."""
-
-    L: Float64[Tensor, "g d d"]
-    mean_q: Float64[Tensor, "g v d"]  # of ã
-    ridge: Float[Tensor, "g d d"]  # L⁻¹ L⁻ᵀ, in the precision of the cases
-    cases: CaseProducts
 
 
 @dataclass(frozen=True)
@@ -159,9 +150,14 @@ class UnitProducts:
         require_regular((info == 0).repeat_interleave(busy.shape[1]))
         del moment  # which may be large
         inverse = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)
-        mean_q = self._grouped(self.mean_about) @ inverse.mT
-        ridge = (inverse @ inverse.mT).to(self.origin.dtype)
-        return Whitened(L, mean_q, ridge, self.cases.whitened(inverse))
+        return Whitened(
+            L,
+            mean_q=self._grouped(self.mean_about) @ inverse.mT,
+            epsilon=epsilon.unsqueeze(-1),
+            ridge=(inverse @ inverse.mT).to(self.origin.dtype),
+            busy=busy.unsqueeze(-1),
+            cases=self.cases.whitened(inverse),
+        )
 
     def solve_to_residual(self, rhs: Float[Tensor, "u d"]) -> Solution:
         """Solve for all units at once, and say of those that did not come to an end."""
@@ -173,30 +169,17 @@ class UnitProducts:
         return solution
 
     def solving(self, rhs: Float[Tensor, "u d"]) -> Solving:
-        """Iterate on all units at once; each stops to change when its residual is small enough."""
-        enough = ENOUGH[self.origin.dtype] ** 2
-        r, scale = self._right_hand_side(rhs)
-        y, p, rr = torch.zeros_like(r), r.clone(), r.square().sum(-1, keepdim=True)
-        for _ in range(ITERATIONS if self.patience is None else self.patience):
-            if bool((rr <= enough).all()):
-                break
-            Ap = self._completed((yield p), p)
-            curvature = dot(p, Ap).unsqueeze(-1)
-            still = (rr > enough) & (curvature > 0)
-            step = torch.where(still, rr / torch.where(still, curvature, 1.0), 0.0)
-            y.addcmul_(step, p)
-            r.addcmul_(step, Ap, value=-1)
-            new = r.square().sum(-1, keepdim=True)
-            p.mul_(torch.where(still, new / torch.where(rr > 0, rr, 1.0), 1.0))
-            p.addcmul_(still.double(), r)
-            rr = torch.where(still, new, rr)
-        r, _ = self._right_hand_side(rhs)
-        r -= self._completed((yield y), y)
+        """Iterate on all units at once, look at what is left, and solve for the late directly."""
+        w, enough = self.whitened, ENOUGH[self.origin.dtype]
+        most = ITERATIONS if self.patience is None else self.patience
+        r, size = w.scaled(rhs)
+        y = yield from conjugate_gradients(r, w.completed, enough=enough, most=most)
+        r, _ = w.scaled(rhs)
+        r -= w.completed((yield y), y)
         residual = torch.linalg.vector_norm(r, dim=-1).flatten()
-        y = (y * scale).mT
-        x = torch.linalg.solve_triangular(self.whitened.L.mT, y, upper=True).mT.flatten(0, 1)
+        x = w.back(y * size)
         if self.patience is not None:
-            for unit in (residual > self.tolerance).nonzero().flatten().tolist():
+            for unit in (~(residual <= self.tolerance)).nonzero().flatten().tolist():
                 x[unit], residual[unit] = self._solved_directly(unit, rhs[unit].double()), 0.0
         x = torch.where(self._idle[:, None], rhs, x) * self.alive[:, None]
         return Solution(x, residual)
@@ -219,26 +202,6 @@ class UnitProducts:
         if not regular:
             raise SingularFisherError(unit)
         return substituted(L[0], rhs.unsqueeze(1)).squeeze(1)
-
-    def _right_hand_side(
-        self, rhs: Float[Tensor, "u d"]
-    ) -> tuple[Float64[Tensor, "g v d"], Float64[Tensor, "g v 1"]]:
-        """Whiten it, and scale it to length 1; to 0 where there is nothing to solve."""
-        b = self._grouped(rhs.double()).mT
-        b = torch.linalg.solve_triangular(self.whitened.L, b, upper=False).mT
-        size = torch.linalg.vector_norm(b, dim=-1, keepdim=True)
-        busy = self._grouped(~self._idle).unsqueeze(-1) & (size > 0)
-        scale = torch.where(busy, size, 1.0)
-        return b / scale * busy, scale
-
-    def _completed(
-        self, product: Float64[Tensor, "g v d"], y: Float64[Tensor, "g v d"]
-    ) -> Float64[Tensor, "g v d"]:
-        """Return L⁻¹ Var_q L⁻ᵀ y from Σ q ã ãᵀ y, in place."""
-        w = self.whitened
-        product.addcmul_(w.mean_q, dot(w.mean_q, y).unsqueeze(-1), value=-1)
-        ridge = (y.to(w.ridge.dtype) @ w.ridge).double()
-        return product.addcmul_(self._grouped(self.epsilon).unsqueeze(-1), ridge)
 
     def _about(self, x: Float64[Tensor, "g d"]) -> Float64[Tensor, "u d"]:
         """E_q(a - origin) - x."""
