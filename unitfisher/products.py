@@ -141,9 +141,9 @@ class UnitProducts:
         enough_cases = self.cases.support > self.origin.shape[-1]
         require_regular(enough_cases | (self.ridge > 0) | self._idle)
         epsilon, busy = self._grouped(self.epsilon), self._grouped(~self._idle)
-        share = busy.double() / busy.sum(1, keepdim=True).clamp_min(1)
-        moment = self.cases.shared_moment(share)
-        moment.diagonal(dim1=-2, dim2=-1).add_((epsilon * share).sum(1, keepdim=True))
+        moment = self.cases.shared_moment()
+        mean = (epsilon * busy).sum(1, keepdim=True) / busy.sum(1, keepdim=True).clamp_min(1)
+        moment.diagonal(dim1=-2, dim2=-1).add_(mean)
         eye = torch.eye(moment.shape[-1]).to(moment)
         moment[~busy.any(1)] = eye
         L, info = torch.linalg.cholesky_ex(moment)

@@ -40,8 +40,8 @@ class Passed:
     def instead(self) -> str:
         return "allow more (memory=...) so that sums fit"
 
-    def shared_moment(self, share: Float64[Tensor, "g v"]) -> Float64[Tensor, "g d d"]:
-        """Return what the first pass has put together, where all units have the same share."""
+    def shared_moment(self) -> Float64[Tensor, "g d d"]:
+        """Return what the first pass has put together, where the living share alike."""
         return self.sum_aa / self.mass[:, None, None]
 
     def second_moment(self, unit: int) -> Float64[Tensor, "d d"]:
@@ -143,7 +143,7 @@ class Rounds:
         self.sum_Da += weight[:, None] * rows.mean()
         self.sum_Dss += weight * rows.squares()
         share = weight / torch.where(self.sum_D > 0, self.sum_D, 1.0) * self.cases
-        self.sum_aa += rows.shared_moment(share.unflatten(0, (len(self.origin), -1)))
+        self.sum_aa += rows.moment(share.unflatten(0, (len(self.origin), -1)))
 
     route = "passes"
 

@@ -34,8 +34,8 @@ class CaseProducts(Protocol):
     def support(self) -> Float[Tensor, " u"]:
         """How many cases carry weight."""
 
-    def shared_moment(self, share: Float64[Tensor, "g v"]) -> Float64[Tensor, "g d d"]:
-        """Σ q (a - origin)(a - origin)ᵀ of units together; how they share decides the speed."""
+    def shared_moment(self) -> Float64[Tensor, "g d d"]:
+        """Σ q̄ (a - origin)(a - origin)ᵀ, q̄ near the mean of the living; how near is the speed."""
 
     def second_moment(self, unit: int) -> Float64[Tensor, "d d"]:
         """Σ q (a - origin)(a - origin)ᵀ of one unit."""
@@ -80,7 +80,12 @@ class Weighted(NamedTuple):
         """Σ q ‖a - origin‖²."""
         return (self.q @ self.about.square().sum(-1, keepdim=True)).double().flatten()
 
-    def shared_moment(self, share: Float64[Tensor, "g v"]) -> Float64[Tensor, "g d d"]:
+    def shared_moment(self) -> Float64[Tensor, "g d d"]:
+        living = (self.q > 0).any(-1).double()
+        return self.moment(living / living.sum(1, keepdim=True).clamp_min(1))
+
+    def moment(self, share: Float64[Tensor, "g v"]) -> Float64[Tensor, "g d d"]:
+        """Σ q (a - origin)(a - origin)ᵀ of units that have these shares in it."""
         shared = share.unsqueeze(1).to(self.q.dtype) @ self.q
         return ((shared.mT * self.about).mT @ self.about).double()
 
