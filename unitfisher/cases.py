@@ -102,6 +102,17 @@ class UnitCases:
         return self._incoming.mean
 
     @property
+    def center(self) -> Float[Tensor, "g d"]:
+        """The same of each group of consecutive units."""
+        mean = self.mean
+        return mean.unsqueeze(0) if mean.dim() == 1 else mean[:: self.units // len(self.a)]
+
+    @property
+    def origin(self) -> Float[Tensor, "g d"]:
+        """That in the precision of the activations, so that a - origin is exact."""
+        return self.center.to(self.a.dtype)
+
+    @property
     def trace_variance(self) -> Float[Tensor, "*g"]:
         """E_p‖a - E_p(a)‖²."""
         return self._incoming.trace_variance
@@ -146,11 +157,11 @@ class UnitCases:
             a = self.a.squeeze(2)
             a = a.squeeze(0) if len(a) == 1 else a
             if origin is None:
-                origin = self._origin + self._mean_q()  # each unit's own: exactly centred
+                origin = self._mean_q()  # each unit's own: exactly centred
             origin = origin.to(a.dtype)
             m = UnitMoments.of(a, self.D, origin=origin, samples=self.samples)
             return replace(m, sum_a=(self.mean - m.origin) * m.cases)
-        origin = self._origin.double() if origin is None else origin
+        origin = self._rounded_mean if origin is None else origin
         G, S = self.joined_gradients(origin)
         about = torch.zeros_like(origin)  # G is about the origin already
         joined = UnitMoments.of_gradients(
@@ -162,12 +173,13 @@ class UnitCases:
         return replace(joined, origin=origin)
 
     def _mean_q(self) -> Float[Tensor, "u d"]:
-        """E_q(a) about the origin, in the precision of the activations."""
+        """E_q(a) in the precision of the activations."""
         total = self.weight
         q = (self.D / torch.where(total > 0, total, 1.0)).to(self.a.dtype).T
-        about = (self.a - self._group_origin).squeeze(2)
+        origin = self.origin.unsqueeze(1)
+        about = self.a.squeeze(2) - origin
         mean = q.reshape(len(about), -1, q.shape[1]) @ about
-        return mean.flatten(0, 1)
+        return (origin + mean).flatten(0, 1)
 
     @property
     def sizes(self) -> Sizes:
@@ -240,14 +252,12 @@ class UnitCases:
         """Cases about their mean, and their products: as long as all units see the same, once."""
         if self.whole is not None and len(self.whole.a) == 1:
             return self.whole._shared_rows
-        about = self._about(self.mean).squeeze(2)
+        about = self.a.squeeze(2).double() - self.center.unsqueeze(1)
         return about, about @ about.mT
 
     def _weighted_rows(self) -> UnitRows:
         if self.delta.shape[2] == 1:
-            groups, (about, gram) = len(self.a), self._shared_rows
-            center = self.mean[None] if groups == 1 else self.mean[:: self.units // groups]
-            total = self.weight
+            center, (about, gram), total = self.center, self._shared_rows, self.weight
             v = w = (self.D / torch.where(total > 0, total, 1.0)).sqrt().T.contiguous()
         else:
             G, S = self.joined_gradients(self.mean)
@@ -261,11 +271,9 @@ class UnitCases:
         return replace(rows, iterates=self.solver != "direct")
 
     def _products(self) -> UnitProducts:
-        groups, total = len(self.a), self.weight
-        center = self.mean[None] if groups == 1 else self.mean[:: self.units // groups]
-        origin = center.to(self.a.dtype)
+        origin, total = self.origin, self.weight
         weighted = Weighted.of(self.a.squeeze(2), self.D, origin, total)
-        moments = UnitProducts.of(total / self.samples, center, origin, weighted)
+        moments = UnitProducts.of(total / self.samples, self.center, origin, weighted)
         # as many iterations as cost what second moments cost; then these, for who needs them
         patience = None if self.solver == "iterative" else max(20, self.inputs // 4)
         return replace(moments, patience=patience)
@@ -282,32 +290,20 @@ class UnitCases:
         shape = columns, count, groups, units // groups, self.inputs
         G = self.delta.new_empty(shape, dtype=torch.float64)
         for piece in pieces(self.a):
-            about = (self.a[:, piece] - self._group_origin).transpose(0, 1)  # m g t d
+            about = (self.a[:, piece] - self.origin[:, None, None]).transpose(0, 1)  # m g t d
             G[:, piece] = delta[:, piece] @ about
         G, S = G.flatten(2, 3).flatten(0, 1), self._joined_errors().flatten(0, 1)
-        return G.addcmul_(S.unsqueeze(-1), origin - self._origin.double(), value=-1), S
+        return G.addcmul_(S.unsqueeze(-1), origin - self._rounded_mean, value=-1), S
 
     def _joined_errors(self) -> Float[Tensor, "r m u"]:
         """Σ_t δ."""
         alone = self.delta.shape[2] == 1
         return (self.delta.squeeze(2) if alone else self.delta.sum(2)).double()
 
-    def _about(self, origin: Float[Tensor, "*g d"]) -> Float[Tensor, "g m t d"]:
-        """Activations about an origin that the units of a group share, in double precision."""
-        groups = len(self.a)
-        own = origin if groups == 1 else origin[:: self.units // groups]
-        return self.a.double() - own.reshape(groups, 1, 1, -1)
-
     @property
-    def _origin(self) -> Float[Tensor, "*g d"]:
-        """The mean in the precision of the activations, so that a - origin is exact."""
-        return self.mean.to(self.a.dtype)
-
-    @property
-    def _group_origin(self) -> Float[Tensor, "g 1 1 d"]:
-        groups = len(self.a)
-        origin = self._origin if groups == 1 else self._origin[:: self.units // groups]
-        return origin.reshape(groups, 1, 1, -1)
+    def _rounded_mean(self) -> Float[Tensor, "*g d"]:
+        """The origin, shaped as the mean."""
+        return self.mean.to(self.a.dtype).double()
 
 
 def parts(units: int, together: int) -> list[slice]:

@@ -114,14 +114,13 @@ class Rounds:
 
     @classmethod
     def of(cls, batches: Batches, layer: str, cases: UnitCases) -> "Rounds":
-        mean = cases.mean
-        origin = mean[None] if mean.dim() == 1 else mean[:: cases.units // len(cases.a)]
-        groups, d = origin.shape
-        wide, none = mean.new_zeros(cases.units, d), mean.new_zeros(cases.units)
-        square = mean.new_zeros(groups, d, d)
+        center = cases.center
+        groups, d = center.shape
+        wide, none = center.new_zeros(cases.units, d), center.new_zeros(cases.units)
+        square = center.new_zeros(groups, d, d)
         start = cls(
-            *(batches, layer, origin.to(cases.a.dtype), 0, 0),
-            *(torch.zeros_like(origin), none, none.clone(), wide, none.clone(), square),
+            *(batches, layer, center.to(cases.a.dtype), 0, 0),
+            *(torch.zeros_like(center), none, none.clone(), wide, none.clone(), square),
         )
         start.add(cases)
         return start

@@ -16,7 +16,7 @@ from unitfisher import native
 from unitfisher.memory import workspace
 from unitfisher.native import Kernel
 
-ROWS = 64  # cases that the kernel adds up in single precision
+ROWS = 64  # cases that the kernel adds up in single precision, as in weighted_squares.c
 BLOCK = 128  # rows of a symmetric product, of which only one triangle is formed
 
 

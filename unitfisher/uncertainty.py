@@ -118,7 +118,7 @@ def _influence(cases: UnitCases, m: Moments, damped: Moments) -> _Influence:
     Here x = Var_q⁻¹ μ_q and y = Var_q⁻¹ (μ_q - μ_p); s is the corner of F⁻¹, and 1 + k is
     c (μ_p, 1)ᵀ F⁻¹ (0, 1). Damping adds λ to A, in proportion to its trace Σ D ‖a‖² / N.
     """
-    about, shift = _about(cases), m.mu_q_double - cases._origin
+    about, shift = _about(cases), _mean_about(cases, m)
     c = torch.where(m.alive, m.c, 1.0)
     x, y = damped.mu_q_solved, damped.solve(m.mean_shift)
     p, t = (1 + dot(shift, v) - _products(about, v) for v in (x, y))
@@ -149,7 +149,7 @@ def _squares(
     cases: UnitCases, m: Moments, x: Float[Tensor, "k m u"], together: bool
 ) -> Float[Tensor, "u d"]:
     """Σ over columns and cases of (x (a - E_q(a)))², or over samples, of their cases together."""
-    about, shift = _about(cases), m.mu_q_double - cases._origin
+    about, shift = _about(cases), _mean_about(cases, m)
     if not together:
         weight = x.square().sum(0)
         first, second = _weighted(about, weight), _weighted(about.square(), weight)
@@ -196,7 +196,13 @@ def _products(a: Float[Tensor, "g m d"], v: Float[Tensor, "u d"]) -> Float[Tenso
 
 
 def _about(cases: UnitCases) -> Float[Tensor, "g m d"]:
-    return (cases.a - cases._group_origin).squeeze(2)
+    return cases.a.squeeze(2) - cases.origin.unsqueeze(1)
+
+
+def _mean_about(cases: UnitCases, m: Moments) -> Float[Tensor, "u d"]:
+    """E_q(a) about the same origin."""
+    mu_q: Tensor = m.mu_q_double.unflatten(0, (len(cases.a), -1))
+    return (mu_q - cases.origin.unsqueeze(1)).flatten(0, 1)
 
 
 def _over_columns(cases: UnitCases, squares: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
