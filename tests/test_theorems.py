@@ -814,6 +814,21 @@ def test_rounding_hides_no_constant_input(origin, native, generator, n, value, o
         assert bias_shift_correction(m.damped(1e-6)).s.isfinite().all()
 
 
+@given(
+    generator=seeds,
+    value=st.floats(0.5, 4),
+    dtypes=st.permutations([torch.float32, torch.float64]),
+)
+def test_rounding_of_any_part_hides_no_constant_input(generator, value, dtypes):
+    parts = []
+    for dtype in dtypes:
+        a, D = activations(generator, (40, 3), 0.0, 1.0).to(dtype), normal(generator, 40, 1) ** 2
+        a[:, 1] = torch.tensor(value).float()
+        parts.append(UnitMoments.of(a, D, origin=torch.zeros(3, dtype=dtype)))
+    with pytest.raises(SingularFisherError, match="unit 0 "):
+        bias_shift_correction(parts[0] + parts[1])
+
+
 @given(r=rows(), value=st.floats(0.5, 4))
 def test_rounding_hides_no_constant_input_of_joint_gradients(r, value):
     G, mean = r.G.clone(), r.mean.clone()

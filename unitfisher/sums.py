@@ -139,7 +139,8 @@ class UnitMoments:
         for name in ("ridge", "bias_ridge"):
             one, two = (getattr(m, name) * m.samples for m in (self, other))
             total[name] = (one + two) / total["samples"]
-        return replace(self, **total)
+        eps, noise = max(self.eps, other.eps), max(self.noise, other.noise)
+        return replace(self, **total, eps=eps, noise=noise)
 
     def damped(self, damping: float, *, block: str = "weight") -> "UnitMoments":
         """Return the moments of F + λ diag(1, ..., 1, 0), λ = damping · trace(A) / d per unit.
