@@ -842,6 +842,17 @@ def test_rounding_hides_no_constant_input_of_joint_gradients(r, value):
 
 
 @pytest.mark.parametrize("native", ["0", "1"])
+@given(generator=seeds)
+def test_an_input_that_others_nearly_tell_is_not_taken_for_constant(native, generator):
+    a, D = normal(generator, 100, 3), normal(generator, 100, 2) ** 2
+    a[:, 2] = a[:, 0] + a[:, 1] + 5e-3 * a[:, 2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNITFISHER_NATIVE", native)
+        s, _ = bias_shift_correction(UnitMoments.of(a.float(), D))
+    assert_close(s, bias_shift_correction(UnitMoments.of(a, D)).s, rtol=0.3, atol=0)
+
+
+@pytest.mark.parametrize("native", ["0", "1"])
 @given(generator=seeds, d=st.integers(4, 40), more=st.integers(-3, 3), mean=means)
 def test_little_damping_makes_up_for_few_cases_in_single_precision(
     native, generator, d, more, mean

@@ -28,6 +28,7 @@ from unitfisher.solvers import (
     factored,
     require_regular,
     rounding,
+    roundings,
     substituted,
 )
 from unitfisher.weighted import CaseProducts, Solution, Solving, Weighted
@@ -196,7 +197,8 @@ class UnitProducts:
         squares = V.diagonal() + self.mean_about[unit] ** 2  # as before that was subtracted
         least = rounding(torch.float64) * squares
         if not self.ridge[unit]:
-            noise = rounding(dtype, int(self.cases.support[unit]))
+            cases = int(self.cases.support[unit])
+            noise = rounding(dtype, roundings(cases, cases))
             least = least_pivots(squares, self.mu_q[unit], torch.finfo(dtype).eps, noise)
         L, regular = factored(V.unsqueeze(0), least.unsqueeze(0))
         if not regular:

@@ -15,6 +15,7 @@ from torch import Tensor
 from unitfisher import native
 from unitfisher.memory import workspace
 from unitfisher.native import Kernel
+from unitfisher.solvers import roundings
 
 ROWS = 64  # cases that the kernel adds up in single precision, as in weighted_squares.c
 BLOCK = 128  # rows of a symmetric product, of which only one triangle is formed
@@ -25,7 +26,7 @@ class Scatter(NamedTuple):
 
     first: Float[Tensor, "u d"]  # Σ D (a - o)
     second: Float[Tensor, "u d d"]  # Σ D (a - o)(a - o)ᵀ
-    terms: int  # as many were added up in the precision of the activations
+    off: float  # by so many roundings of the activations
 
 
 class Task(native.Task):
@@ -52,7 +53,7 @@ def scatter(
         for start in range(0, D.shape[1], together)
     )
     first, second = (torch.cat(sums).to(D.dtype) for sums in zip(*parts, strict=True))
-    return Scatter(first * scale[:, None], second * scale[:, None, None], len(D))
+    return Scatter(first * scale[:, None], second * scale[:, None, None], roundings(len(D), len(D)))
 
 
 def _single(*operands: Tensor) -> bool:
@@ -69,7 +70,7 @@ def _by_kernel(
     u, (groups, n, d) = len(weight), a.shape
     root = weight.sqrt().to(a.dtype, memory_format=torch.contiguous_format)
     a, origin = a.contiguous(), origin.contiguous()
-    found = Scatter(scale.new_empty(u, d), scale.new_empty(u, d, d), min(n, ROWS))
+    found = Scatter(scale.new_empty(u, d), scale.new_empty(u, d, d), roundings(n, ROWS))
     pointers = [x.data_ptr() for x in (a, root, origin, scale, found.first, found.second)]
     task = Task(*pointers, u, n, d, max(1, u // groups), origin.dim() - 1, 0)
     native.run(kernel, task, u * n * d**2)

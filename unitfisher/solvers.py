@@ -48,10 +48,18 @@ def factored(matrix: Float[Tensor, "u m m"], least: Float[Tensor, "u m"]) -> Fac
     return Factored(L, (info == 0) & (pivots**2 > least).all(-1))
 
 
-def rounding(dtype: torch.dtype, terms: int = 256) -> float:
-    """How wrong a sum of so many products may be, relative: roundings walk at random."""
+def rounding(dtype: torch.dtype, most: float = 64.0) -> float:
+    """As many roundings, relative."""
     eps: float = torch.finfo(dtype).eps
-    return 4 * eps * sqrt(terms)
+    return most * eps
+
+
+def roundings(cases: int, together: int) -> float:
+    """How many a sum over cases may be off, where so many are added up before the rest is exact.
+
+    They walk at random, √together of them, and those of several such sums average out.
+    """
+    return 2 * max(1.0, min(together, cases) / sqrt(max(1, cases)))
 
 
 def require_regular(regular: Bool[Tensor, " u"]) -> None:

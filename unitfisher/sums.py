@@ -15,7 +15,7 @@ from torch import Tensor
 from unitfisher.gram import solve_grams
 from unitfisher.moments import ConstantFit, damping_of, fit_by_solving, idle, least_pivots
 from unitfisher.scatter import scatter
-from unitfisher.solvers import dot, outer, require_regular, rounding
+from unitfisher.solvers import dot, outer, require_regular, rounding, roundings
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class UnitMoments:
         center = grouped.detach().mean(1)
         if origin is None:
             origin = center[0] if len(center) == 1 else _repeated(center, units)
-        sum_Da, sum_Daa, terms = scatter(grouped, D, origin)
+        sum_Da, sum_Daa, off = scatter(grouped, D, origin)
         coarser = max(a.dtype, D.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         return cls(
             origin=origin.to(D.dtype),
@@ -84,7 +84,7 @@ class UnitMoments:
             ridge=D.new_zeros(units),
             bias_ridge=D.new_zeros(units),
             eps=torch.finfo(coarser).eps,
-            noise=rounding(coarser, terms),
+            noise=rounding(coarser, off),
         )
 
     @classmethod
@@ -126,7 +126,7 @@ class UnitMoments:
             ridge=S.new_zeros(S.shape[1]),
             bias_ridge=S.new_zeros(S.shape[1]),
             eps=eps,
-            noise=max((8 * eps) ** 2, rounding(S.dtype, len(S))),
+            noise=max((8 * eps) ** 2, rounding(S.dtype, roundings(len(S), len(S)))),
         )
 
     def __add__(self, other: "UnitMoments") -> "UnitMoments":
