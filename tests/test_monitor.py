@@ -188,6 +188,17 @@ def test_a_layer_to_which_some_rows_are_sent_has_these_as_cases():
         assert_close(found[name].mean_q, (D.T @ received) / D.sum(0)[:, None])
 
 
+def test_errors_of_rows_whose_samples_are_not_known_are_not_told():
+    torch.manual_seed(0)
+    model, x = Routed().double(), normal(13, 4).double()
+    for options in ({}, {"rows": 9}):
+        monitor = Monitor(model, fisher="mc", samples=3, **options)
+        found = monitor.measure(x)
+        assert found["experts.0"].c_error.isfinite().all()  # no more rows than samples
+        assert found["experts.1"].c_error.isnan().all()
+        monitor.detach()
+
+
 def squared_errors(model: nn.Module, layer: str, x: Tensor) -> Tensor:
     """E_y δ² of every row that the layer is called on, label by label."""
     nets = []

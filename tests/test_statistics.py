@@ -498,7 +498,7 @@ def test_no_route_takes_a_damping_that_is_negative_or_not_finite(route, damping)
     size, solver = ROUTES[route]
     m = measure(mlp(size[1]), inputs(*size), solver=solver)
     assert m.route == route
-    with pytest.raises(ValueError, match="damping must be finite and not negative"):
+    with pytest.raises(ValueError, match="damping must be 0 or more and finite"):
         m.damped(damping)
 
 

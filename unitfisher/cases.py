@@ -53,11 +53,20 @@ class UnitCases:
     @property
     def shared(self) -> bool:
         """Whether a sample has several cases, whose errors were drawn for together."""
-        return (self.population or self.delta.shape[1]) > self.samples
+        return self._population > self.samples
+
+    @property
+    def attributed(self) -> bool:
+        """Whether it is known of which sample a case is: not where routed rows are uneven."""
+        return self.sample is not None or not self.shared or not self._population % self.samples
+
+    @property
+    def _population(self) -> int:
+        return self.population or self.delta.shape[1]
 
     @property
     def of_sample(self) -> Int[Tensor, " m"]:
-        """Of which sample each case is."""
+        """Of which sample each case is, where that is known."""
         if self.sample is not None:
             return self.sample
         count = self.delta.shape[1]
@@ -230,13 +239,14 @@ class UnitCases:
             return self
         chosen = torch.randperm(count, generator=generator, device=generator.device)[:rows]
         chosen = chosen.to(self.a.device)
+        asked = self.replicates > 1 and self.shared and self.attributed
         return replace(
             self,
             a=self.a[:, chosen],
             delta=self.delta[:, chosen] * (count / rows) ** 0.5,
             incoming=self._incoming,
             population=count,
-            sample=self.of_sample[chosen] if self.shared and self.replicates > 1 else None,
+            sample=self.of_sample[chosen] if asked else None,
         )
 
     def of_units(self, part: slice) -> "UnitCases":

@@ -5,13 +5,13 @@ and variances are averages over all cases, under p and under q ∝ D = E_y δ².
 them: `sums.UnitMoments`, `rows.UnitRows` and `products.UnitProducts`.
 """
 
-from math import inf
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from unitfisher.choices import require_damping
 from unitfisher.solvers import dot
 
 
@@ -114,12 +114,6 @@ def damping_of(m: Moments, damping: float) -> Float[Tensor, " u"]:
     """
     require_damping(damping)
     return damping * (m.trace_Var_q + m.mu_q_squared) / m.center.shape[-1]
-
-
-def require_damping(damping: float) -> None:
-    """Raise ValueError for what would damp nothing, or everything."""
-    if not 0 <= damping < inf:
-        raise ValueError(f"damping must be finite and not negative, got {damping!r}")
 
 
 def idle(

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from unitfisher.cases import UnitCases
-from unitfisher.moments import require_damping
+from unitfisher.choices import require_damping
 from unitfisher.observer import NonFiniteError
 from unitfisher.products import UnitProducts
 from unitfisher.solvers import SingularFisherError

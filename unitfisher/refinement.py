@@ -37,7 +37,7 @@ def solve_refined(
 
     Units are taken so many at a time that their factors stay in the cache.
     """
-    together, groups = TOGETHER * torch.get_num_threads(), len(K)
+    together, groups = (TOGETHER if native.compiled() else 1) * torch.get_num_threads(), len(K)
     found = []
     for own, *of_group in zip(K, *(x.chunk(groups) for x in (v, epsilon, rhs)), strict=True):
         root = own.diagonal().sqrt()

@@ -38,8 +38,8 @@ class StandardErrors(NamedTuple):
         From one random column nothing is known; with ``sharing="joint"`` the error of c alone, of
         drawn cases those of c and E_q(a).
         """
-        if cases.replicates < 2 and not cases.population:
-            return cls.alike(torch.nan if cases.replicates else 0.0, m.mu_q)
+        if (unknown := _unknown(cases)) is not None:
+            return cls.alike(unknown, m.mu_q)
         found = cls.of_c(variance_of_sum(cases).sqrt() / cases.samples, m)
         if cases.delta.shape[2] > 1:
             return found
@@ -64,10 +64,19 @@ class StandardErrors(NamedTuple):
         return cls(one, one[:, None].expand_as(like), one, one)
 
 
+def _unknown(cases: UnitCases) -> float | None:
+    """Return the error where nothing is drawn, or what was drawn cannot tell; None where it can."""
+    if cases.replicates > 1 and not cases.attributed:
+        return torch.nan
+    if cases.replicates > 1 or cases.population:
+        return None
+    return torch.nan if cases.replicates else 0.0
+
+
 def variance_of_sum(cases: UnitCases) -> Float[Tensor, " u"]:
     """Variance of Σ D, which is N c: of the labels or signs drawn, and of the cases."""
-    if cases.replicates < 2 and not cases.population:
-        return torch.full_like(cases.D[0], torch.nan if cases.replicates else 0.0)
+    if (unknown := _unknown(cases)) is not None:
+        return torch.full_like(cases.D[0], unknown)
 
     def squares(x: Float[Tensor, "k m u"], together: bool) -> Float[Tensor, " u"]:
         return (_by_sample(cases, x) if together else x).square().sum((0, 1))

@@ -83,7 +83,8 @@ def joined(batches: Sequence[UnitCases]) -> UnitCases:
 def _of_samples(batches: Sequence[UnitCases]) -> Int[Tensor, " m"] | None:
     """Number samples through; None where all have as many cases, or nobody will ask."""
     lengths = {cases.delta.shape[1] / cases.samples for cases in batches}
-    if len(lengths) == 1 or batches[0].replicates < 2:
+    asked = batches[0].replicates > 1 and all(cases.attributed for cases in batches)
+    if len(lengths) == 1 or not asked:
         return None
     before = accumulate((cases.samples for cases in batches), initial=0)
     return torch.cat([n + cases.of_sample for n, cases in zip(before, batches, strict=False)])
