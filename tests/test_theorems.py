@@ -619,7 +619,7 @@ def test_no_damping_is_no_change(sharing, p, block):
 @given(batch=batches())
 def test_negative_damping_and_unknown_blocks_are_refused(batch):
     m = UnitMoments.of(batch.a, batch.D)
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(ValueError, match="damping must be 0 or more"):
         m.damped(-1e-3)
     with pytest.raises(ValueError, match="block"):
         m.damped(1e-3, block="bias")

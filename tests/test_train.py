@@ -101,14 +101,14 @@ def test_a_training_that_was_killed_ends_bit_identical(
 ) -> None:
     whole, cut, cache = tmp_path / "whole", tmp_path / "cut", tmp_path / "cache"
     given = arguments(name, data_root, cut, cache)
+    data = train.opened(*train.parse(given)[1:], cache)
+    monkeypatch.setattr(train, "opened", lambda *_: data)  # seconds, to be spent once
     code, said = sent(signal.SIGKILL, given, cut / "checkpoint.pt", tmp_path / "log")
     assert code == -signal.SIGKILL, said
     preset = train.parse(given)[1]
     done = torch.load(cut / "checkpoint.pt", weights_only=True)["iteration"]
     assert 0 < done < preset.iterations
 
-    data = train.opened(*train.parse(given)[1:], cache)
-    monkeypatch.setattr(train, "opened", lambda *_: data)  # seconds, to be spent once
     assert train.main(*train.parse(arguments(name, data_root, whole, cache))) == 0
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # shapes were checked just now
     assert train.main(*train.parse([*given, "--resume"])) == 0
