@@ -65,13 +65,23 @@ def columns(
     generator: torch.Generator,
     targets: Tensor | None,
     together: int = 1,
+    *,
+    independent: bool = False,
 ) -> Iterator[Float[Tensor, "r n t y"]]:
-    """Yield cotangents of z whose squared errors sum to D = E_y δ² (or its estimate)."""
-    likelihood = estimator.likelihood
+    """Yield cotangents of z whose squared errors sum to D = E_y δ² (or its estimate).
+
+    Columns of all samples go back together. Where samples may act on one another (batch
+    statistics, graphs) each has a random sign: products of two vanish on average, and no square
+    changes. Where samples are known to be independent the signs are drawn, but not taken.
+    """
+    likelihood, signs = estimator.likelihood, None
+    if estimator.fisher in ("exact", "top-rademacher"):
+        (coin,) = _coin(z, 1, generator)
+        signs = None if independent else _signs(coin, z)
     if estimator.fisher == "exact":
-        yield from _exact(z, likelihood, together, generator)
+        yield from _exact(z, likelihood, together, signs)
     elif estimator.fisher in DRAWN:
-        drawn = _drawn(z, estimator, generator)
+        drawn = _drawn(z, estimator, generator, signs)
         while block := list(islice(drawn, together)):
             yield torch.stack(block)
     else:
@@ -84,14 +94,9 @@ def columns(
 
 
 def _exact(
-    z: Output, likelihood: Likelihood, together: int, generator: torch.Generator
+    z: Output, likelihood: Likelihood, together: int, signs: Float[Tensor, "n t"] | None
 ) -> Iterator[Tensor]:
-    """One position after another: the labels of two positions are independent.
-
-    So are those of two samples, whose columns go back together. A random sign for each changes no
-    square where samples do not act on one another; where they do (batch statistics, graphs) their
-    products vanish on average.
-    """
+    """One position after another: the labels of two positions are independent."""
     total, positions = likelihood.columns(z), z.shape[1]
     if total * positions > MANY_COLUMNS:
         warnings.warn(
@@ -100,28 +105,33 @@ def _exact(
             f"estimates it with samples= of them",
             stacklevel=2,
         )
-    (signs,) = _signs(z, 1, generator)
     for position in range(positions):
         here = slice(position, position + 1)
         for start in range(0, total, together):
             root = likelihood.root(z[:, here], start, min(start + together, total))
             column = z.new_zeros(len(root), *z.shape)
-            torch.mul(root, signs[:, here, None], out=column[:, :, here])
+            column[:, :, here] = root if signs is None else root * signs[:, here, None]
             yield column
 
 
-def _drawn(z: Output, estimator: Estimator, generator: torch.Generator) -> Iterator[Output]:
+def _drawn(
+    z: Output,
+    estimator: Estimator,
+    generator: torch.Generator,
+    signs_of_top: Float[Tensor, "n t"] | None,
+) -> Iterator[Output]:
     """Each random column estimates what is left of D, and they average."""
     likelihood, share = estimator.likelihood, estimator.samples**-0.5
     if estimator.fisher == "top-rademacher":
         assert isinstance(likelihood, Classes)
         _require_one_label(z)
-        yield likelihood.top(z) * _signs(z, 1, generator)[0].unsqueeze(-1)
+        top = likelihood.top(z)
+        yield top if signs_of_top is None else top * signs_of_top.unsqueeze(-1)
     for _ in range(estimator.samples):
         if estimator.fisher == "mc":
             yield likelihood.score(z, likelihood.sample(z, generator)) * share
             continue
-        signs = _signs(z, likelihood.columns(z), generator)
+        signs = _signs(_coin(z, likelihood.columns(z), generator), z)
         if estimator.fisher == "rademacher":
             yield _signed(z, likelihood, signs) * share
         else:
@@ -129,9 +139,14 @@ def _drawn(z: Output, estimator: Estimator, generator: torch.Generator) -> Itera
             yield likelihood.signed_rest(z, signs) * share
 
 
-def _signs(z: Output, columns: int, generator: torch.Generator) -> Float[Tensor, "r n t"]:
-    """A random ±1 for every column, sample and position: then E (S ε)(S ε)ᵀ = S Sᵀ."""
-    coin = torch.empty(columns, *z.shape[:2], device=z.device).bernoulli_(0.5, generator=generator)
+def _coin(z: Output, columns: int, generator: torch.Generator) -> Float[Tensor, "r n t"]:
+    """Toss 0 or 1 for every column, sample and position."""
+    coin = torch.empty(columns, *z.shape[:2], device=z.device)
+    return coin.bernoulli_(0.5, generator=generator)
+
+
+def _signs(coin: Float[Tensor, "*r n t"], z: Output) -> Float[Tensor, "*r n t"]:
+    """±1 as the coin fell: of a root S and signs ε is E (S ε)(S ε)ᵀ = S Sᵀ."""
     return coin.mul_(2).sub_(1).to(z.dtype)
 
 

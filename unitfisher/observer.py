@@ -116,8 +116,10 @@ class Observer:
         foldings = {name: Folding(layer, replicates) for name, layer in observed.items()}
         column = bytes_of_column(z, seen, self.estimator)
         together = columns_together(output, column, self._convolutional)
-        blocks = columns(z, self.estimator, self.chance.on(z.device), targets, together)
         cascade = Cascade.of(seen, output) if replicates < 2 else None
+        chance = self.chance.on(z.device)
+        independent = cascade is not None
+        blocks = columns(z, self.estimator, chance, targets, together, independent=independent)
         way = partial(send_all_back, output, edges) if cascade is None else cascade.send
         for grads in way(blocks):
             for name, by_call in _by_layer(seen.calls, grads).items():
@@ -132,10 +134,10 @@ class Observer:
 
     def _fault(self, z: Output) -> str | None:
         """Name the logits where they hold NaN or infinity; -inf is a class that cannot be."""
-        possible = z.isfinite()
-        if isinstance(self.estimator.likelihood, Classes):
-            possible |= z == -torch.inf
-        return None if possible.all() else "the logits after the last layer"
+        if z.isfinite().all():
+            return None
+        possible = isinstance(self.estimator.likelihood, Classes) & (z == -torch.inf)
+        return None if (z.isfinite() | possible).all() else "the logits after the last layer"
 
     @property
     def workspace(self) -> int:
