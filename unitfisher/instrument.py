@@ -27,8 +27,7 @@ class Instrument:
     Args:
         model: Whose passes are measured.
         options: How.
-        observer: Of the layers that are observed.
-        planner: Of passes in training; must be that of the observer.
+        observer: Of the layers that are observed, with a planner of training passes.
         history: Holds the newest measurement.
     """
 
@@ -37,11 +36,9 @@ class Instrument:
         model: nn.Module,
         options: Options,
         observer: Observer,
-        planner: Planner,
         history: History,
     ) -> None:
-        self.model, self.options, self.observer = model, options, observer
-        self.planner, self.history = planner, history
+        self.model, self.options, self.observer, self.history = model, options, observer, history
         self.window = Window(options.window)
         self.newest: Measurement | None = None
         self._uncalled: set[str] = set()
@@ -49,8 +46,13 @@ class Instrument:
     @property
     def plan(self) -> Plan:
         """How the newest measurement was made; before the first one, what is known of it."""
-        assert self.planner.newest is not None
-        return self.planner.newest if self.newest is None else self.newest.plan
+        assert self._planner.newest is not None
+        return self._planner.newest if self.newest is None else self.newest.plan
+
+    @property
+    def _planner(self) -> Planner:
+        assert self.observer.planner is not None
+        return self.observer.planner
 
     def measure_pass(self, seen: Seen, result: Any, targets: Tensor | None, step: int) -> None:
         """Measure a training pass, before its graph is used."""
@@ -62,13 +64,13 @@ class Instrument:
             finally:
                 seen.forget_gradients()
             pooled = self.window.pooled(observations)
-            self._keep(self._prepared(pooled, self.planner), self.planner, step, "train")
+            self._keep(self._prepared(pooled, self._planner), self._planner, step, "train")
 
     def measure_input(self, inputs: Any, targets: Tensor | None, step: int) -> None:
         """Run the model on an input, and measure that pass."""
         with exactly(device_of(self.model)):
             self._make_room()
-            planner = self.planner.alone(pooled=bytes_of(self.window.tensors))
+            planner = self._planner.alone(pooled=bytes_of(self.window.tensors))
             observer = replace(self.observer, planner=planner)
             observations = observe_now(self.model, inputs, observer, targets)
             self._keep(self._prepared(observations, planner), planner, step, "measure")
@@ -77,7 +79,7 @@ class Instrument:
         """Run the model on batch after batch, and measure all of them as one."""
         with exactly(device_of(self.model)):
             self._make_room()
-            planner = self.planner.over_batches(beside=self.bytes_of_newest())
+            planner = self._planner.over_batches(beside=self.bytes_of_newest())
             batches = Batches(self.model, loader, replace(self.observer, planner=planner))
             streamed = observe_all(batches, self.options.damping)
             self._keep(streamed, planner, step, "measure")

@@ -104,6 +104,12 @@ class Monitor:
         record: Folder or Run that receives what is measured; None: kept in memory.
         seed: Of drawn labels, signs and units.
 
+    Attributes:
+        targets: Observed labels of the next training pass, for ``fisher="empirical"``: set them
+            before it; they are forgotten after it.
+        step: Training passes so far; may be set.
+        options: What was asked for.
+
     Raises:
         LayerSelectionError: No layer to observe, or they are observed already.
         ValueError: An unknown name or impossible number for an option.
@@ -117,9 +123,6 @@ class Monitor:
     >>> tuple(monitor.latest["0"].k.shape)
     (4,)
     """
-
-    targets: Tensor | None  # observed labels of the next training pass, then forgotten
-    step: int  # training passes so far
 
     def __init__(
         self,
@@ -162,7 +165,8 @@ class Monitor:
             memory=memory,
             seed=seed,
         )
-        self.model, self.targets, self.step = unwrapped(model), None, 0
+        self.model, self.step = unwrapped(model), 0
+        self.targets: Tensor | None = None
         estimator, planner = self.options.estimator(), self.options.planner()
         chosen = select(self.model, layers)
         require_unobserved(chosen)
@@ -174,7 +178,7 @@ class Monitor:
         config = {"layers": list(chosen), **self.options.recorded()}
         self._history = History.opened(record, config)
         observer = Observer(chosen, estimator, sampled, Chance(seed), output, planner)
-        self._instrument = Instrument(self.model, self.options, observer, planner, self._history)
+        self._instrument = Instrument(self.model, self.options, observer, self._history)
         self._schedule, self._paused = self.options.schedule(), False
         self._live = Live(self.model, chosen, self._begin, self._end)
         self._close = weakref.finalize(self, self._history.close)
