@@ -1,10 +1,9 @@
 """Every mistake gets an error that says what is wrong, where, and what to do instead."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -22,12 +21,7 @@ from unitfisher import (
     per_sample_gradients,
 )
 
-
-@pytest.fixture(autouse=True)
-def _as_users_run_it() -> Iterator[None]:
-    jaxtyping.config.update("jaxtyping_disable", True)  # its type checker would answer first
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("as_users_run_it")  # the type checker would answer first
 
 
 def normal(*size: int) -> Tensor:

@@ -361,6 +361,7 @@ def measured_c(model: nn.Module, **options: object) -> Tensor:
         return monitor.measure(inputs(5, 2))["below"].c
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize("fisher", ["exact", "top-rademacher"])
 def test_where_samples_act_on_one_another_their_errors_do_not_mix_on_average(fisher):
     model = filled(Graph())

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given
@@ -91,12 +90,9 @@ def held_by(monitor: Monitor) -> int:
     return usage["latest"] + usage["window"]
 
 
+@pytest.mark.usefixtures("as_users_run_it")  # the type checker holds what functions are given
 @per_setting
-def test_what_a_measurement_holds_at_one_time_is_within_the_budget(
-    make, size, options, monkeypatch
-):
-    # as users run it: the type checker holds what functions are given, and takes most of the time
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+def test_what_a_measurement_holds_at_one_time_is_within_the_budget(make, size, options):
     torch.manual_seed(0)
     model, x = make(), torch.randn(size)
     used, monitor = bytes_used(model, x, memory=least(model, x, **options), **options)

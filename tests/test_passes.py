@@ -16,6 +16,7 @@ def test_a_loader_counts_how_often_it_is_read():
     assert loader.times == 3
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_the_table_has_every_problem_length_and_damping(tmp_path, capsys):
     assert passes.main(passes.Config(**TINY, out=tmp_path)) == 0
     table = pd.read_csv(tmp_path / "table.csv").set_index(["inputs", "cases / inputs", "damping"])

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -39,11 +38,7 @@ FISHERS = {
 per_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 
 
-@pytest.fixture(autouse=True)
-def _as_users_run_it() -> Iterator[None]:
-    jaxtyping.config.update("jaxtyping_disable", True)  # its type checker draws from `random`
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("as_users_run_it")  # the type checker draws from `random`
 
 
 def is_layer(name: str, module: nn.Module) -> bool:

@@ -196,8 +196,8 @@ def test_half_precision_trains_as_well(tmp_path: Path) -> None:
     assert found != losses(tmp_path / "plain")
 
 
+@pytest.mark.usefixtures("as_users_run_it")  # the type checker is not made to be compiled
 def test_a_compiled_training_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # not made to be compiled
     aot = partial(torch.compile, backend="aot_eager")  # all of it but machine code, in seconds
     monkeypatch.setattr(torch, "compile", aot)
     for out, more in {"plain": [], "compiled": ["--compile"]}.items():

@@ -78,6 +78,7 @@ DRAWN = {
 
 
 @pytest.mark.parametrize(("make", "options", "quantities"), DRAWN.values(), ids=DRAWN)
+@pytest.mark.usefixtures("as_users_run_it")
 def test_standard_errors_are_the_spread_over_draws(make, options, quantities):
     found = drawn(*make(), **options)
     for name in quantities:
