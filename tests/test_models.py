@@ -210,6 +210,7 @@ def test_weights_that_two_modules_share_are_named():
         Monitor(model)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch 2.11, tracing
 @pytest.mark.parametrize("in_place", [True, False])
 def test_what_was_compiled_after_attaching_is_measured_when_asked(in_place):
     model, expected = network(), Monitor(network()).measure(normal(8, 4))

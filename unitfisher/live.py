@@ -90,6 +90,7 @@ class Live:
 def _trains(model: nn.Module) -> bool:
     return (
         model.training
+        and model._compiled_call_impl is None
         and torch.is_grad_enabled()
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.compiler.is_compiling()
