@@ -250,11 +250,12 @@ def test_a_record_is_a_table_that_anyone_reads(tmp_path):
     assert_frame_equal(pd.read_parquet(tmp_path / "units"), expected)
 
 
-def test_detaching_closes_a_record_that_the_monitor_opened(tmp_path):
+@pytest.mark.parametrize("write", [Monitor.detach, Monitor.flush], ids=["detach", "flush"])
+def test_who_detaches_or_flushes_finds_the_newest_measurement_in_the_record(tmp_path, write):
     model = mlp()
     monitor = Monitor(model, every=1, record=tmp_path)
     model(normal(8, 4))
-    monitor.detach()
+    write(monitor)
     assert set(pd.read_parquet(tmp_path / "units")["step"]) == {0}
 
 
@@ -273,14 +274,6 @@ def test_a_run_that_its_owner_closes_holds_the_newest_measurement(tmp_path):
     with Run(tmp_path) as run:
         Monitor(model, every=1, record=run)
         model(normal(8, 4))
-    assert set(pd.read_parquet(tmp_path / "units")["step"]) == {0}
-
-
-def test_flushing_writes_the_newest_measurement(tmp_path):
-    model = mlp()
-    monitor = Monitor(model, every=1, record=tmp_path)
-    model(normal(8, 4))
-    monitor.flush()
     assert set(pd.read_parquet(tmp_path / "units")["step"]) == {0}
 
 

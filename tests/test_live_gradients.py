@@ -12,17 +12,10 @@ import unitfisher
 from unitfisher import Monitor
 
 
-def test_targets_are_for_one_pass_that_was_measured():
+@pytest.mark.parametrize("every", [1, 2], ids=["measured", "not-measured"])
+def test_targets_are_for_one_pass(every):
     model = mlp()
-    monitor = Monitor(model, every=1)
-    monitor.targets = torch.zeros(8, dtype=torch.long)
-    model(normal(8, 4))
-    assert monitor.targets is None
-
-
-def test_targets_are_for_one_pass_that_was_not_measured():
-    model = mlp()
-    monitor = Monitor(model, every=2)
+    monitor = Monitor(model, every=every)
     model(normal(8, 4))
     monitor.targets = torch.zeros(8, dtype=torch.long)
     model(normal(8, 4))
