@@ -226,7 +226,8 @@ def test_rounding_hides_no_constant_input(origin, native, generator, n, value, o
         m = UnitMoments.of(a, D, origin=origin(a, D))
         with pytest.raises(SingularFisherError, match="unit 0 "):
             bias_shift_correction(m)
-        assert bias_shift_correction(m.damped(1e-6)).s.isfinite().all()
+        enough = max(1e-6, m.noise)  # what rounding took from the variance may be that much
+        assert bias_shift_correction(m.damped(enough)).s.isfinite().all()
 
 
 @given(
