@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from unitfisher import LayerSelectionError, unit_fisher
 from unitfisher.layers import at_units, incoming, parametric, select, supported
+from unitfisher.patches import unfolded
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 any_sharing = st.sampled_from(["expand", "joint", "reduce"])
@@ -68,7 +69,7 @@ def classifier_on(case: Case) -> nn.Module:
 
 
 def assert_units_give_the_output(layer: nn.Module, x: Tensor) -> None:
-    a = incoming(layer, x)
+    a = unfolded(incoming(layer, x))
     weight = layer.weight.flatten(1).unflatten(0, (len(a), -1))
     net = torch.einsum("gntd,gvd->ntgv", a, weight).flatten(2)
     bias = 0 if layer.bias is None else layer.bias
@@ -100,7 +101,7 @@ def test_patches_times_flattened_weights_are_the_convolution(axes, data):
 
 def test_positions_and_units_of_a_convolution_keep_their_order():
     layer, x = nn.Conv2d(2, 4, (1, 2), groups=2), torch.arange(12.0).reshape(1, 2, 2, 3)
-    a, y = incoming(layer, x), at_units(layer, torch.arange(16.0).reshape(1, 4, 2, 2))
+    a, y = unfolded(incoming(layer, x)), at_units(layer, torch.arange(16.0).reshape(1, 4, 2, 2))
     assert a[0, 0].tolist() == [[0, 1], [1, 2], [3, 4], [4, 5]]
     assert a[1, 0].tolist() == [[6, 7], [7, 8], [9, 10], [10, 11]]
     assert y[0, :, 1].tolist() == [4, 5, 6, 7]

@@ -48,7 +48,9 @@ def drawn(model: nn.Module, x: Tensor, rows: int | None = None, **options) -> di
     chance, found = torch.Generator().manual_seed(0), []
     for start in range(0, own * DRAWS, own):
         part = slice(start, start + own)
-        cases = replace(whole, a=whole.a[:, part], delta=whole.delta[:, part], samples=len(x))
+        cases = replace(
+            whole, received=whole.a[:, part], delta=whole.delta[:, part], samples=len(x)
+        )
         cases = cases if rows is None else cases.drawn(rows, chance)
         found.append(theory(Block(("0",), (units,), cases, finite=True), 1e-3, None).theory)
     return {name: torch.stack([one[name] for one in found]) for name in found[0]}
@@ -151,7 +153,7 @@ def test_the_order_of_cases_is_invisible_to_errors(batches, generator):
     cases = joined(batches)
     order = torch.randperm(cases.delta.shape[1], generator=generator)
     parts = cases.a[:, order], cases.delta[:, order], cases.of_sample[order]
-    shuffled = replace(cases, a=parts[0], delta=parts[1], sample=parts[2])
+    shuffled = replace(cases, received=parts[0], delta=parts[1], sample=parts[2])
     for name, error in errors_of(cases).items():
         assert_close(errors_of(shuffled)[name], error, **TOL)
 

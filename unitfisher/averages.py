@@ -9,6 +9,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from unitfisher import native
+from unitfisher.memory import workspace
 from unitfisher.native import Kernel
 
 CACHED = 2**21  # bytes: larger pieces leave the cache between two operations
@@ -38,10 +39,10 @@ def averages(y: Float[Tensor, "g n t u"]) -> Average:
     return _by_kernel(kernel, y)
 
 
-def pieces(y: Float[Tensor, "g n t u"]) -> Iterator[slice]:
+def pieces(y: Float[Tensor, "g n ..."]) -> Iterator[slice]:
     """Part the samples so that on a CPU what is made of a piece stays in the cache."""
-    count, case = y.shape[1], y[:, :1].nbytes
-    piece = max(1, CACHED // case) if y.device.type == "cpu" else count
+    count, case = y.shape[1], max(1, y[:, :1].nbytes)
+    piece = max(1, (CACHED if y.device.type == "cpu" else workspace()) // case)
     return (slice(start, start + piece) for start in range(0, count, piece))
 
 

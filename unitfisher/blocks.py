@@ -15,6 +15,7 @@ from unitfisher.costs import DAMPED, layers_together
 from unitfisher.incoming import Incoming
 from unitfisher.memory import workspace
 from unitfisher.observer import Gradient, Observation
+from unitfisher.patches import unfolded
 from unitfisher.solvers import SingularFisherError
 from unitfisher.streaming import Cases, Streamed
 
@@ -101,19 +102,20 @@ def together(parts: Sequence[Tensor]) -> Tensor:
 def _form(of: Observation | Streamed) -> object:
     """What layers have in common that can be measured together; None for one that stays alone."""
     cases, gradient = of.cases, of.gradient
-    if of.fault or not isinstance(cases, UnitCases) or len(cases.a) > 1 or cases.a.shape[2] > 1:
+    if of.fault or not isinstance(cases, UnitCases) or cases.sample is not None:
+        return None  # each has drawn other cases
+    received, delta = cases.received, cases.delta
+    if cases.groups > 1 or received.shape[2] > 1:
         return None
-    if cases.sample is not None:  # each layer has drawn others
-        return None
-    a, delta = cases.a, cases.delta
     given = None if gradient is None else (gradient.g.dtype, gradient.g0 is None)
     counts = cases.samples, cases.population
-    return a.shape, a.dtype, a.device, delta.shape, delta.dtype, counts, given
+    return received.shape, received.dtype, delta.device, delta.shape, delta.dtype, counts, given
 
 
 def _together(cases: Cases) -> int:
     assert isinstance(cases, UnitCases)
-    copied = 4 * (cases.a.nbytes + cases.delta.nbytes)
+    activations = cases.received.shape.numel() * cases.received.dtype.itemsize
+    copied = 4 * (activations + cases.delta.nbytes)
     most = layers_together(cases.sizes, cases.route)
     return max(1, min(most, workspace() // copied))
 
@@ -122,10 +124,11 @@ def _joined(cases: Sequence[Cases]) -> Cases:
     if len(cases) == 1:
         return cases[0]
     several = [each for each in cases if isinstance(each, UnitCases)]
-    a, delta = (torch.cat([each.a for each in several]), [each.delta for each in several])
+    a = torch.cat([unfolded(each.received) for each in several])
+    delta = torch.cat([each.delta for each in several], -1)
     given = [each.incoming for each in several if each.incoming is not None]
     means = [
         (mean.expand(u, -1), trace.expand(u)) for mean, trace in given for u in [cases[0].units]
     ]
     incoming = Incoming(*map(torch.cat, zip(*means, strict=True))) if given else None
-    return replace(several[0], a=a, delta=torch.cat(delta, -1), incoming=incoming)
+    return replace(several[0], received=a, delta=delta, incoming=incoming)

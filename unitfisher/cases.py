@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from unitfisher.averages import pieces
 from unitfisher.costs import Sizes, engine, route_of, units_together
 from unitfisher.incoming import Incoming
 from unitfisher.moments import Moments, Part
+from unitfisher.patches import Patches, Received, in_pieces, unfolded
 from unitfisher.products import UnitProducts
 from unitfisher.rows import UnitRows
 from unitfisher.sums import UnitMoments
@@ -32,7 +32,7 @@ class UnitCases:
     each column's gradient is Σ_t δ a, then squared.
     """
 
-    a: Float[Tensor, "g m t d"]
+    received: Received  # what the units of a group see
     delta: Float[Tensor, "r m t u"]
     samples: int
     incoming: Incoming | None = None  # of all cases, where these are drawn from more
@@ -48,7 +48,18 @@ class UnitCases:
 
     @property
     def inputs(self) -> int:
-        return self.a.shape[-1]
+        return self.received.shape[-1]
+
+    @property
+    def groups(self) -> int:
+        return self.received.shape[0]
+
+    @cached_property
+    def a(self) -> Float[Tensor, "g m t d"]:
+        """Incoming activations; patches are unfolded once."""
+        if self.whole is not None and self.whole.received is self.received:
+            return self.whole.a
+        return unfolded(self.received)
 
     @property
     def shared(self) -> bool:
@@ -83,11 +94,13 @@ class UnitCases:
         moments = [*vars(self).get("_damped", {}).values(), vars(self).get("_moments")]
         cached = [t for m in moments if m is not None for t in tree_leaves(vars(m))]
         cached += vars(self).get("_shared_rows", ())
+        if isinstance(self.received, Patches):
+            cached.append(self.received.view)
         return [t for t in [*vars(self).values(), *cached] if isinstance(t, Tensor)]
 
     def forget(self) -> None:
-        """Drop what was solved; it is formed again when it is asked for."""
-        for kept in ("_damped", "_moments", "_shared_rows"):
+        """Drop what was solved or unfolded; it is formed again when it is asked for."""
+        for kept in ("a", "_damped", "_moments", "_shared_rows"):
             vars(self).pop(kept, None)
 
     @property
@@ -114,12 +127,12 @@ class UnitCases:
     def center(self) -> Float[Tensor, "g d"]:
         """The same of each group of consecutive units."""
         mean = self.mean
-        return mean.unsqueeze(0) if mean.dim() == 1 else mean[:: self.units // len(self.a)]
+        return mean.unsqueeze(0) if mean.dim() == 1 else mean[:: self.units // self.groups]
 
     @property
     def origin(self) -> Float[Tensor, "g d"]:
         """That in the precision of the activations, so that a - origin is exact."""
-        return self.center.to(self.a.dtype)
+        return self.center.to(self.received.dtype)
 
     @property
     def trace_variance(self) -> Float[Tensor, "*g"]:
@@ -128,7 +141,7 @@ class UnitCases:
 
     @cached_property
     def _incoming(self) -> Incoming:
-        return self.incoming or Incoming.of(self.a, self.units)
+        return self.incoming or Incoming.of(self.received, self.units)
 
     @property
     def n_eff(self) -> Float[Tensor, " u"]:
@@ -177,7 +190,7 @@ class UnitCases:
             *(G, S, self.mean - origin),
             origin=about,
             samples=self.samples,
-            eps=torch.finfo(self.a.dtype).eps,
+            eps=torch.finfo(self.received.dtype).eps,
         )
         return replace(joined, origin=origin)
 
@@ -197,10 +210,10 @@ class UnitCases:
             rows=self.rows,
             inputs=self.inputs,
             units=self.units,
-            groups=len(self.a),
-            joined=self.a.shape[1] * self.a.shape[2] if joint else 0,
-            itemsize=self.a.element_size(),
-            engine=engine(self.a.device),
+            groups=self.groups,
+            joined=self.delta.shape[1] * self.delta.shape[2] if joint else 0,
+            itemsize=self.received.dtype.itemsize,
+            engine=engine(self.delta.device),
         )
 
     @cached_property
@@ -222,27 +235,29 @@ class UnitCases:
 
     def by_group(self) -> list["UnitCases"]:
         """The cases of each group's units."""
-        groups = len(self.a)
+        groups = self.groups
         given: Sequence[Incoming | None] = [None] * groups
         if self.incoming is not None:
             given = self.incoming.by_group(groups)
         parts = zip(self.a.split(1), self.delta.chunk(groups, -1), given, strict=True)
-        return [replace(self, a=a, delta=delta, incoming=of_all) for a, delta, of_all in parts]
+        return [
+            replace(self, received=a, delta=delta, incoming=of_all) for a, delta, of_all in parts
+        ]
 
     def drawn(self, rows: int, generator: torch.Generator) -> "UnitCases":
         """Return so many cases, each as likely, that stand for all: their Fisher is unbiased.
 
         E_p(a) and its variance stay those of all cases.
         """
-        count = self.a.shape[1]
+        count, received = self.delta.shape[1], self.received
         if rows >= count:
             return self
         chosen = torch.randperm(count, generator=generator, device=generator.device)[:rows]
-        chosen = chosen.to(self.a.device)
+        chosen = chosen.to(self.delta.device)
         asked = self.replicates > 1 and self.shared and self.attributed
         return replace(
             self,
-            a=self.a[:, chosen],
+            received=received.at(chosen) if isinstance(received, Patches) else received[:, chosen],
             delta=self.delta[:, chosen] * (count / rows) ** 0.5,
             incoming=self._incoming,
             population=count,
@@ -250,17 +265,17 @@ class UnitCases:
         )
 
     def of_units(self, part: slice) -> "UnitCases":
-        a, incoming = self.a, self.incoming
-        if len(a) > 1:  # keep only the groups of these units, one each
-            a = a.repeat_interleave(self.units // len(a), 0)[part]
+        received, incoming = self.received, self.incoming
+        if self.groups > 1:  # keep only the groups of these units, one each
+            received = self.a.repeat_interleave(self.units // self.groups, 0)[part]
             incoming = incoming and incoming.of_units(part)
         delta = self.delta[..., part]
-        return replace(self, a=a, delta=delta, incoming=incoming, whole=self)
+        return replace(self, received=received, delta=delta, incoming=incoming, whole=self)
 
     @cached_property
     def _shared_rows(self) -> tuple[Float[Tensor, "g n d"], Float[Tensor, "g n n"]]:
         """Cases about their mean, and their products: as long as all units see the same, once."""
-        if self.whole is not None and len(self.whole.a) == 1:
+        if self.whole is not None and self.whole.groups == 1:
             return self.whole._shared_rows
         about = self.a.squeeze(2).double() - self.center.unsqueeze(1)
         return about, about @ about.mT
@@ -295,13 +310,13 @@ class UnitCases:
 
         Products are formed in the precision of the activations, about a point near their mean.
         """
-        groups, (columns, count, _, units) = len(self.a), self.delta.shape
-        delta = self.delta.to(self.a.dtype).unflatten(-1, (groups, -1)).movedim(2, -1)  # r m g v t
+        groups, (columns, count, _, units) = self.groups, self.delta.shape
+        delta = self.delta.to(self.received.dtype).unflatten(-1, (groups, -1)).movedim(2, -1)
         shape = columns, count, groups, units // groups, self.inputs
         G = self.delta.new_empty(shape, dtype=torch.float64)
-        for piece in pieces(self.a):
-            about = (self.a[:, piece] - self.origin[:, None, None]).transpose(0, 1)  # m g t d
-            G[:, piece] = delta[:, piece] @ about
+        for piece, a in in_pieces(self.received):
+            about = (a - self.origin[:, None, None]).transpose(0, 1)  # m g t d
+            G[:, piece] = delta[:, piece] @ about  # of r m g v t
         G, S = G.flatten(2, 3).flatten(0, 1), self._joined_errors().flatten(0, 1)
         return G.addcmul_(S.unsqueeze(-1), origin - self._rounded_mean, value=-1), S
 
@@ -313,7 +328,7 @@ class UnitCases:
     @property
     def _rounded_mean(self) -> Float[Tensor, "*g d"]:
         """The origin, shaped as the mean."""
-        return self.mean.to(self.a.dtype).double()
+        return self.mean.to(self.received.dtype).double()
 
 
 def parts(units: int, together: int) -> list[slice]:

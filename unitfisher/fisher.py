@@ -78,7 +78,7 @@ def unit_fisher(
 def materialised(cases: UnitCases, *, biased: bool) -> Float[Tensor, "u e e"]:
     """Form the Fishers of these cases, bias last, in the precision of the activations."""
     e = cases.inputs + biased
-    F = cases.a.new_empty(cases.units, e, e)
+    F = cases.delta.new_empty(cases.units, e, e, dtype=cases.received.dtype)
     parted = max(1, workspace() // (64 * cases.rows * e))
     for start in range(0, cases.units, parted):
         part = slice(start, start + parted)
@@ -98,7 +98,7 @@ def _root(cases: UnitCases, *, biased: bool) -> Float[Tensor, "u n e"]:
         return rows.flatten(0, 1)
     G, S = cases.joined_gradients(torch.zeros_like(cases.mean))
     rows = (torch.cat([G, S.unsqueeze(-1)], -1) if biased else G) / cases.samples**0.5
-    return rows.to(cases.a.dtype).transpose(0, 1)
+    return rows.to(cases.received.dtype).transpose(0, 1)
 
 
 def require_joint(name: str, layer: nn.Module, estimator: Estimator) -> None:

@@ -2,10 +2,12 @@
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unitfisher.averages import averages
+from unitfisher.averages import Average, averages
+from unitfisher.patches import Received, in_pieces
 
 
 class Incoming(NamedTuple):
@@ -15,13 +17,13 @@ class Incoming(NamedTuple):
     trace_variance: Float[Tensor, "*g"]
 
     @classmethod
-    def of(cls, a: Float[Tensor, "g m t d"], units: int) -> "Incoming":
+    def of(cls, received: Received, units: int) -> "Incoming":
         """Average over cases and positions, for so many units in all groups together."""
-        mean, var = averages(a)
+        mean, var = _averages(received)
         of_groups = mean, var.sum(-1)
-        if len(a) == 1:
+        if len(mean) == 1:
             return cls(*(x[0] for x in of_groups))
-        return cls(*(x.repeat_interleave(units // len(a), 0) for x in of_groups))
+        return cls(*(x.repeat_interleave(units // len(mean), 0) for x in of_groups))
 
     def of_units(self, part: slice) -> "Incoming":
         return Incoming(*(x[part] for x in self))
@@ -30,3 +32,15 @@ class Incoming(NamedTuple):
         """Part what is one for all units of a group."""
         first = self.of_units(slice(None, None, len(self.mean) // groups))
         return [Incoming(*own) for own in zip(*first, strict=True)]
+
+
+def _averages(received: Received) -> Average:
+    """Average patches piece by piece: all of them, unfolded, would only pass through memory."""
+    if isinstance(received, Tensor):
+        return averages(received)
+    found = [(a.shape[1], *averages(a)) for _, a in in_pieces(received)]
+    counts, *of_pieces = zip(*found, strict=True)
+    mean, var = map(torch.stack, of_pieces)
+    share = mean.new_tensor(counts)[:, None, None] / sum(counts)
+    whole = (share * mean).sum(0)
+    return Average(whole, (share * (var + (mean - whole) ** 2)).sum(0))

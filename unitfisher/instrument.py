@@ -95,7 +95,7 @@ class Instrument:
         for name, of in observations.items():
             cases = of.cases
             if planner.rows is not None:
-                cases = cases.drawn(planner.rows, self.observer.chance.on(cases.a.device))
+                cases = cases.drawn(planner.rows, self.observer.chance.on(cases.delta.device))
             prepared[name] = replace(of, cases=replace(cases, solver=planner.solver_of(name)))
         return prepared
 

@@ -1,21 +1,24 @@
 """Every supported layer kind, brought to one form, after which the mathematics is written once.
 
 Incoming activations become (g, n, t, d): groups, samples, positions that share the weights,
-inputs of a unit in the order of ``weight[i].flatten()``. What stands at the units (preactivation,
-error, output) becomes (n, t, u). A new kind joins with ``incoming.register`` and
-``at_units.register``.
+inputs of a unit in the order of ``weight[i].flatten()``; those of a convolution stay `Patches`
+until they are asked for. What stands at the units (preactivation, error, output) becomes (n, t, u).
+A new kind joins with ``incoming.register`` and ``at_units.register``.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import singledispatch
+from math import prod
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+
+from unitfisher.patches import Patches, Received
 
 Selection = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Layers = None | Selection | Sequence[Selection]
@@ -27,8 +30,8 @@ class LayerSelectionError(ValueError):
 
 
 @singledispatch
-def incoming(layer: nn.Module, x: Tensor) -> Float[Tensor, "g n t d"]:
-    """Return what the units of the layer see, each position a row."""
+def incoming(layer: nn.Module, x: Tensor) -> Received:
+    """Return what the units of the layer see, each position a row; it may be a view of x."""
     raise LayerSelectionError(f"{type(layer).__name__} has no form as units over shared inputs")
 
 
@@ -51,7 +54,7 @@ def _(layer: nn.Linear, y: Tensor) -> Float[Tensor, "n t u"]:
 @incoming.register(nn.Conv1d)
 @incoming.register(nn.Conv2d)
 @incoming.register(nn.Conv3d)
-def _(layer: Conv, x: Tensor) -> Float[Tensor, "g n t d"]:
+def _(layer: Conv, x: Tensor) -> Patches:
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
     taps = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
@@ -59,9 +62,7 @@ def _(layer: Conv, x: Tensor) -> Float[Tensor, "g n t d"]:
         x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
     s = len(layer.kernel_size)
     x = x.unflatten(1, (layer.groups, -1))  # n g c, s axes of positions, s axes of taps
-    x = x.permute(1, 2, *range(3 + s, 3 + 2 * s), 0, *range(3, 3 + s))
-    x = x.flatten(1, 1 + s).flatten(3)  # g d n t: copied a row of positions at a time
-    return x.permute(0, 2, 3, 1)
+    return Patches(x.permute(1, 0, *range(3, 3 + s), 2, *range(3 + s, 3 + 2 * s)), axes=s)
 
 
 @at_units.register(nn.Conv1d)
@@ -69,6 +70,14 @@ def _(layer: Conv, x: Tensor) -> Float[Tensor, "g n t d"]:
 @at_units.register(nn.Conv3d)
 def _(layer: Conv, y: Tensor) -> Float[Tensor, "n t u"]:
     return y.flatten(2).mT
+
+
+def padded(layer: nn.Module, shape: Sequence[int]) -> int:
+    """Count the numbers of a convolution's input of this shape, padding included."""
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    added = layer._reversed_padding_repeated_twice[::-1]
+    sides = zip(shape[2:], added[::2], added[1::2], strict=True)
+    return prod(shape[:2]) * prod(map(sum, sides))
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:

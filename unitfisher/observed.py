@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from unitfisher.calls import Call
 from unitfisher.cases import UnitCases
 from unitfisher.layers import LayerSelectionError, at_units, incoming, weight_shape
+from unitfisher.patches import Patches, Received, unfolded
 
 MANY = 2**18  # numbers: to convert them costs more than to look at their range
 FAINT, FIERCE = 1e-24, 1e36  # a unit's ΣD: squares may underflow below, and overflow above
@@ -28,18 +29,27 @@ class Observed:
     units: Int[Tensor, " u"] | None = None  # which of the layer's; None: all
 
     @cached_property
-    def activations(self) -> Float[Tensor, "g n t d"]:
+    def received(self) -> Received:
         """The calls' incoming activations, in single precision at least."""
         for call in self.calls:
             call.require_unchanged()
-        seen = [incoming(self.layer, call.activations) for call in self.calls]
-        parts = [self._by_sample(x) for x in seen]
-        a = _end_to_end(parts) if len(parts) > 1 else _own(parts[0], self.calls[0].activations)
-        a = a if a.dtype == torch.float64 else a.float()
-        groups = a.shape[0]
+        seen = [self._received_by(call) for call in self.calls]
+        if stays_folded(self.calls, self.samples, self.units):
+            return seen[0]
+        a = _end_to_end([self._by_sample(unfolded(x)) for x in seen])
+        groups = len(a)
         if groups == 1 or self.units is None:
             return a
         return a[self.units.to(a.device) // (weight_shape(self.layer)[0] // groups)]
+
+    def _received_by(self, call: Call) -> Received:
+        """Never a mere view of what its owner may change; those of several calls are joined."""
+        x = call.activations
+        x = x if x.dtype == torch.float64 else x.float()
+        seen = incoming(self.layer, x)
+        held = seen.view if isinstance(seen, Patches) else seen
+        viewed = held.untyped_storage().data_ptr() == call.x.untyped_storage().data_ptr()
+        return incoming(self.layer, x.clone()) if viewed and len(self.calls) == 1 else seen
 
     def errors(self, grads: Sequence[Tensor | None]) -> Float[Tensor, "r n t u"]:
         """Arrange a block of columns, (r, *output.shape) for each call.
@@ -60,7 +70,7 @@ class Observed:
         self, delta: Float[Tensor, "1 n t u"]
     ) -> tuple[Float[Tensor, "u d"], Float[Tensor, " u"]]:
         """Return (g, g0) of the mean over samples whose errors these are."""
-        a = self.activations.flatten(1, 2)
+        a = unfolded(self.received).flatten(1, 2)
         origin = a.mean(1, keepdim=True)
         by_group = delta.flatten(0, 2).unflatten(-1, (len(a), -1)).permute(1, 2, 0)  # g v n
         g0 = by_group.sum(-1, keepdim=True, dtype=torch.float64)
@@ -95,10 +105,11 @@ def _end_to_end(calls: Sequence[Float[Tensor, "g _n _t d"]]) -> Float[Tensor, "g
     return torch.cat([x.flatten(1, 2) for x in calls], 1).unsqueeze(2)
 
 
-def _own(x: Tensor, given: Tensor) -> Tensor:
-    """Return x, or a copy if it is but a view of what was given, which its owner may change."""
-    viewed = x.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
-    return x.clone() if viewed else x
+def stays_folded(calls: Sequence[Call], samples: int, units: Tensor | None) -> bool:
+    """Say whether patches need not be unfolded to be brought to one form."""
+    (call, *others), groups = calls, getattr(calls[0].module, "groups", 1)
+    patches = not isinstance(call.module, nn.Linear)
+    return patches and not others and len(call.x) == samples and (groups == 1 or units is None)
 
 
 class Folding:
@@ -131,17 +142,18 @@ class Folding:
 
     def cases(self) -> UnitCases:
         """Put the errors beside the activations."""
-        a, samples = self.observed.activations, self.observed.samples
+        received, samples = self.observed.received, self.observed.samples
         if self.observed.sharing == "reduce":
-            a = a.mean(2, keepdim=True, dtype=torch.float64)
+            received = unfolded(received).mean(2, keepdim=True, dtype=torch.float64)
         if self.D is not None:
             delta = self.D.sqrt().unsqueeze(0)
         else:
             assert self.columns, "no column was sent back"
             delta = torch.cat(self.columns) if len(self.columns) > 1 else self.columns[0]
         if self.observed.sharing == "expand":
-            a, delta = _cases(a), _cases(delta)
-        return UnitCases(a, delta, samples, replicates=self.replicates)
+            delta = _cases(delta)
+            received = received.cases() if isinstance(received, Patches) else _cases(received)
+        return UnitCases(received, delta, samples, replicates=self.replicates)
 
 
 def _cases(x: Float[Tensor, "r n t d"]) -> Float[Tensor, "r m 1 d"]:

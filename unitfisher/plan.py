@@ -226,14 +226,15 @@ class Planner:
         if name in self.passing:  # results take the place of what solving has taken
             cases = shape.cases * shape.bytes_of_case
             return shape.bytes_observing + cases + bytes_of_passes(shape.sizes(shape.cases))
-        pooled, solved = self.window * shape.cases, self._solved(shape)
-        copies = (self.window > 1) + (solved < pooled) + 1  # pooled, drawn, held
-        cases = copies * pooled + solved * alike  # side by side with others of its form
-        results = 3 * shape.bytes_of_results
+        pooled, solved, passed = self.window * shape.cases, self._solved(shape), shape.bytes_of_pass
+        cases = (self.window > 1) * pooled  # side by side
+        cases += (solved < pooled) * pooled + solved * alike  # drawn, beside others of its form
+        held, results = self.window * passed, 3 * shape.bytes_of_results
         if self.beside is None:
-            cases, results = cases + solved, results + shape.bytes_of_results
+            newest = passed if solved == shape.cases else solved * shape.bytes_of_case
+            held, results = held + newest, results + shape.bytes_of_results
         sums = bytes_of_sums(shape.sizes(shape.cases)) * self.summed
-        return shape.bytes_observing + cases * shape.bytes_of_case + results + sums
+        return shape.bytes_observing + held + cases * shape.bytes_of_case + results + sums
 
     def _solved(self, shape: Shape) -> int:
         pooled = self.window * shape.cases
@@ -246,7 +247,9 @@ class Planner:
         if name in self.passing:
             return LayerPlan(name, sizes, "passes", units, kept, 0, 0)
         route = route_of(sizes, self.solver, self.damping)
-        solving = bytes_of_group(sizes, route) + 2 * shape.bytes_of_results
+        whole = sizes == shape.sizes(shape.cases)
+        unfolded = 0 if sizes.joint or not whole else shape.bytes_to_unfold
+        solving = bytes_of_group(sizes, route) + unfolded + 2 * shape.bytes_of_results
         return LayerPlan(name, sizes, route, units, kept, solving, least(sizes, route))
 
 

@@ -119,7 +119,7 @@ class Rounds:
         wide, none = center.new_zeros(cases.units, d), center.new_zeros(cases.units)
         square = center.new_zeros(groups, d, d)
         start = cls(
-            *(batches, layer, center.to(cases.a.dtype), 0, 0),
+            *(batches, layer, center.to(cases.received.dtype), 0, 0),
             *(torch.zeros_like(center), none, none.clone(), wide, none.clone(), square),
         )
         start.add(cases)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from unitfisher.calls import Seen
 from unitfisher.costs import Sizes, engine
 from unitfisher.errors import Estimator
-from unitfisher.layers import at_units, weight_shape
+from unitfisher.layers import at_units, padded, weight_shape
 from unitfisher.likelihoods import Output
+from unitfisher.observed import stays_folded
 
 
 class Shape(NamedTuple):
@@ -28,6 +29,7 @@ class Shape(NamedTuple):
     averaged: bool  # over positions: sharing="reduce"
     engine: str
     replicates: int = 0  # columns kept to tell their spread
+    folded: int = 0  # bytes of patches that are not unfolded before they are asked for
 
     @property
     def cases(self) -> int:
@@ -36,11 +38,31 @@ class Shape(NamedTuple):
     @property
     def bytes_of_case(self) -> int:
         """Activations, errors and D, and whose they are."""
-        positions = self.positions if self.columns else 1
-        item = 8 if self.averaged else self.itemsize
-        errors = positions * self.bytes_of_errors
         of_sample = 8 * (self.replicates > 1)  # which one it is of
-        return item * positions * self.inputs * self.groups + (errors + 8) * self.units + of_sample
+        of_unit = self._places * self.bytes_of_errors + 8
+        return self.bytes_unfolded + of_unit * self.units + of_sample
+
+    @property
+    def bytes_unfolded(self) -> int:
+        """Of a case's activations."""
+        item = 8 if self.averaged else self.itemsize
+        return item * self._places * self.inputs * self.groups
+
+    @property
+    def _places(self) -> int:
+        """Positions of a case."""
+        return self.positions if self.columns else 1
+
+    @property
+    def bytes_of_pass(self) -> int:
+        """The cases of one pass, as they are held until they are solved."""
+        unfolded = self.cases * self.bytes_of_case
+        return unfolded - self.bytes_to_unfold + self.folded
+
+    @property
+    def bytes_to_unfold(self) -> int:
+        """Of a pass's patches, if they are still folded."""
+        return self.cases * self.bytes_unfolded * (self.folded > 0)
 
     @property
     def bytes_of_errors(self) -> int:
@@ -51,7 +73,7 @@ class Shape(NamedTuple):
     def bytes_observing(self) -> int:
         """What a pass holds beside its cases until its last error has come back."""
         every = self.samples * self.positions
-        activations = self.itemsize * self.inputs * self.groups
+        activations = 0 if self.folded else self.itemsize * self.inputs * self.groups
         return every * (activations + self.bytes_of_errors * self.units)
 
     @property
@@ -85,10 +107,13 @@ def shapes_of(
         nets = [at_units(call.module, call.y) for call in calls]
         positions = -(-sum(net.shape[0] * net.shape[1] for net in nets) // samples)
         several, sharing = positions > 1, estimator.sharing
+        itemsize = 8 if calls[0].activations.dtype == torch.float64 else 4
+        folded = sharing != "reduce" and stays_folded(calls, samples, units.get(name))
         shapes[name] = bare(layers[name], units.get(name))._replace(
             samples=samples,
             positions=positions,
-            itemsize=8 if calls[0].activations.dtype == torch.float64 else 4,
+            itemsize=itemsize,
+            folded=itemsize * padded(layers[name], calls[0].x.shape) if folded else 0,
             columns=estimator.count(z) if several and sharing == "joint" else 0,
             averaged=sharing == "reduce",
             replicates=estimator.count(z) if estimator.replicates > 1 else 0,

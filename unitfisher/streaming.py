@@ -173,7 +173,7 @@ def observe_all(batches: Batches, damping: float) -> dict[str, Streamed]:
 
 
 def _count(cases: UnitCases) -> int:
-    return cases.a.shape[1] * cases.a.shape[2]
+    return cases.delta.shape[1] * cases.delta.shape[2]
 
 
 def _averaged(g: Gradient | None, other: Gradient | None, q: float) -> Gradient | None:

@@ -210,7 +210,7 @@ def _about(cases: UnitCases) -> Float[Tensor, "g m d"]:
 
 def _mean_about(cases: UnitCases, m: Moments) -> Float[Tensor, "u d"]:
     """E_q(a) about the same origin."""
-    mu_q: Tensor = m.mu_q_double.unflatten(0, (len(cases.a), -1))
+    mu_q: Tensor = m.mu_q_double.unflatten(0, (cases.groups, -1))
     return (mu_q - cases.origin.unsqueeze(1)).flatten(0, 1)
 
 

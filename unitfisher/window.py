@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unitfisher.cases import UnitCases
 from unitfisher.observer import Observation
+from unitfisher.patches import unfolded
 
 State = dict[str, list[tuple[Tensor, Tensor, int, int]]]  # a, delta, samples, replicates
 
@@ -33,7 +34,10 @@ class Window:
 
     def state(self) -> State:
         return {
-            name: [(cases.a, cases.delta, cases.samples, cases.replicates) for cases in held]
+            name: [
+                (unfolded(cases.received), cases.delta, cases.samples, cases.replicates)
+                for cases in held
+            ]
             for name, held in self.newest.items()
         }
 
@@ -49,7 +53,7 @@ class Window:
     @property
     def tensors(self) -> list[Tensor]:
         held = [cases for batches in self.newest.values() for cases in batches]
-        return [cases.a for cases in held] + [cases.delta for cases in held]
+        return [t for cases in held for t in cases.tensors]
 
     def _with_earlier(self, name: str, observation: Observation) -> Observation:
         if observation.fault is not None:
@@ -73,7 +77,7 @@ def joined(batches: Sequence[UnitCases]) -> UnitCases:
         )
     return replace(
         batches[0],
-        a=torch.cat([cases.a for cases in batches], 1),
+        received=torch.cat([unfolded(cases.received) for cases in batches], 1),
         delta=torch.cat([cases.delta for cases in batches], 1),
         samples=sum(cases.samples for cases in batches),
         sample=_of_samples(batches),
