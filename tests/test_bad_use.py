@@ -40,6 +40,7 @@ class Named(nn.Module):
 
 
 ATTACHED = {
+    "no-module": (lambda: mlp().parameters(), {}, "attach to an nn.Module, not to a generator"),
     "nothing-supported": (partial(nn.LSTM, 3, 4), {}, "no trainable layer.*Linear.*LSTM"),
     "nothing-trainable": (nn.ReLU, {}, "no trainable layer"),
     "all-frozen": (lambda: mlp().requires_grad_(False), {}, "no trainable layer"),
@@ -108,6 +109,8 @@ OPTIONS = {
     "units-zero": ({"units": 0}, "units must be .*1.*None for all.*got 0"),
     "units-fraction": ({"units": 0.1}, "units must be .*1.*None for all.*got 0.1"),
     "record-number": ({"record": 3}, "record must be a folder or a Run, got 3"),
+    "seed-text": ({"seed": "a"}, "seed must be a whole number of 64 bits, got 'a'"),
+    "seed-large": ({"seed": 2**65}, "seed must be a whole number of 64 bits, got 36893"),
 }
 
 
@@ -212,6 +215,19 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(RecordExistsError, match=r"holds thesis\.tex but no run"):
         Monitor(mlp(), record=tmp_path)
+
+
+def test_a_monitor_whose_record_is_complete_measures_no_more(tmp_path):
+    monitor = Monitor(mlp(), record=tmp_path)
+    monitor.detach()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="detached.*measure before detach"):
+            monitor.measure(normal(8, 4))
+
+
+def test_what_is_no_state_of_a_monitor_is_told():
+    with pytest.raises(ValueError, match="no state of a Monitor: generators, .*missing"):
+        Monitor(mlp()).load_state_dict({"step": 3, "identity": {}})
 
 
 def test_a_run_that_was_closed_takes_no_measurement(tmp_path):
@@ -343,15 +359,21 @@ PASSES: dict[str, tuple[Callable[[], nn.Module], dict[str, object], type[Excepti
     ),
     "nonlinearity-in-the-layer": (
         lambda: nn.Sequential(Dense(4, 4), nn.Linear(4, CLASSES)),
-        {},
+        {"layers": "0"},
         LayerSelectionError,
-        r"layer '0' \(Dense\) returns what a nonlinearity \(Relu.*module of its own",
+        r"no layer is left.*layers '0' \(Dense\), whose.*ends in a nonlinearity.*module of its own",
     ),
     "no-preactivations": (
         lambda: nn.Sequential(Paired(4, CLASSES)),
         {"output": 0},
         LayerSelectionError,
         r"layer '0' \(Paired\) returns a tuple",
+    ),
+    "before-a-reentrant-checkpoint": (
+        partial(Checkpointed, reentrant=True, noisy=False),
+        {"layers": ("first", "head")},
+        OutputError,
+        r"through reentrant checkpointing.*use_reentrant=False.*layers=",
     ),
     "reentrant-checkpoint": (
         partial(Checkpointed, reentrant=True),

@@ -18,7 +18,7 @@ from unitfisher import Monitor, native
 from unitfisher.capture import capture
 from unitfisher.cascade import ROWS, Cascade
 from unitfisher.chain import Chain
-from unitfisher.errors import Estimator, columns, send_back
+from unitfisher.errors import Estimator, Way, columns
 from unitfisher.layers import select
 from unitfisher.likelihoods import likelihood_of
 from unitfisher.memory import within
@@ -59,7 +59,7 @@ def one_by_one(model: nn.Module, x: Tensor) -> list[Tensor]:
     """D of each layer, in double, by autograd."""
     seen, z = passed(copy.deepcopy(model).double(), x.double())
     edges = [call.edge for call in seen.calls]
-    sent = [send_back(z, edges, column) for column in roots(z, together=1)]
+    sent = [Way(z, edges).send_back(column) for column in roots(z, together=1)]
     return [torch.cat(of_layer).square().sum(0) for of_layer in zip(*sent, strict=True)]
 
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from unitfisher import Bernoulli, Categorical, Gaussian, Monitor, OutputError, unit_fisher
-from unitfisher.errors import Estimator, columns, columns_together, send_all_back
+from unitfisher.errors import Estimator, Way, columns, columns_together
 from unitfisher.likelihoods import Likelihood
 from unitfisher.memory import within
 from unitfisher.observed import MANY, _squared
@@ -286,7 +286,7 @@ def test_columns_sent_back_together_equal_columns_one_by_one(together):
         columns(z.detach()[:, None], estimator, torch.Generator(), None, most)
         for most in (5, together)
     )
-    delta = torch.cat([block[0] for block in send_all_back(z, edges, parted)])
+    delta = torch.cat([block[0] for block in Way(z, edges).send_all_back(parted)])
     (S,) = (block[:, :, 0] for block in whole)
     expected = [torch.autograd.grad(z, net, column, retain_graph=True)[0] for column in S]
     assert_close(delta, torch.stack(expected), **TOL)

@@ -3,16 +3,18 @@
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from strategies import TOL
 from test_monitor import EXACTLY, a_step, normal
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
 from unitfisher import (
+    LayerSelectionError,
     Monitor,
     TiedWeightsWarning,
     UncoveredLayersWarning,
@@ -87,6 +89,163 @@ def test_a_pass_with_swapped_weights_is_measured():
     swapped.load_state_dict(weights)
     swapped(normal(8, 4))
     assert_close(monitor.latest["2"].k, other.latest["2"].k, **EXACTLY)
+
+
+def subclass(kind: type[nn.Module], forward: Callable[..., Tensor], *size: int) -> nn.Module:
+    return type("Own", (kind,), {"forward": forward})(*size)
+
+
+def padded_before(self: nn.Conv1d, x: Tensor) -> Tensor:
+    return nn.Conv1d.forward(self, F.pad(x, (2, 0)))
+
+
+def standardised(self: nn.Conv1d, x: Tensor) -> Tensor:
+    return self._conv_forward(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+
+def scaled(self: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x * 0.1, self.weight, self.bias)
+
+
+def transposed(self: nn.Linear, x: Tensor) -> Tensor:
+    return nn.Linear.forward(self, x.mT).mT
+
+
+OTHERWISE: dict[str, Callable[[], nn.Module]] = {
+    "input-scaled": lambda: subclass(nn.Linear, scaled, 5, 5),
+    "nonlinear": lambda: subclass(nn.Linear, lambda self, x: scaled(self, 10 * x).relu(), 5, 5),
+    "nonlinear-in-place": lambda: subclass(
+        nn.Linear, lambda self, x: scaled(self, x).relu_(), 5, 5
+    ),
+    "other-axis": lambda: subclass(nn.Linear, transposed, 6, 6),
+    "padded": lambda: subclass(nn.Conv1d, padded_before, 6, 6, 3),
+    "weight-standardised": lambda: subclass(nn.Conv1d, standardised, 6, 6, 1),
+}
+
+
+@pytest.mark.parametrize("make", OTHERWISE.values(), ids=OTHERWISE)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_layer_that_is_no_product_of_weight_and_input_is_left_out_by_name(make, autocast):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5), make(), nn.Flatten(), nn.LazyLinear(3))
+    model(normal(8, 6, 5))
+    monitor = Monitor(model, every=1)
+    named = pytest.warns(UncoveredLayersWarning, match=r"not observed: layers '1' \(Own\), whose")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with named as warned:
+            a_step(model, normal(8, 6, 5))
+        a_step(model, normal(8, 6, 5))
+    assert len(warned) == 1
+    assert list(monitor.latest) == list(monitor.natural_gradient()) == ["0", "3"]
+
+
+def test_a_forward_of_ones_own_that_is_that_product_is_measured():
+    def halved(self: nn.Linear, hidden: Tensor) -> Tensor:
+        first, second = hidden.chunk(2, -1)
+        w = self.weight.chunk(2, 1)
+        return first @ w[0].T + second @ w[1].T + self.bias
+
+    model, plain = network(), network()
+    model[2] = subclass(nn.Linear, halved, 6, 5)
+    model.load_state_dict(plain.state_dict())
+    found, expected = (Monitor(m).measure(normal(8, 4)) for m in (model, plain))
+    assert_close(found["2"].k, expected["2"].k, rtol=1e-4, atol=1e-5)
+
+
+class Keyword(nn.Module):
+    def __init__(self, **more: object) -> None:
+        super().__init__()
+        self.fc, self.head, self.more = (
+            subclass(nn.Linear, self.scored, 4, 5),
+            nn.Linear(5, 3),
+            more,
+        )
+
+    @staticmethod
+    def scored(layer: nn.Linear, *, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(hidden, layer.weight, layer.bias if bias is None else bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.fc(hidden=x, **self.more).tanh())
+
+
+def test_a_layer_may_be_called_by_a_keyword_of_its_own():
+    assert Monitor(Keyword()).measure(normal(8, 4))["fc"].cases.samples == 8
+
+
+def test_a_layer_called_by_several_keywords_is_refused_by_name():
+    with pytest.raises(
+        LayerSelectionError, match=r"'fc' \(Own\) is called with hidden, bias.*leave"
+    ):
+        Monitor(Keyword(bias=torch.zeros(5))).measure(normal(8, 4))
+
+
+class Outside(torch.autograd.Function):
+    """A backward pass that torch knows nothing of."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:
+        return torch.from_numpy(np.from_dlpack(g.contiguous()) * np.float32(2))
+
+
+class Strict(Outside):
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:
+        assert type(g) is Tensor
+        assert not torch._C._functorch.is_batchedtensor(g)
+        return g * 2
+
+
+class Freeing(Outside):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        ctx.kept = x
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:
+        del ctx.kept
+        return g * 2
+
+
+class Through(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.head, self.function = nn.Linear(4, 5), nn.Linear(5, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(self.fc(x).tanh()))
+
+
+@pytest.mark.parametrize("function", [Outside, Strict])
+def test_backward_functions_outside_torch_get_numbers_and_one_column_at_a_time(function):
+    found = Monitor(Through(function.apply)).measure(normal(8, 4))
+    expected = Monitor(Through(lambda x: x * 2)).measure(normal(8, 4))
+    for name in ("fc", "head"):
+        assert_close(found[name].k, expected[name].k, rtol=1e-4, atol=1e-5)
+
+
+def test_a_backward_function_that_works_once_says_who_called_it():
+    with pytest.raises(AttributeError) as raised:
+        Monitor(Through(Freeing.apply)).measure(normal(8, 4))
+    assert "called by unitfisher" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize("gap", [20, 40])
+@pytest.mark.parametrize("fisher", ["exact", "rademacher"])
+def test_units_of_a_half_precision_model_that_is_sure_are_alive(gap, fisher):
+    model = network()
+    model[4].bias.data = torch.tensor([0.0, gap, 0.0])
+    found = Monitor(copy.deepcopy(model).half(), fisher=fisher).measure(normal(64, 4).half())
+    expected = Monitor(model, fisher=fisher).measure(normal(64, 4))
+    for name in ("0", "2"):
+        assert not found[name].dead.any()
+        assert_close(found[name].c, expected[name].c, rtol=0.1, atol=0)
 
 
 class Copying(nn.Module):
@@ -250,7 +409,7 @@ def test_what_vmap_cannot_take_has_per_sample_gradients_too():
     found = per_sample_gradients(model, x, y)
     for i in range(len(x)):
         model.zero_grad()
-        (-cross_entropy(model(x[i : i + 1]), y[i : i + 1])).backward()
+        (-F.cross_entropy(model(x[i : i + 1]), y[i : i + 1])).backward()
         for name, parameter in model.named_parameters():
             assert_close(found[name][i], parameter.grad, **TOL)
 

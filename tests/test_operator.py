@@ -558,6 +558,24 @@ def test_many_measured_units_are_not_all_named():
         unit_fisher_operator(measured, 500)
 
 
+@pytest.mark.parametrize(
+    "v", [[1.0] * 4, torch.ones(4, dtype=torch.cfloat)], ids=["list", "complex"]
+)
+@pytest.mark.usefixtures("as_users_run_it")
+def test_what_is_no_real_tensor_is_told(v):
+    F = unit_fisher_operator(Monitor(nn.Linear(3, 2)).measure(torch.randn(9, 3))[""], 0)
+    with pytest.raises(ValueError, match="unit 0 in layer '' takes real tensors"):
+        F @ v
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_all_layers_measured_are_not_one():
+    with pytest.raises(
+        ValueError, match=r"one layer's measurement, monitor.latest\[layer\], got dict"
+    ):
+        unit_fisher_operator(Monitor(nn.Linear(3, 2)).measure(torch.randn(9, 3)), 0)
+
+
 def test_what_is_not_finite_is_an_error_that_names_the_layer():
     model, _ = network("mlp", 3, True)
     measured = Monitor(model, on_nonfinite="record").measure(torch.full((4, 3), torch.nan))["0"]

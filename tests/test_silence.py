@@ -558,6 +558,18 @@ def test_the_precision_of_matrix_products_is_left_as_it_was(asked):
     assert precisions() == asked
 
 
+def test_the_precision_of_matrix_products_follows_what_is_said_of_all_later():
+    backends = torch.backends
+    asked = backends.fp32_precision
+    try:
+        backends.fp32_precision = "tf32"
+        Monitor(mlp()).measure(torch.randn(6, 4))
+        backends.fp32_precision = "ieee"
+        assert {m.fp32_precision for m in MATRIX_PRODUCTS} == {"ieee"}
+    finally:
+        backends.fp32_precision = asked
+
+
 def test_an_error_leaves_the_precision_and_the_gradient_mode_as_they_were(asked):
     model = mlp()
     Monitor(model, every=1)

@@ -1,5 +1,6 @@
 """A stack of columns sent back in one pass: the same errors as column by column, or none at all."""
 
+import numpy as np
 import pytest
 import torch
 from networks import ELEMENTWISE
@@ -9,7 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from unitfisher.errors import _stacked, send_all_back, send_back
+from unitfisher.errors import Way, _stacked
 from unitfisher.stack import Stack
 
 OTHERWISE = ("clamp", "clamp-above", "elu_", "relu_")  # unknown to a stack, or in place
@@ -42,7 +43,7 @@ def passed(function) -> tuple[Tensor, list]:
 
 
 def one_by_one(z: Tensor, edges: list, block: Tensor) -> Tensor:
-    return torch.cat([send_back(z, edges, column)[0] for column in block.split(1)])
+    return torch.cat([Way(z, edges).send_back(column)[0] for column in block.split(1)])
 
 
 def block() -> Tensor:
@@ -59,7 +60,7 @@ def test_a_stack_brings_the_errors_of_its_columns(function):
 @pytest.mark.parametrize("function", UNKNOWN.values(), ids=UNKNOWN)
 def test_what_a_stack_does_not_know_goes_another_way_with_the_same_errors(function):
     z, edges = passed(function)
-    ((found,),) = send_all_back(z, edges, iter([block()]))
+    ((found,),) = Way(z, edges).send_all_back(iter([block()]))
     assert_close(found, one_by_one(z, edges, block()), **TOL)
 
 
@@ -73,12 +74,20 @@ def test_an_operation_that_could_mix_columns_is_refused(operation):
         operation(Stack(torch.ones(2, 4, 3)))
 
 
+@pytest.mark.parametrize(
+    "ask", [Tensor.data_ptr, np.from_dlpack, torch.utils.dlpack.to_dlpack, Tensor.numpy]
+)
+def test_who_asks_where_its_numbers_lie_is_refused(ask):
+    with pytest.raises(RuntimeError):
+        ask(Stack(torch.ones(2, 4, 3)))
+
+
 def test_hooks_of_the_user_act_on_every_column():
     below, above = network()
     net = below(normal(torch.Generator().manual_seed(1), 5, 2))
     net.register_hook(lambda g: -2 * g)
     z, edges = above(net.tanh()), [get_gradient_edge(net)]
-    ((found,),) = send_all_back(z, edges, iter([block()]))
+    ((found,),) = Way(z, edges).send_all_back(iter([block()]))
     assert_close(found, one_by_one(z, edges, block()), **TOL)
 
 

@@ -142,6 +142,22 @@ def sequences(draw) -> list[UnitCases]:
     ]
 
 
+class TimeFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.fc(x.transpose(0, 1)).tanh().mean(0))
+
+
+def test_where_time_comes_first_no_error_is_told_that_takes_whose_case_is_whose():
+    monitor = Monitor(TimeFirst(), fisher="mc", samples=4)
+    found = monitor.measure(normal(torch.Generator().manual_seed(0), 6, 8, 4).float())
+    assert all(getattr(found["fc"], name).isnan().all() for name in ERRORS)
+    assert all(getattr(found["head"], name).isfinite().all() for name in ERRORS)
+
+
 @given(batches=sequences())
 def test_variances_of_samples_add_up_whatever_their_lengths(batches):
     apart = torch.stack([variance_of_sum(cases) for cases in batches])

@@ -1,9 +1,9 @@
 """unitfisher: the unit natural gradient and bias shift of any PyTorch model, in live training."""
 
 from unitfisher.attachment import TiedWeightsWarning as TiedWeightsWarning
-from unitfisher.attachment import UncoveredLayersWarning as UncoveredLayersWarning
 from unitfisher.fisher import unit_fisher as unit_fisher
 from unitfisher.layers import LayerSelectionError as LayerSelectionError
+from unitfisher.layers import UncoveredLayersWarning as UncoveredLayersWarning
 from unitfisher.likelihoods import Bernoulli as Bernoulli
 from unitfisher.likelihoods import Categorical as Categorical
 from unitfisher.likelihoods import Gaussian as Gaussian

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from unitfisher.layers import PER_SAMPLE, LayerSelectionError, parametric, weight_shape
+from unitfisher.layers import (
+    PER_SAMPLE,
+    LayerSelectionError,
+    UncoveredLayersWarning,
+    parametric,
+    weight_shape,
+)
 from unitfisher.live import STANDING
-
-
-class UncoveredLayersWarning(UserWarning):
-    """Modules with parameters that the Monitor does not observe."""
 
 
 class TiedWeightsWarning(UserWarning):
@@ -22,8 +24,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """See through DataParallel and DistributedDataParallel.
 
     Raises:
-        LayerSelectionError: The model is compiled, and a compiled model calls no hooks.
+        LayerSelectionError: It is no module, or compiled: a compiled model calls no hooks.
     """
+    if not isinstance(model, nn.Module):
+        raise LayerSelectionError(f"attach to an nn.Module, not to a {type(model).__name__}")
     if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
         raise LayerSelectionError(
             "this model is compiled, and compiled code calls no hooks: attach to the model that "

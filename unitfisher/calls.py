@@ -24,6 +24,7 @@ class Call:
     y: Tensor  # the preactivations, as long as no nonlinearity changes them
     y_version: int
     edge: GradientEdge | None  # where ∂/∂net arrives; None when no graph is built
+    is_product: bool = True  # y = W x + b, by the layer's own weight; else errors say nothing of it
     nonlinearity: str | None = None
     output: ReferenceType[Tensor] | None = None  # what was taken; None: no operation has followed
     lasting: Tensor | None = None  # the same, where nothing will change it: averaged when asked for

@@ -15,7 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from unitfisher.calls import Call, Seen, version_of
 from unitfisher.following import Follow
-from unitfisher.layers import LayerSelectionError
+from unitfisher.layers import LayerSelectionError, is_product
 
 
 class Hook:
@@ -75,9 +75,20 @@ def _note(
     with torch._C.DisableTorchFunction():  # no need to follow what is done here
         if y.numel() == 0:
             return  # an expert to which no row was sent
-        x = args[0] if args else kwargs["input"]
+        x = args[0] if args else _only_input(name, layer, kwargs)
         edge = get_gradient_edge(y) if y.requires_grad else None
         call = Call(name, layer, x, version_of(x), y, version_of(y), edge)
+        call.is_product = is_product(layer, x, y)
         seen.calls.append(call)
         if following is not None:
             following.open[id(y)] = call, call.y_version, y
+
+
+def _only_input(name: str, layer: nn.Module, kwargs: Mapping[str, Any]) -> Tensor:
+    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+    if len(tensors) != 1:
+        raise LayerSelectionError(
+            f"layer {name!r} ({type(layer).__name__}) is called with {', '.join(kwargs)}, "
+            f"and which of that its units receive is not known: leave it out with layers=..."
+        )
+    return tensors[0]

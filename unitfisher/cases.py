@@ -40,6 +40,7 @@ class UnitCases:
     replicates: int = 0  # the last so many columns are estimates of D that average; 0: exact
     population: int = 0  # of how many cases these are drawn; 0: they are all
     sample: Int[Tensor, " m"] | None = None  # of which each case is; None: as many in a row of each
+    in_order: bool = True  # else it is not known of which
     whole: "UnitCases | None" = None  # of whose units these are some
 
     @property
@@ -68,8 +69,8 @@ class UnitCases:
 
     @property
     def attributed(self) -> bool:
-        """Whether it is known of which sample a case is: not where routed rows are uneven."""
-        return self.sample is not None or not self.shared or not self._population % self.samples
+        """Whether it is known of which sample a case is: not where time comes first."""
+        return self.in_order or not self.shared
 
     @property
     def _population(self) -> int:

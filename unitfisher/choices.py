@@ -26,6 +26,11 @@ def require_counts(**options: object) -> None:
             raise ValueError(f"{name} must be a whole number from 1{MEANING[name]}, got {value!r}")
 
 
+def require_seed(seed: object) -> None:
+    if not isinstance(seed, Integral) or not -(2**63) <= int(seed) < 2**64:
+        raise ValueError(f"seed must be a whole number of 64 bits, got {seed!r}")
+
+
 def require_damping(damping: object) -> None:
     if not isinstance(damping, Real) or not 0 <= float(damping) < float("inf"):
         raise ValueError(f"damping must be 0 or more and finite, got {damping!r}")

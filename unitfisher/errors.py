@@ -6,7 +6,7 @@ Several at once go through one backward pass of the graph that the forward pass 
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -172,33 +172,71 @@ def _require_one_label(z: Output) -> None:
 Grads = tuple[Tensor | None, ...]
 
 
-def send_back(
-    output: Tensor, edges: Sequence[GradientEdge], column: Float[Tensor, "1 n t y"]
-) -> Grads:
-    """Return ∂/∂net at each edge for one column, (1, *net.shape); None where z does not depend."""
+@dataclass(frozen=True)
+class Way:
+    """The graph from a model's output back to the layers."""
+
+    output: Tensor
+    edges: Sequence[GradientEdge]  # where ∂/∂net arrives
+    half: bool = False  # do float16 numbers lie between?
+
+    def send_all_back(self, blocks: Iterator[Float[Tensor, "r n t y"]]) -> Iterator[Grads]:
+        """Send block after block of columns back, together where the graph allows it.
+
+        Operations that a stack of columns does not know are vmapped; those without a batching rule
+        (checkpointed segments, custom functions) take their columns one by one, with the same
+        result.
+        """
+        ways = [_stacked, _vmapped]
+        for block in blocks:
+            while ways and len(block) > 1:
+                try:
+                    yield self._send(ways[0], block)
+                    break
+                except Exception:  # whatever a custom function does with what is no plain tensor
+                    ways.pop(0)
+            else:
+                for column in block.split(1):
+                    yield self.send_back(column)
+
+    def send_back(self, column: Float[Tensor, "1 n t y"]) -> Grads:
+        """Return ∂/∂net at each edge, (1, *net.shape); None where the output does not depend.
+
+        Raises:
+            OutputError: The graph cannot be gone through by parts (reentrant checkpointing).
+        """
+        try:
+            return self._send(_alone, column)
+        except RuntimeError as error:
+            if "use_reentrant=True" not in str(error):
+                raise
+            raise OutputError(
+                "errors cannot be sent back through reentrant checkpointing: use "
+                "torch.utils.checkpoint(..., use_reentrant=False), or observe only the layers "
+                "behind it (layers=...)"
+            ) from error
+        except Exception as error:
+            error.add_note(
+                "This backward function was called by unitfisher, which sends errors back before "
+                "the training does: one that works only once cannot be measured through."
+            )
+            raise
+
+    def _send(self, way: "Send", block: Float[Tensor, "r n t y"]) -> Grads:
+        """Send columns as large as half precision takes them; small ones would become zero."""
+        if not self.half:
+            return way(self.output, self.edges, block)
+        _, exponent = block.abs().amax().frexp()
+        grads = way(self.output, self.edges, block.ldexp(-exponent))
+        return tuple(None if g is None else g.float().ldexp(exponent) for g in grads)
+
+
+Send = Callable[[Tensor, Sequence[GradientEdge], Tensor], Grads]
+
+
+def _alone(output: Tensor, edges: Sequence[GradientEdge], column: Tensor) -> Grads:
     grads = _back(output, edges, _cotangent(output, column)[0])
     return tuple(None if g is None else g.unsqueeze(0) for g in grads)
-
-
-def send_all_back(
-    output: Tensor, edges: Sequence[GradientEdge], blocks: Iterator[Float[Tensor, "r n t y"]]
-) -> Iterator[Grads]:
-    """Send block after block of columns back, together where the graph allows it.
-
-    Operations that a stack of columns does not know are vmapped; those without a batching rule
-    (checkpointed segments, custom functions) take their columns one by one, with the same result.
-    """
-    ways = [_stacked, _vmapped]
-    for block in blocks:
-        while ways and len(block) > 1:
-            try:
-                yield ways[0](output, edges, block)
-                break
-            except (RuntimeError, TypeError):
-                ways.pop(0)
-        else:
-            for column in block.split(1):
-                yield send_back(output, edges, column)
 
 
 def _stacked(output: Tensor, edges: Sequence[GradientEdge], block: Tensor) -> Grads:

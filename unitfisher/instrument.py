@@ -7,12 +7,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unitfisher.attachment import UncoveredLayersWarning
 from unitfisher.calls import Seen
 from unitfisher.history import History
+from unitfisher.layers import UncoveredLayersWarning
 from unitfisher.loader import Batches
 from unitfisher.measurement import Measurement, Observations
-from unitfisher.observer import Observation, Observer, observe_now, require_finite
+from unitfisher.observer import (
+    EmptyBatchError,
+    Observation,
+    Observer,
+    observe_now,
+    require_finite,
+)
 from unitfisher.options import Options
 from unitfisher.passes import device_of, exactly, kept
 from unitfisher.plan import Plan, Planner
@@ -55,12 +61,14 @@ class Instrument:
         return self.observer.planner
 
     def measure_pass(self, seen: Seen, result: Any, targets: Tensor | None, step: int) -> None:
-        """Measure a training pass, before its graph is used."""
+        """Measure a training pass, before its graph is used; of an empty batch there is nothing."""
         with exactly(device_of(self.model)):
             self._make_room()
             try:
                 with kept(self.model):
                     observations = self.observer.observe(result, seen, targets)
+            except EmptyBatchError:
+                return
             finally:
                 seen.forget_gradients()
             pooled = self.window.pooled(observations)
@@ -127,6 +135,7 @@ class Instrument:
 
     def _name_uncalled(self, observations: Collection[str]) -> None:
         missing = self.observer.layers.keys() - set(observations) - self._uncalled
+        missing -= self.observer.left_out
         if missing:
             self._uncalled |= missing
             warnings.warn(

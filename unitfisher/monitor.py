@@ -228,7 +228,13 @@ class Monitor:
 
         Raises:
             LoaderError: A loader that was read again gave other batches.
+            ValueError: The Monitor is detached, and has a record.
         """
+        if self._history.run is not None and not self._close.alive:
+            raise ValueError(
+                "this Monitor is detached and its record complete: measure before detach(), or "
+                "attach another one"
+            )
         if not is_loader(inputs):
             self._instrument.measure_input(inputs, targets, self.step)
         elif targets is None:
@@ -316,6 +322,8 @@ class Monitor:
         Raises:
             ValueError: The state is of other layers, units or estimates.
         """
+        if missing := MonitorState.__required_keys__ - set(state):
+            raise ValueError(f"this is no state of a Monitor: {', '.join(sorted(missing))} missing")
         if changes := differences(state["identity"], self._identity()):
             raise ValueError(
                 f"the state is of a Monitor with other options: {'; '.join(changes)}; attach with "

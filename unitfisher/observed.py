@@ -153,7 +153,8 @@ class Folding:
         if self.observed.sharing == "expand":
             delta = _cases(delta)
             received = received.cases() if isinstance(received, Patches) else _cases(received)
-        return UnitCases(received, delta, samples, replicates=self.replicates)
+        in_order = all(len(call.x) == samples for call in self.observed.calls)
+        return UnitCases(received, delta, samples, replicates=self.replicates, in_order=in_order)
 
 
 def _cases(x: Float[Tensor, "r n t d"]) -> Float[Tensor, "r m 1 d"]:

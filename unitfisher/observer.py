@@ -4,10 +4,10 @@ The pass may be the user's own, in training: nothing is called twice, no gradien
 the graph is left for the user's backward.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +22,12 @@ from unitfisher.cases import UnitCases
 from unitfisher.chain import Chain
 from unitfisher.errors import (
     Estimator,
+    Way,
     bytes_of_column,
     columns,
     columns_together,
-    send_all_back,
-    send_back,
 )
-from unitfisher.layers import LayerSelectionError
+from unitfisher.layers import LayerSelectionError, UncoveredLayersWarning
 from unitfisher.likelihoods import Classes, Output, OutputError
 from unitfisher.memory import AMPLE, within
 from unitfisher.observed import Folding, Observed
@@ -40,6 +39,10 @@ from unitfisher.shapes import shapes_of
 
 class NonFiniteError(FloatingPointError):
     """Activations, logits or errors hold NaN or infinity."""
+
+
+class EmptyBatchError(OutputError):
+    """There is no case to observe."""
 
 
 class Gradient(NamedTuple):
@@ -72,6 +75,7 @@ class Observer:
     chance: Chance
     output: Pick = None
     planner: Planner | None = None
+    left_out: set[str] = field(default_factory=set)  # layers that are no product
 
     def observe(self, result: Any, seen: Seen, targets: Tensor | None) -> dict[str, Observation]:
         """Turn a pass into the cases of every layer that took part in it.
@@ -88,9 +92,10 @@ class Observer:
         with torch.enable_grad():  # the choice may compute
             output = pick_output(result, self.output)
         if output.numel() == 0:
-            raise OutputError(f"the batch is empty: the output has shape {tuple(output.shape)}")
+            raise EmptyBatchError(f"the batch is empty: the output has shape {tuple(output.shape)}")
         z = self.estimator.likelihood.arrange(output.detach())
-        edges = _edges(output, seen)
+        z = z.float() if z.element_size() < 4 else z  # small probabilities keep digits
+        edges = _edges(output, seen, self.left_out)
         fault = seen.fault() or self._fault(z)
         z = z if fault is None else z.nan_to_num(0.0, 0.0, 0.0)  # so that labels can be drawn
         with self._planned(seen, z):
@@ -120,14 +125,14 @@ class Observer:
         chance = self.chance.on(z.device)
         independent = cascade is not None
         blocks = columns(z, self.estimator, chance, targets, together, independent=independent)
-        way = partial(send_all_back, output, edges) if cascade is None else cascade.send
-        for grads in way(blocks):
+        way = Way(output, edges, any(call.y.dtype == torch.float16 for call in seen.calls))
+        for grads in (way.send_all_back if cascade is None else cascade.send)(blocks):
             for name, by_call in _by_layer(seen.calls, grads).items():
                 foldings[name].add(observed[name].errors(by_call))
         gradients: dict[str, Gradient] = {}
         if targets is not None:
             score = self.estimator.likelihood.score(z, targets).unsqueeze(0)
-            for name, by_call in _by_layer(seen.calls, send_back(output, edges, score)).items():
+            for name, by_call in _by_layer(seen.calls, way.send_back(score)).items():
                 g, g0 = observed[name].gradient(observed[name].errors(by_call))
                 gradients[name] = Gradient(g, None if self.layers[name].bias is None else g0)
         return {name: folded.cases() for name, folded in foldings.items()}, gradients
@@ -178,15 +183,17 @@ def observe_now(
         return observer.observe(result, seen, targets)
 
 
-def _edges(output: Tensor, seen: Seen) -> list[GradientEdge]:
+def _edges(output: Tensor, seen: Seen, left_out: set[str]) -> list[GradientEdge]:
     """Return where errors arrive, for every call; the model's output must have a graph to all.
 
-    Calls without a graph are forgotten, unless there are no others.
+    Calls without a graph, or of layers that are no product, are forgotten, unless there are no
+    others.
     """
     if not seen.calls:
         raise LayerSelectionError(
             "none of the observed layers was called in this forward pass (compiled code calls no "
-            "hooks: attach to the model that was compiled, and run that)"
+            "hooks: attach to the model that was compiled, and run that. Calls inside vmap are not "
+            "seen)"
         )
     if not output.requires_grad:
         raise OutputError("the model's output has no graph: does forward detach it?")
@@ -197,23 +204,45 @@ def _edges(output: Tensor, seen: Seen) -> list[GradientEdge]:
             f"inputs, or reentrant checkpointing), so no error reaches it: leave it out with "
             f"layers=..., or use torch.utils.checkpoint(use_reentrant=False)"
         )
-    if len(with_graph) < len(seen.calls):
-        seen.calls, seen.row = with_graph, []
-    edges = [call.edge for call in seen.calls if call.edge is not None]
-    for call, edge in zip(seen.calls, edges, strict=True):
-        _require_preactivation(call, edge)
-    return edges
-
-
-def _require_preactivation(call: Call, edge: GradientEdge) -> None:
-    """Refuse a layer with a forward of its own that ends in a nonlinearity."""
-    own = not type(call.module).__module__.startswith("torch.nn.modules.")
-    if own and operation(edge.node) in ELEMENTWISE:
-        kind = type(call.module).__name__
+    products = [call for call in with_graph if _is_product(call)]
+    if not products:
         raise LayerSelectionError(
-            f"layer {call.layer!r} ({kind}) returns what a nonlinearity ({edge.node.name()}) has "
-            f"made of its preactivations, and errors would be taken behind it: give the "
-            f"nonlinearity a module of its own, or leave the layer out with layers=..."
+            f"no layer is left to observe: {_of_other_form(with_graph)}, {OTHER_FORM}"
+        )
+    _name_left_out([call for call in with_graph if not _is_product(call)], left_out)
+    if len(products) < len(seen.calls):
+        seen.calls, seen.row = products, []
+    return [call.edge for call in products if call.edge is not None]
+
+
+OTHER_FORM = (
+    "whose forward returns something else than their weight times their input, and bias (it pads, "
+    "scales, normalises, or ends in a nonlinearity): errors there say nothing of the weight. Give "
+    "the product a module of its own"
+)
+
+
+def _is_product(call: Call) -> bool:
+    """A forward of its own may end in a nonlinearity that has changed no number yet."""
+    own = not type(call.module).__module__.startswith("torch.nn.modules.")
+    ends_otherwise = own and call.edge is not None and operation(call.edge.node) in ELEMENTWISE
+    return call.is_product and not ends_otherwise
+
+
+def _of_other_form(calls: Sequence[Call]) -> str:
+    kinds = {call.layer: type(call.module).__name__ for call in calls}
+    return "layers " + ", ".join(f"{layer!r} ({kind})" for layer, kind in kinds.items())
+
+
+def _name_left_out(calls: Sequence[Call], named: set[str]) -> None:
+    """Say once which layers are left out."""
+    new = [call for call in calls if call.layer not in named]
+    if new:
+        named.update(call.layer for call in new)
+        warnings.warn(
+            f"not observed: {_of_other_form(new)}, {OTHER_FORM}, or choose layers=... without them",
+            UncoveredLayersWarning,
+            stacklevel=2,
         )
 
 

@@ -164,8 +164,10 @@ class UnitFisherOperator:
         self, v: Float[Tensor, "e *k"]
     ) -> tuple[Float64[Tensor, "d k"], Float64[Tensor, " k"]]:
         """Split weights from bias, 0 for one that is not there."""
+        unit = f"unit {self.unit} in layer {self.layer!r}"
+        if not isinstance(v, Tensor) or v.is_complex():
+            raise ValueError(f"{unit} takes real tensors (to_scipy() takes arrays), got {type(v)}")
         if v.dim() not in (1, 2) or len(v) != self.shape[0]:
-            unit = f"unit {self.unit} in layer {self.layer!r}"
             raise ValueError(f"the Fisher of {unit} is {self.shape}; got {tuple(v.shape)}")
         v = v.double() if v.dim() == 2 else v.double().unsqueeze(1)
         return v[: len(self.mu)], v[-1] if self.biased else torch.zeros_like(v[0])
@@ -194,6 +196,11 @@ def unit_fisher_operator(
     >>> F.shape, bool(torch.allclose(F @ F.solve(torch.ones(4)), torch.ones(4).double()))
     ((4, 4), True)
     """
+    if not isinstance(measured, UnitStatistics):
+        raise ValueError(
+            f"measured must be one layer's measurement, monitor.latest[layer], got "
+            f"{type(measured).__name__}"
+        )
     damping = measured.damping if damping is None else damping
     require_damping(damping)
     if not measured.finite:

@@ -3,7 +3,13 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from unitfisher.choices import require_choice, require_counts, require_damping, require_share
+from unitfisher.choices import (
+    require_choice,
+    require_counts,
+    require_damping,
+    require_seed,
+    require_share,
+)
 from unitfisher.errors import Estimator
 from unitfisher.likelihoods import Likelihood, likelihood_of
 from unitfisher.memory import DEFAULT, bytes_in
@@ -39,12 +45,15 @@ class Options:
         require_choice("on_nonfinite", self.on_nonfinite, ("raise", "record"))
         require_choice("solver", self.solver, ("auto", "direct", "iterative"))
         require_damping(self.damping)
+        require_seed(self.seed)
         object.__setattr__(self, "damping", float(self.damping))  # as its column in a record
         counts = {"rows": self.rows, "units": self.units, "activations": self.activations}
         counts = {name: count for name, count in counts.items() if count is not None}
         if self.every is not None and not callable(self.every):
             counts["every"] = self.every
         require_counts(window=self.window, **counts)
+        for name in ("window", *counts):
+            object.__setattr__(self, name, int(getattr(self, name)))  # those of numpy overflow
         if self.overhead is not None:
             require_share(self.overhead)
             if self.every is not None:

@@ -203,4 +203,6 @@ def exactly(device: torch.device) -> Iterator[None]:
             yield
     finally:
         for backend, precision in zip(backends, asked, strict=True):
-            backend.fp32_precision = precision
+            backend.fp32_precision = "none"  # as torch.backends.fp32_precision says
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision

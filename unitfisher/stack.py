@@ -19,7 +19,8 @@ Rule = Callable[..., Tensor]
 class Stack(Tensor):
     """To autograd a tensor of a column's shape; inside r columns.
 
-    It knows only what keeps columns apart. Any other operation raises NotImplementedError.
+    It knows only what keeps columns apart. Any other operation raises NotImplementedError, and who
+    asks where its numbers lie, as kernels outside torch do, RuntimeError.
     """
 
     columns: Tensor
@@ -29,6 +30,7 @@ class Stack(Tensor):
         stack: Stack = Tensor._make_wrapper_subclass(
             cls, columns.shape[1:], dtype=columns.dtype, device=columns.device
         )
+        torch._C._set_throw_on_mutable_data_ptr(stack)  # else it would be 0
         stack.columns = columns
         return stack
 

@@ -13,7 +13,7 @@ from unitfisher.cases import UnitCases
 from unitfisher.observer import Observation
 from unitfisher.patches import unfolded
 
-State = dict[str, list[tuple[Tensor, Tensor, int, int]]]  # a, delta, samples, replicates
+State = dict[str, list[tuple[Tensor, Tensor, int, int, bool]]]
 
 
 class Window:
@@ -35,7 +35,10 @@ class Window:
     def state(self) -> State:
         return {
             name: [
-                (unfolded(cases.received), cases.delta, cases.samples, cases.replicates)
+                (
+                    unfolded(cases.received),
+                    *(cases.delta, cases.samples, cases.replicates, cases.in_order),
+                )
                 for cases in held
             ]
             for name, held in self.newest.items()
@@ -44,7 +47,10 @@ class Window:
     def load(self, state: State) -> None:
         self.newest = {
             name: deque(
-                (UnitCases(a, delta, samples, replicates=k) for a, delta, samples, k in held),
+                (
+                    UnitCases(a, delta, samples, replicates=k, in_order=all(in_order))
+                    for a, delta, samples, k, *in_order in held
+                ),
                 self.batches,
             )
             for name, held in state.items()
@@ -81,6 +87,7 @@ def joined(batches: Sequence[UnitCases]) -> UnitCases:
         delta=torch.cat([cases.delta for cases in batches], 1),
         samples=sum(cases.samples for cases in batches),
         sample=_of_samples(batches),
+        in_order=all(cases.in_order for cases in batches),
     )
 
 
