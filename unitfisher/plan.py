@@ -228,13 +228,17 @@ class Planner:
             return shape.bytes_observing + cases + bytes_of_passes(shape.sizes(shape.cases))
         pooled, solved, passed = self.window * shape.cases, self._solved(shape), shape.bytes_of_pass
         cases = (self.window > 1) * pooled  # side by side
-        cases += (solved < pooled) * pooled + solved * alike  # drawn, beside others of its form
+        cases += ((solved < pooled) + alike) * solved  # drawn, beside others of its form
         held, results = self.window * passed, 3 * shape.bytes_of_results
         if self.beside is None:
-            newest = passed if solved == shape.cases else solved * shape.bytes_of_case
+            newest = passed if self._as_it_came(shape) else solved * shape.bytes_of_case
             held, results = held + newest, results + shape.bytes_of_results
         sums = bytes_of_sums(shape.sizes(shape.cases)) * self.summed
         return shape.bytes_observing + held + cases * shape.bytes_of_case + results + sums
+
+    def _as_it_came(self, shape: Shape) -> bool:
+        """Whether a pass is solved as it is, neither pooled with others nor drawn from."""
+        return self.window == 1 and self._solved(shape) == shape.cases
 
     def _solved(self, shape: Shape) -> int:
         pooled = self.window * shape.cases
@@ -247,8 +251,8 @@ class Planner:
         if name in self.passing:
             return LayerPlan(name, sizes, "passes", units, kept, 0, 0)
         route = route_of(sizes, self.solver, self.damping)
-        whole = sizes == shape.sizes(shape.cases)
-        unfolded = 0 if sizes.joint or not whole else shape.bytes_to_unfold
+        unfolds = self._as_it_came(shape) and not sizes.joint
+        unfolded = shape.bytes_to_unfold if unfolds else 0
         solving = bytes_of_group(sizes, route) + unfolded + 2 * shape.bytes_of_results
         return LayerPlan(name, sizes, route, units, kept, solving, least(sizes, route))
 
