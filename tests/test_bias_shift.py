@@ -5,6 +5,7 @@ from pathlib import Path
 import bias_shift
 import claims
 import jobs
+import numpy as np
 import pandas as pd
 import pytest
 import tables
@@ -163,6 +164,22 @@ def test_several_processes_make_the_same_runs_as_one(
 )
 def test_the_rule(gains: list[float], verdict: str) -> None:
     assert claims.judge(pd.Series(gains)) == verdict
+
+
+def test_the_rule_says_how_often_chance_alone_fulfils_it() -> None:
+    draw, repeats = np.random.default_rng(0), 4_000
+    for seeds, share in claims.CHANCE.items():
+        gains = draw.normal(size=(repeats, seeds))
+        verdicts = [claims.judge(pd.Series(of)) for of in gains]
+        error = 5 * (share * (1 - share) / repeats) ** 0.5 + 0.005  # standard errors, rounding
+        for verdict in ("holds", "does not hold"):
+            assert verdicts.count(verdict) / repeats == pytest.approx(share, abs=error)
+        assert f"{100 * share:.0f} % ({seeds} seeds)" in claims.RULE
+
+
+def test_a_written_report_gets_todays_rule_and_keeps_its_verdicts() -> None:
+    old = "a run\n\n```\nan older rule\n```\n\n- **holds**\n"
+    assert claims.restated(old) == f"a run\n\n```\n{claims.RULE}```\n\n- **holds**\n"
 
 
 def by_seed(quantity: str, activation: str, values: list[float], damping: str = "") -> pd.DataFrame:
