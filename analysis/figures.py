@@ -2,57 +2,49 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only; a display may be absent
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from numpy.typing import NDArray
 from tables import Records
 
 from unitfisher.experiments import plotting
+from unitfisher.experiments.panels import PAGE, finish, panels, write
 
-Share = Literal["none", "all", "row"]
+Drawn = tuple[Figure, plotting.Lines]
 
 
-def draw_all(records: Records, folder: Path) -> list[Path]:
-    """Draw every figure as PNG and PDF."""
-    folder.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Callable[[Records], Figure]] = {
+def draw_all(records: Records, folder: Path, conditions: str) -> list[Path]:
+    """Draw every figure as PNG and PDF, with what was run where at its foot."""
+    figures: dict[str, Callable[[Records], Drawn]] = {
         "mean_activation": mean_activation,
         "shares_per_layer": shares_per_layer,
         "correction_factors": correction_factors,
         "angle": angle,
     }
-    return [path for name, draw in figures.items() for path in _save(draw(records), folder / name)]
+    written: list[Path] = []
+    for name, draw in figures.items():
+        figure, lines = draw(records)
+        handles = list(reversed(lines.values()))  # ELU first, as on the poster
+        written += write(finish(figure, handles, conditions), folder / name)
+    return written
 
 
-def mean_activation(records: Records) -> Figure:
-    """The poster's figure: mean activation, and beside it training and test loss."""
-    figure, ((left, right),) = _panels((3.85, 2.7), 1, 2, sharey="none")
+def mean_activation(records: Records) -> Drawn:
+    """The poster's figure: mean activation, training loss, test loss."""
+    figure, ((left, middle, right),) = panels(1, 3, 1.8)
     lines = plotting.plot_mean_activation(left, records.activations)
-    plotting.plot_loss(right, records.training)
-    styles = [
-        Line2D([], [], color="0.3", linestyle="-", label="training"),
-        Line2D([], [], color="0.3", linestyle=":", label="test"),
-    ]
-    right.legend(handles=styles, frameon=False)
-    _legend_below(figure, lines)
-    return figure
+    plotting.plot_loss(middle, records.training, "train")
+    plotting.plot_loss(right, records.training, "test")
+    return figure, lines
 
 
-def shares_per_layer(records: Records) -> Figure:
+def shares_per_layer(records: Records) -> Drawn:
     """Mean share and bias-shift share of the gradient: layer across, epochs as panels."""
     epochs = _spread_out(sorted(records.path["epoch"].unique()), 4)
     one_damping = records.path[records.path["damping"] == records.path["damping"].min()]
     rows = {"mean_share": "mean share\nof incoming activations"}
     rows |= {"bias_shift_share_gradient": "bias-shift share\nof the gradient"}
-    figure, axes = _panels((2.6, 2.3), 2, len(epochs), sharex="all")
+    figure, axes = panels(2, len(epochs), 1.6, sharex="all", sharey="row")
     for row, (value, label) in zip(axes, rows.items(), strict=True):
         for ax, epoch in zip(row, epochs, strict=True):
             chosen = one_damping[one_damping["epoch"] == epoch]
@@ -62,15 +54,14 @@ def shares_per_layer(records: Records) -> Figure:
         row[0].set_ylabel(label)
     for ax, epoch in zip(axes[0], epochs, strict=True):
         ax.set_title(f"epoch {epoch}")
-    _legend_below(figure, lines)
-    return figure
+    return figure, lines
 
 
-def correction_factors(records: Records) -> Figure:
+def correction_factors(records: Records) -> Drawn:
     """Distributions of k and s·c over units after training, at each damping."""
     last = records.receiving[records.receiving["epoch"] == records.last_epoch]
     dampings = sorted(last["damping"].unique(), reverse=True)
-    figure, axes = _panels((3.2, 2.4), 2, len(dampings), sharex="row")
+    figure, axes = panels(2, len(dampings), 1.7, sharex="row", sharey="row")
     for column, damping in zip(axes.T, dampings, strict=True):
         at = last[last["damping"] == damping]
         lines = plotting.plot_distribution(column[0], at, "k", scale="asinh")
@@ -80,64 +71,24 @@ def correction_factors(records: Records) -> Figure:
     for row, value in zip(axes, ("k", "sc"), strict=True):
         low, high = last[value].quantile([0.005, 0.995])  # few extreme units would set the scale
         row[0].set(ylabel="share of units below", xlim=(low, high))
-    _legend_below(figure, lines)
-    return figure
+    return figure, lines
 
 
-def angle(records: Records) -> Figure:
+def angle(records: Records) -> Drawn:
     """Angle between gradient and natural gradient through training, and over the damping."""
     path = records.receiving
     dampings = sorted(path["damping"].unique(), reverse=True)
-    figure, (axes,) = _panels((2.7, 2.7), 1, len(dampings) + 1)
+    figure, (axes,) = panels(1, len(dampings) + 1, 1.9, width=PAGE, sharey="row")
     for ax, damping in zip(axes, dampings, strict=False):
         lines = plotting.plot_angle(ax, path[path["damping"] == damping])
         ax.set_title(f"damping {damping:g}")
         ax.label_outer()
     plotting.plot_damping_path(axes[-1], path[path["epoch"] == records.last_epoch])
     axes[-1].set_title(f"epoch {records.last_epoch}")
-    _legend_below(figure, lines)
-    return figure
-
-
-def _panels(
-    size: tuple[float, float],
-    rows: int,
-    columns: int,
-    *,
-    sharex: Share = "none",
-    sharey: Share = "row",
-) -> tuple[Figure, NDArray[Any]]:
-    """Make a grid of bare axes; ``size`` is one panel's, in inches."""
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(size[0] * columns, size[1] * rows),
-        layout="constrained",
-        sharex=sharex,
-        sharey=sharey,
-        squeeze=False,
-    )
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return figure, lines
 
 
 def _spread_out(epochs: Sequence[int], count: int) -> list[int]:
     """Choose some, first and last included."""
     places = np.linspace(0, len(epochs) - 1, min(count, len(epochs))).round().astype(int)
     return [epochs[i] for i in places]
-
-
-def _save(figure: Figure, stem: Path) -> list[Path]:
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out: once is enough for both files
-    paths = [stem.with_suffix(".png"), stem.with_suffix(".pdf")]
-    for path in paths:
-        figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return paths
-
-
-def _legend_below(figure: Figure, lines: plotting.Lines) -> None:
-    handles = list(reversed(lines.values()))  # ELU first, as on the poster
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)

@@ -11,6 +11,10 @@ import pandas as pd
 import tables
 from jobs import Job, measured_epochs
 
+from unitfisher.experiments.training import BATCH_SIZE, RATE
+
+RIBBONS = "Ribbons: ± sd, on logarithmic axes not below the lowest seed."
+
 
 def report(jobs: Sequence[Job], folder: Path, seconds: float) -> None:
     """Print what finished runs say, and save it beside them.
@@ -24,10 +28,12 @@ def report(jobs: Sequence[Job], folder: Path, seconds: float) -> None:
     epochs = tables.per_epoch(records)
     runs = {when: tables.per_run(epochs, when) for when in get_args(tables.When)}
     summaries = {when: tables.summary(of) for when, of in runs.items()}
-    conditions = _conditions(jobs, records, seconds)
+    conditions = _conditions(jobs)
+    drawn = figures.draw_all(records, folder / "figures", f"{conditions}{RIBBONS}")
+    each = records.finished["seconds"].mean()
+    conditions += f"{each:.0f} s a run, {seconds:.0f} s for those made now.\n"
     written = {when: _section(when, s) for when, s in summaries.items()}
     judged = f"## The paper's claims\n\n{claims.report(runs)}"
-    drawn = figures.draw_all(records, folder / "figures")
 
     together = pd.concat([s.assign(when=when) for when, s in summaries.items()])
     together.to_csv(folder / "table.csv", index=False)
@@ -43,18 +49,17 @@ def _section(when: tables.When, summary: pd.DataFrame) -> str:
     return f"## {title}\n\n{tables.markdown(tables.readable(summary))}"
 
 
-def _conditions(jobs: Sequence[Job], records: tables.Records, seconds: float) -> str:
+def _conditions(jobs: Sequence[Job]) -> str:
     c = jobs[0].config
     machine = json.loads((jobs[0].folder / "config.json").read_text())
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "unitfisher"))
     seeds = ", ".join(map(str, sorted({job.config.seed for job in jobs})))
-    each = records.finished["seconds"]
     epochs = ", ".join(map(str, measured_epochs(c.epochs, c.measurements)))
     return (
-        f"{c.dataset}, {c.layers}×128 units, {c.epochs} epochs, {len(jobs)} runs, seeds {seeds}; "
-        f"mean ± sd over seeds.\n"
+        f"{c.dataset}, {c.layers}×128 units, rate {RATE}, batch {BATCH_SIZE}, {c.epochs} epochs, "
+        f"{len(jobs)} runs, seeds {seeds}; mean ± sd over seeds; training loss and error: of the "
+        f"whole training set, after the epoch.\n"
         f"Fisher of {c.units} units per layer on {c.probe} training cases, after epochs {epochs}; "
         f"layers that see activations (all but the first).\n"
-        f"{machine['device']}; {versions}; "
-        f"{each.mean():.0f} s a run, {seconds:.0f} s for those made now.\n"
+        f"{machine['device']}; {versions}.\n"
     )

@@ -12,9 +12,11 @@ import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 from summary import Summary
 
 from unitfisher.experiments import ACTIVATIONS, plotting
+from unitfisher.experiments.panels import panels
 
 
 def draw() -> Figure:
@@ -22,7 +24,7 @@ def draw() -> Figure:
     summary = Summary.read("mnist")
     changes = summary.changes
     layers = sorted(changes["layer"].unique())
-    figure, axes = style.panels(2, -(-len(layers) // 2), (2.2, 2.0), sharex="all", sharey="all")
+    figure, axes = panels(2, -(-len(layers) // 2), 1.5, sharex="all", sharey="all")
     for ax, layer in zip(axes.flat, layers, strict=False):
         of_layer = changes[changes["layer"] == layer]
         lines = {}
@@ -31,19 +33,22 @@ def draw() -> Figure:
             if len(rows):
                 lines[name] = _deciles(ax, name, rows.groupby("share")["variance"].median())
         ax.set(xscale="log", ylim=(0, 1))
-        ax.set_title(layer, fontsize=9)
+        ax.set_title(layer)
     axes[0, 0].set_xlim(1e-8, 3 * changes["variance"].max())  # shared; units that are dead lie left
+    axes[0, 0].xaxis.set_major_locator(LogLocator(numticks=5))
     for ax in axes[-1]:
         ax.set_xlabel("variance")
     for ax in axes[:, 0]:
         ax.set_ylabel("share of units")
     note = "variance over epochs of the change of a unit's mean activation, median over seeds"
-    return style.finish(figure, lines, f"{summary.conditions}; {note}")
+    notes = [summary.conditions, note, summary.changed_from]
+    return style.finish(figure, lines, "; ".join(notes))
 
 
 def _deciles(ax: Axes, name: str, variance: pd.Series) -> Line2D:
     values = np.maximum(variance.to_numpy(), 1e-12)
-    look = {"color": plotting.COLOURS[name], "marker": plotting.MARKERS[name], "markersize": 3}
+    look = {"color": plotting.COLOURS[name], "marker": plotting.MARKERS[name], "markersize": 2.5}
+    look["linewidth"] = 1.1
     (line,) = ax.plot(values, variance.index, label=ACTIVATIONS[name].label, **look)
     return line
 

@@ -8,25 +8,31 @@ import torch
 from matplotlib.figure import Figure
 
 from unitfisher.experiments import ACTIVATIONS, plotting
+from unitfisher.experiments.panels import panels
 
 SHOWN = ("relu", "lrelu", "srelu", "elu")
 
 
 def draw() -> Figure:
     """Function left, derivative right."""
-    figure, ((left, right),) = style.panels(1, 2)
+    figure, ((left, right),) = panels(1, 2, 1.9)
     x = torch.linspace(-4, 2.5, 601, dtype=torch.float64, requires_grad=True)
     lines = {}
     for name in SHOWN:
         y = ACTIVATIONS[name].module()(x)
         (slope,) = torch.autograd.grad(y.sum(), x)
         look = {"color": plotting.COLOURS[name], "marker": plotting.MARKERS[name]}
-        look |= {"markevery": 100, "markersize": 4, "label": ACTIVATIONS[name].label}
+        look |= {
+            "markevery": 100,
+            "markersize": 3.2,
+            "linewidth": 1.1,
+            "label": ACTIVATIONS[name].label,
+        }
         (lines[name],) = left.plot(x.detach(), y.detach(), **look)
         right.plot(x.detach(), slope, **look)
     for ax in (left, right):
-        ax.axhline(0, color="0.7", linewidth=0.8, zorder=0)
-        ax.axvline(0, color="0.7", linewidth=0.8, zorder=0)
+        ax.axhline(0, color="0.7", linewidth=0.6, zorder=0)
+        ax.axvline(0, color="0.7", linewidth=0.6, zorder=0)
         ax.set_xlabel("preactivation")
     left.set_ylabel("activation")
     right.set_ylabel("slope")

@@ -10,15 +10,16 @@ import pandas as pd
 import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from summary import Summary
+from summary import TRAINING_LOSS, Summary
 
 from unitfisher.experiments import ACTIVATIONS, plotting
+from unitfisher.experiments.panels import panels
 
 ERRORS = {
     "reconstruction": "½ Σ error² per image",
     "bernoulli-reconstruction": "cross-entropy per image (nats)",
 }
-CORNER = {"ha": "right", "va": "top", "fontsize": 8}
+CORNER = {"ha": "right", "va": "top", "fontsize": 6.5}
 
 
 def draw(name: str = "mnist-autoencoder") -> Figure:
@@ -26,23 +27,24 @@ def draw(name: str = "mnist-autoencoder") -> Figure:
     summary = Summary.read(name)
     error = ERRORS[summary.config["task"]]
     rates = sorted(summary.training["rate"].unique(), reverse=True)
-    figure, axes = style.panels(2, len(rates), (2.1, 2.2), sharex="all", sharey="row")
+    figure, axes = panels(2, len(rates), 1.6, sharex="all", sharey="row")
     lines: plotting.Lines = {}
     for row, value, on in zip(axes, ("train_loss", "test_loss"), ("training", "test"), strict=True):
         for ax, rate in zip(row, rates, strict=True):
             lines |= plotting.plot_over(ax, _medians(summary, rate, value), value, x="epoch")
         for ax in row:
-            style.logarithmic(ax)
+            ax.set_yscale("log")
+            plotting.tick_plainly(ax)
         row[0].set_ylabel(f"{on} set\n{error}")
     for ax, rate in zip(axes[0], rates, strict=True):
-        ax.set_title(f"rate {rate:g}", fontsize=9)
+        ax.set_title(f"rate {rate:g}")
         _name_diverged(ax, summary, rate)
     for ax in axes[-1]:
         style.count(ax, "epoch")
     over = "median over seeds, a diverged network's error being infinite"
-    return style.finish(
-        figure, lines, f"{summary.conditions}; {over if summary.seeds > 1 else summary.spread}"
-    )
+    notes = [summary.conditions, over if summary.seeds > 1 else summary.spread]
+    notes += [TRAINING_LOSS.replace("loss", "set", 1)]
+    return style.finish(figure, lines, "; ".join(notes))
 
 
 def _medians(summary: Summary, rate: float, value: str) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """What the figures of bias shift share: whom they show, what stands below, and their command."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Annotated
 
@@ -9,7 +9,9 @@ import pandas as pd
 import style
 import tyro
 from matplotlib.figure import Figure
-from summary import Summary
+from summary import Summary, together
+
+HALF = 0.5  # of s: above it, the damping says more of s than the data
 
 Names = Annotated[
     tuple[str, ...],
@@ -31,14 +33,28 @@ def receiving(summary: Summary, rate: float) -> pd.DataFrame:
     return after.assign(angle=np.degrees(np.arccos(after["cosine"].clip(-1, 1))))
 
 
-def foot(found: Mapping[str, Summary], missing: list[str], rate: float) -> str:
-    """What is averaged, and of what."""
-    first, *more = found.items()
-    several = len(first[1].training["rate"].unique()) > 1
-    notes = [first[1].conditions, *(f"{norm}: {s.outcome}" for norm, s in more)]
-    notes += [f"shown: rate {rate:g}"] if several else []
-    units = f"layers after the first, mean or median over {first[1].config['units']} units of each"
-    return "; ".join([*notes, units, first[1].spread, *missing])
+def foot(found: Mapping[str, Summary], rate: float) -> str:
+    """What is averaged, and of what; where the damping makes most of it."""
+    first = next(iter(found.values()))
+    several = len(first.training["rate"].unique()) > 1
+    notes = [*together(found), *([f"shown: rate {rate:g}"] if several else [])]
+    units = f"layers after the first, mean or median over {first.config['units']} units of each"
+    return "; ".join([*notes, units, first.spread, *_mostly_damped(found.values(), rate)])
+
+
+def _mostly_damped(summaries: Iterable[Summary], rate: float) -> Iterator[str]:
+    """Say at which dampings most of s is the damping's, at some time of some kind of network."""
+    shares = [
+        receiving(s, rate).groupby(["damping", "activation", s.time])["damping_share"].mean()
+        for s in summaries
+    ]
+    most = pd.concat(shares).groupby("damping").max().sort_index(ascending=False)
+    each = [f"{share:.2g} at damping {at:g}" for at, share in most.items() if share > HALF]
+    if each:
+        yield (
+            f"the damping makes most of s (its share comes to {', '.join(each)}), and k, s·c and "
+            "the angles then speak of it more than of the data"
+        )
 
 
 def main(draw: Callable[[str], Figure], figure: str) -> None:

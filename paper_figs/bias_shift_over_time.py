@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from summary import Summary, with_and_without_norm
 
 from unitfisher.experiments import plotting
+from unitfisher.experiments.panels import PAGE, panels
 
 FREE = {
     "mean_share": "mean share of activations",
@@ -28,7 +29,7 @@ DAMPED = {
     "k": "k",
     "sc": "s·c",
     "angle": "angle to natural\ngradient (degrees)",
-    "damping_share": "damping share of s",
+    "damping_share": "damping share\nof s",
 }
 LOGARITHMIC = ("n_eff", "bias_shift_share_natural", "sc")
 SHARES = ("mean_share", "bias_shift_share_gradient", "damping_share")
@@ -36,21 +37,21 @@ SHARES = ("mean_share", "bias_shift_share_gradient", "damping_share")
 
 def draw(name: str) -> Figure:
     """Above what no damping is in, then a column for each damping."""
-    found, missing = with_and_without_norm(name)
+    found = with_and_without_norm(name)
     first = next(iter(found.values()))
     rate = chosen_rate(first)
     layers = {norm: receiving(summary, rate) for norm, summary in found.items()}
     dampings = sorted(first.layers["damping"].unique(), reverse=True)
     columns = max(len(FREE), len(dampings))
-    figure, axes = style.panels(1 + len(DAMPED), columns, (2.5, 1.55), sharex="all")
+    figure, axes = panels(1 + len(DAMPED), columns, 1.2, width=PAGE, sharex="all")
     for ax, (value, label) in zip(axes[0], FREE.items(), strict=False):
         lines = _over_time(ax, layers, dampings[-1], value, first.time)
-        ax.set_title(label, fontsize=8, loc="right")
+        ax.set_title(label, loc="right")
     for row, (value, label) in zip(axes[1:], DAMPED.items(), strict=True):
         for ax, damping in zip(row, dampings, strict=False):
             ax.sharey(row[0])
             _over_time(ax, layers, damping, value, first.time)
-            ax.set_title(f"damping {damping:g}", fontsize=8, loc="right")
+            ax.set_title(f"damping {damping:g}", loc="right")
             ax.tick_params(labelleft=ax is row[0])
         row[0].set_ylabel(label)
     figure.align_ylabels(axes[:, 0])
@@ -59,23 +60,25 @@ def draw(name: str) -> Figure:
     for ax in axes[-1]:
         _measured(ax, first)
     kinds = style.entries(style.NORMS) if len(found) > 1 else []
-    return style.finish(figure, lines, foot(found, missing, rate), kinds)
+    return style.finish(figure, lines, foot(found, rate), kinds)
 
 
 def _over_time(
     ax: Axes, layers: Mapping[str, pd.DataFrame], damping: float, value: str, time: str
 ) -> plotting.Lines:
     lines: plotting.Lines = {}
+    if value in LOGARITHMIC:
+        ax.set_yscale("log")
     for norm, of_all in layers.items():
         rows = of_all[of_all["damping"] == damping]
         mean = rows.groupby(["activation", "seed", time])[value].mean().reset_index()
         lines = plotting.plot_over(ax, mean, value, x=time, style=style.NORMS[norm]) | lines
     if value in LOGARITHMIC:
-        style.logarithmic(ax)
+        plotting.tick_plainly(ax)
     elif value in SHARES:
         ax.set_ylim(0, 1)
     elif value == "k":
-        ax.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+        ax.axhline(0, color="0.7", linewidth=0.6, zorder=0)
         style.logarithmic_both_ways(ax)
     return lines
 

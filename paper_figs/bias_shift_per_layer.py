@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from summary import with_and_without_norm
 
 from unitfisher.experiments import plotting
+from unitfisher.experiments.panels import panels
 
 VALUES = {
     "mean_share": "mean share of\nincoming activations",
@@ -20,14 +21,14 @@ VALUES = {
 
 def draw(name: str) -> Figure:
     """A column for each time: before training, in its middle (on a log scale), after it."""
-    found, missing = with_and_without_norm(name)
+    found = with_and_without_norm(name)
     first = next(iter(found.values()))
     rate = chosen_rate(first)
     dampings = sorted(first.layers["damping"].unique())
     damping = dampings[len(dampings) // 2]
     times = sorted(first.layers[first.time].unique())
     chosen = sorted({times[0], times[len(times) // 2], times[-1]})
-    figure, axes = style.panels(len(VALUES), len(chosen), (2.7, 1.9), sharex="all", sharey="row")
+    figure, axes = panels(len(VALUES), len(chosen), 1.4, sharex="all", sharey="row")
     lines: plotting.Lines = {}
     for norm, summary in found.items():
         layers = receiving(summary, rate)
@@ -41,14 +42,14 @@ def draw(name: str) -> Figure:
     for row, label in zip(axes, VALUES.values(), strict=True):
         row[0].set_ylabel(label)
     for ax, time in zip(axes[0], chosen, strict=True):
-        ax.set_title(f"{first.time} {time:,}", fontsize=9)
+        ax.set_title(f"{first.time} {time:,}")
     for ax in axes[:2].flat:
         ax.set_ylim(0, 1)
     for ax in axes[-1]:
         ax.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         ax.set_xlabel("layer")
     kinds = style.entries(style.NORMS) if len(found) > 1 else []
-    note = f"angle at damping {damping:g}; {foot(found, missing, rate)}"
+    note = f"angle at damping {damping:g}; {foot(found, rate)}"
     return style.finish(figure, lines, note, kinds)
 
 

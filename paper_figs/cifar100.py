@@ -9,19 +9,24 @@ import significance
 import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from summary import Summary
+from summary import TRAINING_LOSS, Summary
 
 from unitfisher.experiments import ACTIVATIONS, plotting
+from unitfisher.experiments.panels import panels
 
 VALUES = {"train_loss": "training loss\n(cross-entropy, nats)", "test_error": "test error (%)"}
 
-QUARTERS = {"whole training": (0, 4), "first quarter": (0, 1), "last quarter": (3, 4)}
+QUARTERS = {
+    "all {} iterations": (0, 4),
+    "first quarter of these": (0, 1),
+    "last quarter of these": (3, 4),
+}
 
 
 def draw(name: str = "cifar100-11") -> Figure:
     """Loss above, error below: the whole training, its first and its last quarter."""
     summary = Summary.read(name)
-    figure, axes = style.panels(2, 3, (2.8, 2.2))
+    figure, axes = panels(2, 3, 1.6)
     for row, (value, label) in zip(axes, VALUES.items(), strict=True):
         for ax, (start, stop) in zip(row, QUARTERS.values(), strict=True):
             quarters = 4 * summary.training["iteration"] / summary.done
@@ -31,10 +36,10 @@ def draw(name: str = "cifar100-11") -> Figure:
             style.count(ax, "iteration")
         row[0].set_ylabel(label)
     for ax, part in zip(axes[0], QUARTERS, strict=True):
-        ax.set_title(part, fontsize=9)
+        ax.set_title(part.format(f"{summary.done:,}"))
         ax.set_xlabel("")
     tested = significance.told("ELU", significance.final_errors(summary))
-    notes = [summary.conditions, summary.spread, tested]
+    notes = [summary.conditions, summary.spread, TRAINING_LOSS, tested]
     notes += _published(axes[1, 2], summary)
     return style.finish(figure, lines, "; ".join(notes))
 
@@ -44,7 +49,7 @@ def _mark_rates(ax: Axes, summary: Summary) -> None:
     first, last = ax.get_xlim()
     for step, *_ in summary.config["phases"]:
         if max(first, 0) < step < last:
-            ax.axvline(step, color="0.8", linewidth=0.8, zorder=0)
+            ax.axvline(step, color="0.8", linewidth=0.6, zorder=0)
 
 
 def _published(ax: Axes, summary: Summary) -> list[str]:

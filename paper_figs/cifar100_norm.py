@@ -14,17 +14,18 @@ import significance
 import style
 from cifar100 import VALUES
 from matplotlib.figure import Figure
-from summary import NORMS, Summary, with_and_without_norm
+from summary import NORMS, TRAINING_LOSS, Summary, together, with_and_without_norm
 
 from unitfisher.experiments import ACTIVATIONS, plotting
+from unitfisher.experiments.panels import panels
 
 
 def draw(name: str = "cifar100-11") -> Figure:
     """Loss above, error below, a column for each activation beside ELU."""
-    found, missing = with_and_without_norm(name)
+    found = with_and_without_norm(name)
     present = {activation for s in found.values() for activation in s.training["activation"]}
     others = [activation for activation in plotting.COLOURS if activation in present - {"elu"}]
-    figure, axes = style.panels(2, max(len(others), 1), (2.8, 2.2), sharex="all", sharey="row")
+    figure, axes = panels(2, max(len(others), 1), 1.6, sharex="all", sharey="row")
     lines: plotting.Lines = {}
     for row, (value, label) in zip(axes, VALUES.items(), strict=True):
         for ax, other in zip(row, others, strict=False):
@@ -34,12 +35,11 @@ def draw(name: str = "cifar100-11") -> Figure:
                 lines = plotting.plot_over(ax, shown, value, x="iteration", style=look) | lines
         row[0].set_ylabel(label)
     for ax, other in zip(axes[0], others, strict=False):
-        ax.set_title(f"ELU, {ACTIVATIONS[other].label}", fontsize=9)
+        ax.set_title(f"ELU, {ACTIVATIONS[other].label}")
     for ax in axes[-1]:
         style.count(ax, "iteration")
-    first, *more = found.items()
-    notes = [first[1].conditions, *(f"{norm}: {s.outcome}" for norm, s in more)]
-    notes += [first[1].spread, _tested(found), *missing]
+    notes = [*together(found), *(f"{norm}: not recorded" for norm in NORMS if norm not in found)]
+    notes += [next(iter(found.values())).spread, TRAINING_LOSS, _tested(found)]
     return style.finish(figure, lines, "; ".join(notes), style.entries(style.NORMS))
 
 

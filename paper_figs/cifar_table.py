@@ -20,6 +20,8 @@ from summary import Summary
 
 from unitfisher.experiments import ACTIVATIONS, plotting
 from unitfisher.experiments.markdown import markdown_table, spread
+from unitfisher.experiments.panels import FOOT as FONT
+from unitfisher.experiments.panels import PAGE, panels
 
 DATASETS = {"cifar-10": "CIFAR-10", "cifar-100": "CIFAR-100"}
 NETWORKS = {"cifar11": "11 convolutions", "cifar18": "18 convolutions"}
@@ -27,8 +29,8 @@ ERRORS = [f"{dataset}\n{by}" for dataset in DATASETS.values() for by in ("publis
 HEAD = ("network", "augmented", *ERRORS)
 PUBLISHED = (2, 4)  # columns
 NONE = "–"
-DECIMALS = 2  # as published
-LETTER, LINE = 0.072, 0.24  # inches of width and height
+DECIMALS = 2  # as published; what fewer than all test cases say is not worth the second
+LINE = 0.15  # inches of height
 
 
 class Kind(NamedTuple):
@@ -64,19 +66,19 @@ def draw() -> Figure:
     """Typeset the table; published values in red italics."""
     recorded = _recorded()
     table = rows(recorded)
-    widths = [max(12, *map(len, column)) + 2 for column in zip(*table, strict=True)]
+    widths = [max(11, *map(len, column)) + 1 for column in zip(*table, strict=True)]
     *lefts, total = np.cumsum([0, *widths])
-    figure, ((ax,),) = style.panels(1, 1, (LETTER * total, LINE * (len(table) + 2)))
+    figure, ((ax,),) = panels(1, 1, LINE * (len(table) + 3), width=PAGE)
     ax.set(xlim=(0, total), ylim=(len(table) - 0.5, -2))
     ax.axis("off")
     for y in (-2, -0.5, len(table) - 0.5):
-        ax.axhline(y, color="0.2", linewidth=0.8, clip_on=False)
+        ax.axhline(y, color="0.2", linewidth=0.6, clip_on=False)
     for left, text in zip(lefts, HEAD, strict=True):
-        ax.text(left, -1.2, text, va="center", fontsize=8, fontweight="bold")
+        ax.text(left, -1.2, text, va="center", fontsize=FONT, fontweight="bold")
     for y, row in enumerate(table):
         for column, (left, text) in enumerate(zip(lefts, row, strict=True)):
             red = {"color": style.PUBLISHED, "style": "italic"} if _published(column, text) else {}
-            ax.text(left, y, text, va="center", fontsize=8, **red)
+            ax.text(left, y, text, va="center", fontsize=FONT, **red)
     return style.finish(figure, {}, "; ".join(_notes(recorded)))
 
 
@@ -113,7 +115,8 @@ def _ours(recorded: Sequence[Summary]) -> dict[Kind, Errors]:
             errors = final.loc[final["activation"] == name, "test_error"]
             if len(errors):
                 kind = Kind(config["network"], name, config["norm"], config["augmented"])
-                error = spread(errors.mean(), errors.std(), DECIMALS)
+                decimals = DECIMALS - bool(config.get("tested"))
+                error = spread(errors.mean(), errors.std(), decimals)
                 ours[kind][config["dataset"]] = f"{error} ({s.outcome})"
     return ours
 
@@ -121,6 +124,15 @@ def _ours(recorded: Sequence[Summary]) -> dict[Kind, Errors]:
 def _row(label: str, kind: Kind, published: Errors, ours: Errors) -> list[str]:
     errors = [by.get(dataset, NONE) for dataset in DATASETS for by in (published, ours)]
     return [label, "yes" if kind.augmented else "no", *errors]
+
+
+def _sampled(s: Summary) -> str:
+    """How far an error on a part of the test set may be off by chance."""
+    if not (cases := s.config.get("tested")):
+        return ""
+    share = s.final["test_error"].clip(0, 100) / 100
+    error = 100 * np.sqrt(share * (1 - share) / cases).max()
+    return f"; on so few test cases an error is known to ± {error:.1f} (one standard error)"
 
 
 def _published(column: int, text: str) -> bool:
@@ -131,7 +143,7 @@ def _notes(recorded: Sequence[Summary]) -> Iterator[str]:
     published = style.published()
     yield f"test error in %; italics: published ({'; '.join(published['source'].values())})"
     yield from (f"{row['label']}: {row['note']}" for row in published["cifar"] if "note" in row)
-    yield from (f"ours, {s.name}: {s.conditions}" for s in recorded)
+    yield from (f"ours, {s.name}: {s.conditions}{_sampled(s)}" for s in recorded)
     if not recorded:
         yield "none of ours is recorded yet"
 

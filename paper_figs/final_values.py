@@ -8,7 +8,7 @@ from typing import Annotated
 
 import pandas as pd
 import tyro
-from summary import Summary
+from summary import TRAINING_LOSS, Summary
 
 from unitfisher.experiments import ACTIVATIONS, plotting
 from unitfisher.experiments.markdown import markdown_table, spread
@@ -30,7 +30,7 @@ def markdown(summary: Summary) -> str:
     if summary.config["dataset"] not in FIVE_OF:
         shown = [name for name in shown if name != "test_top5_error"]
     head = ["network", "rate", *(COLUMNS[name] for name in shown)]
-    return f"{markdown_table(head, _rows(final, shown))}\n{summary.conditions}"
+    return f"{markdown_table(head, _rows(final, shown))}\n{summary.conditions}; {TRAINING_LOSS}"
 
 
 def _rows(final: pd.DataFrame, shown: list[str]) -> Iterator[list[str]]:

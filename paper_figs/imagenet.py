@@ -8,9 +8,10 @@ python paper_figs/imagenet.py
 import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from summary import Summary
+from summary import TRAINING_LOSS, Summary
 
 from unitfisher.experiments import plotting
+from unitfisher.experiments.panels import panels
 
 VALUES = {
     "train_loss": "training loss\n(cross-entropy, nats)",
@@ -22,14 +23,15 @@ VALUES = {
 def draw(name: str = "imagenet-15") -> Figure:
     """Loss, top-5 error, top-1 error, from left to right."""
     summary = Summary.read(name)
-    figure, (axes,) = style.panels(1, 3, (2.8, 2.5))
+    figure, (axes,) = panels(1, 3, 2.1)
     for ax, (value, label) in zip(axes, VALUES.items(), strict=True):
         lines = plotting.plot_over(ax, summary.training, value, x="iteration")
         ax.set_ylabel(label)
         style.count(ax, "iteration")
     for ax in axes[1:]:
         ax.set_ylim(0, 104)  # whole markers
-    notes = [summary.conditions, summary.spread, _published(axes[1], summary.done)]
+    notes = [summary.conditions, summary.spread, TRAINING_LOSS]
+    notes += [_published(axes[1], summary.done)]
     return style.finish(figure, lines, "; ".join(notes))
 
 

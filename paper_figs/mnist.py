@@ -7,22 +7,26 @@ python paper_figs/mnist.py
 
 import style
 from matplotlib.figure import Figure
-from summary import Summary
+from summary import TRAINING_LOSS, Summary
 
 from unitfisher.experiments import plotting
+from unitfisher.experiments.panels import panels
 
 
 def draw() -> Figure:
-    """Median over units of the mean activation; loss in training and on the test set."""
+    """Median over units of the mean activation; training loss; test loss."""
     summary = Summary.read("mnist")
     training = summary.training
-    figure, ((left, right),) = style.panels(1, 2)
+    figure, ((left, middle, right),) = panels(1, 3, 1.8)
     lines = plotting.plot_over(left, training, "mean_activation", x="epoch")
-    left.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    left.set(xlabel="epoch", ylabel="mean activation\n(median over hidden units)")
-    plotting.plot_loss(right, training)
-    right.legend(handles=style.entries({"training": "-", "test": ":"}), frameon=False)
-    return style.finish(figure, lines, f"{summary.conditions}; {summary.spread}")
+    left.axhline(0, color="0.6", linewidth=0.6, zorder=0)
+    left.set_ylabel("mean activation\n(median over hidden units)")
+    plotting.plot_loss(middle, training, "train")
+    plotting.plot_loss(right, training, "test")
+    for ax in (left, middle, right):
+        style.count(ax, "epoch")
+    notes = [summary.conditions, summary.spread, TRAINING_LOSS]
+    return style.finish(figure, lines, "; ".join(notes))
 
 
 if __name__ == "__main__":

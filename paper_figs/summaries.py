@@ -8,12 +8,13 @@ reads every record below a folder of ``analysis/train.py``, finished or still gr
     training.csv      a row per network and evaluation: losses, errors, median mean activation
     layers.csv        a row per network, measurement, layer and damping: averages over units
     changes.csv       a row per network and layer: deciles over units of the variance of the
-                      changes of their mean activation from evaluation to evaluation
-    provenance.json   configuration, versions, device, times
+                      changes of their mean activation from evaluation to evaluation, that of
+                      the untrained network left out
+    provenance.json   configuration, versions, devices, times
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,7 +72,8 @@ def _changes(activations: pd.DataFrame) -> pd.DataFrame:
     """Deciles over a layer's units of the variance, over time, of their mean's change."""
     finite = activations.assign(mean=activations["mean"].where(np.isfinite))
     by_unit = finite.pivot(index="iteration", columns=["layer", "unit"], values="mean")
-    variance = by_unit.diff().iloc[1:].var(ddof=0)
+    trained = by_unit[by_unit.index > 0]  # the first step off from chance would outweigh the rest
+    variance = trained.diff().iloc[1:].var(ddof=0)
     deciles = np.arange(0, 11) / 10
     table = variance.groupby(level="layer").quantile(deciles).rename("variance").reset_index()
     return table.rename(columns={"level_1": "share"})
@@ -84,18 +86,26 @@ def _provenance(runs: Sequence[Path], training: pd.DataFrame) -> dict[str, Any]:
         if {k: v for k, v in other["config"].items() if k not in NETWORK} != config:
             raise ValueError(f"{run} was configured differently from {runs[0]}")
     last = training.groupby(NETWORK)[[*WHEN, "seconds", "monitoring"]].last()
+    names = dict.fromkeys(name for run in made for name in run["versions"])
     return {
         "config": config,
-        "versions": made[0]["versions"],
-        "device": made[0]["device"],
+        "versions": {n: _all(run["versions"].get(n, "none") for run in made) for n in names},
+        "device": _all(run["device"] for run in made),
         "created": min(run["created"] for run in made),
         "networks": len(runs),
         "epochs": int(last["epoch"].min()),
         "iterations": int(last["iteration"].min()),
+        # the evaluation whose change from the one before is not in changes.csv, but all later ones
+        "changes_from_iteration": min((n for n in training["iteration"] if n > 0), default=None),
         # of one process, which trains several networks side by side
         "seconds": float(last["seconds"].max()),
         "seconds_of_monitors": float(last["monitoring"].max()),
     }
+
+
+def _all(values: Iterable[str]) -> str:
+    """What all runs have, or each that some have."""
+    return ", ".join(dict.fromkeys(values))
 
 
 def main(

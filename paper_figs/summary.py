@@ -5,7 +5,7 @@ normalisation is another, ``<preset>-bn``. summaries.py makes them.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from unitfisher.experiments.models import ACTIVATIONS
+from unitfisher.experiments.models import ACTIVATIONS, HE
 from unitfisher.experiments.presets import PRESETS
 
 FOLDER = Path(__file__).parent / "tables"
@@ -22,7 +22,14 @@ NORMALISED = "-bn"  # ends the name of a summary with batch normalisation
 NORMS = ("without batch norm", "with batch norm")
 NETWORK = ["activation", "rate", "seed"]
 PARTS = ("training", "layers", "changes")
+UNLESS_ZERO = {"momentum": "momentum", "weight_decay": "L2"}
 DIGITS = 5  # significant, in the files
+SPREAD = "mean ± sd over seeds, on logarithmic axes not below the lowest seed"
+TRAINING_LOSS = "training loss: mean over the steps since the evaluation before, as trained"
+UNNORMALISED = (
+    "with batch norm, the running statistics are the initial ones at iteration 0, where the "
+    "network is thus the one without it"
+)
 
 
 @dataclass(frozen=True)
@@ -91,13 +98,21 @@ class Summary:
     @property
     def spread(self) -> str:
         """How the seeds are shown."""
-        return "mean ± sd over seeds" if self.seeds > 1 else "a single seed: lines without spread"
+        return SPREAD if self.seeds > 1 else "a single seed: lines without spread"
+
+    @property
+    def changed_from(self) -> str:
+        """What the changes of activations are counted from."""
+        if self.provenance["changes_from_iteration"] == 0:
+            return "the change from the untrained network included"
+        return "the change from the untrained network left out"
 
     @property
     def conditions(self) -> str:
         """One line for the foot of a figure: data, network, settings, outcome, device."""
         at = self.provenance
-        device = f"{at['device']}, torch {at['versions']['torch'].split('+')[0]}"
+        torch = ", ".join(version.split("+")[0] for version in at["versions"]["torch"].split(", "))
+        device = f"{at['device']}, torch {torch}"
         note = [at["note"]] if at.get("note") else []
         return "; ".join([", ".join([*self._settings(), self.outcome]), *note, device])
 
@@ -120,22 +135,22 @@ class Summary:
         yield f"hidden {hidden}" if hidden else f"network {config['network']}"
         if config.get("norm", "none") != "none":
             yield f"{config['norm']} norm"
+        if config.get("weight_variance") not in (None, HE):
+            yield f"initial variance {config['weight_variance']:.3g} / fan-in"
         yield f"batch {config['batch_size']}"
         yield f"rate{'s' if len(rates) > 1 else ''} {', '.join(f'{rate:g}' for rate in rates)}"
+        yield from (f"{said} {config[key]:g}" for key, said in UNLESS_ZERO.items() if config[key])
         if config.get("tested"):
             yield f"first {config['tested']:,} test cases"
 
     def _extent(self) -> str:
-        """How far it got: of what was planned, and of the whole preset if that is more."""
+        """How far it got: of the whole preset, where that is more."""
         unit = f"{self.time}s"
-        planned = self.config[unit]
         preset = PRESETS.get(self.name.removesuffix(NORMALISED))
-        whole = (preset and getattr(preset, unit)) or planned
-        if self.done == planned == whole:
-            return f"{self.done:,} {unit}"
-        if self.done == planned or planned == whole:
-            return f"{self.done:,} of {whole:,} {unit}"
-        return f"{self.done:,} of {planned:,} {unit}, preset {whole:,}"
+        whole = max(self.config[unit], (preset and getattr(preset, unit)) or 0)
+        return (
+            f"{self.done:,} {unit}" if self.done == whole else f"{self.done:,} of {whole:,} {unit}"
+        )
 
     def _losses(self) -> Iterator[str]:
         """Who diverged at each rate: of how many seeds, and when that was seen last."""
@@ -148,25 +163,28 @@ class Summary:
             yield f"diverged at rate {rate:g}: {', '.join(told)}"
 
 
-def with_and_without_norm(name: str) -> tuple[dict[str, Summary], list[str]]:
-    """Read a training without and with batch normalisation, where there are tables of it.
-
-    Returns:
-        The summaries found, by one of ``NORMS``, and how the others are made.
+def with_and_without_norm(name: str) -> dict[str, Summary]:
+    """Read a training without and with batch normalisation, by one of ``NORMS``.
 
     Raises:
-        FileNotFoundError: There is neither.
+        FileNotFoundError: There are tables of neither.
     """
     found, missing = {}, []
     for norm, tables in zip(NORMS, (name, name + NORMALISED), strict=True):
         try:
             found[norm] = Summary.read(tables)
         except FileNotFoundError as error:
-            missing.append(str(error))
+            missing.append(error)
     if not found:
-        raise FileNotFoundError(missing[0])
-    fully_connected = all(summary.config["hidden"] for summary in found.values())
-    return found, [] if fully_connected else missing  # these are not built with a norm
+        raise missing[0]
+    return found
+
+
+def together(found: Mapping[str, Summary]) -> list[str]:
+    """What was run, for the foot of a figure of both: the conditions of one, and what differs."""
+    first, *more = found.items()
+    notes = [first[1].conditions, *(f"{norm}: {summary.outcome}" for norm, summary in more)]
+    return [*notes, UNNORMALISED] if NORMS[1] in found else notes
 
 
 def _commands(name: str) -> str:

@@ -1,3 +1,4 @@
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 import tables
 import workers
+from matplotlib.figure import Figure
 
 from unitfisher.experiments.markdown import spread
 
@@ -34,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> bias_shift.Config:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("figures.draw_all", lambda _, folder: [folder / "none.png"])
+    monkeypatch.setattr("figures.draw_all", lambda _, folder, __: [folder / "none.png"])
 
 
 @pytest.fixture
@@ -49,6 +51,22 @@ def test_four_figures_in_two_formats(made: bias_shift.Config) -> None:
     names = {path.stem for path in (made.folder / "figures").glob("*.p[nd][gf]")}
     assert names == {"mean_activation", "shares_per_layer", "correction_factors", "angle"}
     assert len(list((made.folder / "figures").iterdir())) == 8
+
+
+def test_figures_say_what_was_run_where(
+    made: bias_shift.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feet: list[str] = []
+
+    def keep(figure: Figure, stem: Path) -> list[Path]:
+        feet.append(figure.get_supxlabel())
+        return [stem]
+
+    monkeypatch.setattr("figures.write", keep)
+    bias_shift.main(made)
+    device = json.loads((made.folder / "digits-elu-s0" / "config.json").read_text())["device"]
+    for said in ("rate 0.01, batch 64, 2 epochs", "seeds 0", device, "Ribbons: ± sd"):
+        assert [said in " ".join(foot.split()) for foot in feet] == [True] * 4
 
 
 def test_table_has_every_quantity_of_every_activation(made: bias_shift.Config) -> None:

@@ -1,3 +1,4 @@
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ import style
 import summary
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from recorded import record
 from summaries import summarise
 from summary import Summary
@@ -139,7 +141,7 @@ def test_networks_that_have_not_begun_are_counted(empty: Path) -> None:
     waiting.mkdir()
     (waiting / "config.json").write_text("{}")
     growing = summarise("cifar100-11", [empty / "runs"])
-    assert "100 of 200 iterations, preset 165,000, 1 seed, 2 of 3 networks" in growing.conditions
+    assert "100 of 165,000 iterations, 1 seed, 2 of 3 networks" in growing.conditions
 
 
 def test_summaries_are_of_one_configuration(empty: Path) -> None:
@@ -161,12 +163,13 @@ def test_summaries_need_records(empty: Path) -> None:
     [
         (
             "cifar100-11",
-            "cifar-100, network cifar11, batch 100, rate 0.01, 165,000 iterations, 6 seeds; ",
+            "cifar-100, network cifar11, initial variance 1 / fan-in, batch 100, rate 0.01, "
+            "momentum 0.9, L2 0.0005, 165,000 iterations, 6 seeds; ",
         ),
         (
             "cifar100-11-bn",
-            "cifar-100, network cifar11, batch norm, batch 100, rate 0.01, "
-            "125,000 of 165,000 iterations, 2 seeds; ",
+            "cifar-100, network cifar11, batch norm, initial variance 1 / fan-in, batch 100, "
+            "rate 0.01, momentum 0.9, L2 0.0005, 125,000 of 165,000 iterations, 2 seeds; ",
         ),
         (
             "imagenet-15",
@@ -174,9 +177,9 @@ def test_summaries_need_records(empty: Path) -> None:
         ),
         (
             "mnist-autoencoder",
-            "mnist, hidden 1000-500-250-30-250-500-1000, batch 64, rates 0.01, 0.001, "
-            "250 of 500 epochs, 3 seeds, diverged at rate 0.01: ELU (2 of 3 by epoch 1), "
-            "SReLU (1 of 3 by epoch 1); ",
+            "mnist, hidden 1000-500-250-30-250-500-1000, initial variance 0.333 / fan-in, "
+            "batch 64, rates 0.01, 0.001, 250 of 500 epochs, 3 seeds, "
+            "diverged at rate 0.01: ELU (2 of 3 by epoch 1), SReLU (1 of 3 by epoch 1); ",
         ),
     ],
 )
@@ -217,7 +220,11 @@ def test_cifar100_has_both_values_in_three_parts(eleven: Figure) -> None:
     errors = [curves(ax)["ELU -"] for ax in eleven.axes[3:]]
     for drawn, part in zip(errors, ([*WHOLE], WHOLE[:2], WHOLE[3:]), strict=True):
         assert drawn == pytest.approx(mean[list(part)].to_numpy())
-    assert [ax.get_title() for ax in eleven.axes[:3]] == list(cifar100.QUARTERS)
+    assert [ax.get_title() for ax in eleven.axes[:3]] == [
+        "all 165,000 iterations",
+        "first quarter of these",
+        "last quarter of these",
+    ]
 
 
 def test_cifar100_has_ribbons_over_seeds(eleven: Figure) -> None:
@@ -240,7 +247,10 @@ def test_cifar100_names_the_published_errors_in_words_before(empty: Path) -> Non
 
 
 def test_cifar100_tests_paired_runs(eleven: Figure) -> None:
-    assert f"below that of ReLU (p = {1 / 64:.2g}, 6 pairs), LReLU" in foot(eleven)
+    assert (
+        f"that the final test error of ELU is lower: p = {1 / 64:.2g} against ReLU (6 pairs), "
+    ) in foot(eleven)
+    assert "not corrected for several comparisons" in foot(eleven)
 
 
 def errors(values: Sequence[float], seeds: Sequence[int] | None = None) -> pd.DataFrame:
@@ -258,8 +268,17 @@ def test_significance_of_no_difference() -> None:
     assert significance.lower(errors([1.0] * 6), errors([1.0] * 6)) == (6, 1.0)
 
 
-def test_significance_needs_six_pairs() -> None:
-    assert significance.lower(errors([1] * 9), errors([2, 2, 2, 2, 2])) == (5, None)
+def test_significance_needs_as_many_pairs_as_can_reach_five_percent() -> None:
+    assert significance.lower(errors([1] * 9), errors([2, 3, 4, 5])) == (4, None)
+    assert significance.lower(errors([1] * 9), errors([2, 3, 4, 5, 6])) == (
+        5,
+        pytest.approx(1 / 32),
+    )
+
+
+def test_a_test_that_fails_is_not_told_as_lower() -> None:
+    told = significance.told("ELU", {"ELU": errors([2, 3, 4, 5, 6]), "ReLU": errors([1] * 5)})
+    assert told.endswith("that the final test error of ELU is lower: p = 1 against ReLU (5 pairs)")
 
 
 def test_norm_compares_elu_with_each_other() -> None:
@@ -271,15 +290,12 @@ def test_norm_compares_elu_with_each_other() -> None:
     assert "ReLU with batch norm (p" not in foot(figure)  # two pairs only
 
 
-def test_norm_says_how_missing_tables_are_made(empty: Path) -> None:
+def test_norm_says_what_is_not_recorded(empty: Path) -> None:
     made(empty, "cifar100-11", SHORT, (0, 50, 200))
     figure = cifar100_norm.draw()
     assert set(curves(figure.axes[0])) == {"ELU -", "ReLU -"}
-    assert (
-        "no tables of cifar100-11-bn; make them with python analysis/train.py --preset cifar100-11 "
-        "--norm batch --out runs/cifar100-11-bn, then python paper_figs/summaries.py "
-        "runs/cifar100-11-bn --name cifar100-11-bn"
-    ) in foot(figure)
+    assert "with batch norm: not recorded" in foot(figure)
+    assert "python" not in foot(figure)
 
 
 def test_imagenet_marks_what_its_axis_reaches() -> None:
@@ -306,7 +322,7 @@ def test_table_has_ours_beside_the_published() -> None:
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1] == "yes"
     assert cells[2] == "–"
-    assert re.fullmatch(r"\d+\.\d\d \(100 of 200 iterations, preset 165,000, 1 seed\)", cells[3])
+    assert re.fullmatch(r"\d+\.\d \(100 of 165,000 iterations, 1 seed\)", cells[3])
     assert cells[4:] == ["*28.75 ± 0.24*", ours]
 
 
@@ -356,8 +372,23 @@ def test_layers_are_numbered_from_the_input() -> None:
     assert line.get_xdata().tolist() == [2, 3]
 
 
-def test_fully_connected_networks_miss_no_norm() -> None:
-    assert "no tables" not in foot(bias_shift_per_layer.draw("mnist-autoencoder"))
+def test_with_norm_the_untrained_network_is_told_to_be_without() -> None:
+    assert "running statistics are the initial ones" in foot(
+        bias_shift_per_layer.draw("cifar100-11")
+    )
+    assert "running statistics" not in foot(bias_shift_per_layer.draw("mnist-autoencoder"))
+
+
+def test_what_is_mostly_made_by_the_damping_is_told(empty: Path) -> None:
+    preset = replace(PHOTOGRAPHS, dampings=(0.6, 0.1))  # recorded with shares as large
+    made(empty, "imagenet-15", preset, (0, 100))
+    assert "(its share comes to 0.6 at damping 0.6)" in foot(
+        bias_shift_over_time.draw("imagenet-15")
+    )
+
+
+def test_little_damping_is_not_told() -> None:
+    assert "the damping makes" not in foot(bias_shift_over_time.draw("mnist-autoencoder"))
 
 
 def test_all_draws_what_it_has_tables_of(
@@ -375,9 +406,57 @@ def test_all_draws_what_it_has_tables_of(
 def test_committed_tables_of_mnist_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(summary, "FOLDER", Path(summary.__file__).parent / "tables")
     figures = [mnist.draw(), activation_changes.draw(), bias_shift_per_layer.draw("mnist")]
-    assert [len(figure.axes) for figure in figures] == [2, 8, 9]
+    assert [len(figure.axes) for figure in figures] == [3, 8, 9]
     assert all(legend(figure) == ["ELU", "SReLU", "LReLU", "ReLU"] for figure in figures)
     assert all("300 epochs, 5 seeds" in foot(figure) for figure in figures)
+
+
+def test_committed_changes_of_mnist_include_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "FOLDER", Path(summary.__file__).parent / "tables")
+    assert "the change from the untrained network included" in foot(activation_changes.draw())
+
+
+def test_changes_leave_out_the_untrained_network() -> None:
+    three_evaluations = Summary.read("imagenet-15")  # one change without it, which cannot vary
+    assert (three_evaluations.changes["variance"] == 0).all()
+    assert (Summary.read("cifar100-11").changes["variance"] > 0).any()
+    assert three_evaluations.changed_from.endswith("left out")
+
+
+def test_devices_and_versions_that_differ_are_all_named(empty: Path) -> None:
+    record(empty / "runs", SHORT, (0, 200))
+    file = empty / "runs" / "elu-lr0.01-s0" / "config.json"
+    made_elsewhere = json.loads(file.read_text())
+    made_elsewhere["device"] = "another machine"
+    made_elsewhere["versions"]["torch"] = "9.9"
+    file.write_text(json.dumps(made_elsewhere))
+    conditions = summarise("cifar100-11", [empty / "runs"]).conditions
+    assert re.search(r"another machine, .+, torch 9\.9, \d", conditions)
+
+
+def ribbon(scale: str) -> tuple[float, float]:
+    frame = pd.DataFrame({"activation": "elu", "seed": [0, 1, 2], "epoch": 1, "loss": [1.0, 1, 7]})
+    _, ax = plt.subplots()
+    ax.set_yscale(scale)
+    plotting.plot_over(ax, frame, "loss", x="epoch")
+    (drawn,) = ax.collections
+    heights = drawn.get_paths()[0].vertices[:, 1]
+    return heights.min(), heights.max()
+
+
+def test_ribbons_are_mean_and_sd() -> None:
+    assert ribbon("linear") == pytest.approx((3 - 12**0.5, 3 + 12**0.5))
+
+
+def test_ribbons_on_logarithmic_axes_end_below_at_the_lowest_seed() -> None:
+    assert ribbon("log") == pytest.approx((1, 3 + 12**0.5))
+
+
+def test_no_text_is_smaller_than_print_allows() -> None:
+    figure = bias_shift_over_time.draw("cifar100-11")
+    assert figure.get_figwidth() <= 6.75
+    written = [text for text in figure.findobj(Text) if text.get_text()]
+    assert min(text.get_fontsize() for text in written) >= 6
 
 
 def test_dashed_lines_have_hollow_markers() -> None:

@@ -12,7 +12,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator
+from matplotlib.ticker import (
+    FixedLocator,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    StrMethodFormatter,
+)
 
 from unitfisher.experiments.models import ACTIVATIONS
 
@@ -43,12 +49,9 @@ MARKERS: Final = MappingProxyType(
 )
 
 STYLES: Final = MappingProxyType[str, dict[str, Any]](
-    {
-        "-": {},
-        ":": {"linestyle": ":", "marker": ""},
-        "--": {"linestyle": "--", "markerfacecolor": "white"},
-    }
+    {"-": {}, "--": {"linestyle": "--", "markerfacecolor": "white"}}
 )
+LOSSES: Final = MappingProxyType({"train": "training loss", "test": "test loss"})
 
 Lines = dict[str, Line2D]
 
@@ -67,17 +70,18 @@ def plot_mean_activation(ax: Axes, activations: pd.DataFrame) -> Lines:
     return lines
 
 
-def plot_loss(ax: Axes, training: pd.DataFrame) -> Lines:
-    """Cross-entropy over epochs: solid in training, dotted on the test set.
+def plot_loss(ax: Axes, training: pd.DataFrame, on: Literal["train", "test"]) -> Lines:
+    """Cross-entropy over epochs, on the training or the test set.
 
     Args:
         ax: Where to draw.
         training: Columns epoch, train_loss and test_loss.
+        on: Which of them.
     """
     trained = training[training["epoch"] > 0]  # the untrained networks would set the scale
-    lines = plot_over(ax, trained, "train_loss", x="epoch")
-    plot_over(ax, trained, "test_loss", x="epoch", style=":")
-    ax.set(xlabel="epoch", ylabel="cross-entropy (nats)", yscale="log")
+    ax.set(xlabel="epoch", yscale="log", ylabel=f"{LOSSES[on]}\n(cross-entropy, nats)")
+    lines = plot_over(ax, trained, f"{on}_loss", x="epoch")
+    tick_plainly(ax)
     return lines
 
 
@@ -151,28 +155,41 @@ def plot_distribution(
 
 
 def plot_over(
-    ax: Axes, frame: pd.DataFrame, value: str, *, x: str, style: Literal["-", ":", "--"] = "-"
+    ax: Axes, frame: pd.DataFrame, value: str, *, x: str, style: Literal["-", "--"] = "-"
 ) -> Lines:
-    """Mean over seeds ± one standard deviation (within the seeds' range), over another column.
+    """Mean over seeds ± one standard deviation, over another column.
+
+    On axes that are logarithmic by then the ribbon ends below at the lowest seed: there is no
+    place for what is negative.
 
     Args:
         ax: Where to draw.
         frame: Columns ``x`` and ``value``, one row per activation, seed and x.
         value: The column to draw.
         x: The column it is drawn over.
-        style: Of the line; the markers that tell activations apart are full on a solid one,
-            hollow on a dashed one, and left out on a dotted one.
+        style: Of the line; the markers that tell activations apart are full on a solid one, and
+            hollow on a dashed one.
     """
     lines = {}
     for activation, rows in _by_activation(frame):
-        over_seeds = rows.groupby(x)[value].agg(["mean", "std", "min", "max"]).fillna({"std": 0.0})
+        over_seeds = rows.groupby(x)[value].agg(["mean", "std", "min"]).fillna({"std": 0.0})
         at, mean, sd = over_seeds.index, over_seeds["mean"], over_seeds["std"]
         look = _look(activation, len(at)) | STYLES[style]
         (lines[activation],) = ax.plot(at, mean, **look)
-        low = np.maximum(mean - sd, over_seeds["min"])  # a logarithmic axis has no place below
-        high = np.minimum(mean + sd, over_seeds["max"])
-        ax.fill_between(at, low, high, color=COLOURS[activation], alpha=0.2, linewidth=0)
+        low = np.maximum(mean - sd, over_seeds["min"]) if ax.get_yscale() == "log" else mean - sd
+        ax.fill_between(at, low, mean + sd, color=COLOURS[activation], alpha=0.2, linewidth=0)
     return lines
+
+
+def tick_plainly(ax: Axes) -> None:
+    """Write plain numbers at the ticks of a logarithmic y axis, after drawing."""
+    low, high = ax.get_ylim()
+    subs = (1.0, 2.0, 5.0) if high / low < 100 else (1.0,)
+    few, many = MaxNLocator(4), LogLocator(subs=subs, numticks=8)
+    ax.yaxis.set_major_locator(few if high / low < 4 else many)
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.set_minor_locator(LogLocator(subs=tuple(range(1, 10))))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _by_activation(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -185,8 +202,8 @@ def _look(activation: str, points: int) -> dict[str, Any]:
         "color": COLOURS[activation],
         "marker": MARKERS[activation],
         "markevery": max(1, points // 8),
-        "markersize": 4,
-        "linewidth": 1.4,
+        "markersize": 3.2,
+        "linewidth": 1.1,
         "label": ACTIVATIONS[activation].label,
     }
 
