@@ -1,24 +1,28 @@
-"""The benchmark's table, its figure and its record."""
+"""The benchmark's table, its figure and its record.
+
+    python analysis/benchmark_report.py results/benchmark-cpu
+
+draws the figure again from the record; nothing is measured.
+"""
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only; a display may be absent
-
-import matplotlib.pyplot as plt
 import torch
 from benchmark_peers import DISTRIBUTIONS
 from benchmark_results import Result
+from benchmark_scaling import Sizes
 
 from unitfisher.experiments.markdown import markdown_table
+from unitfisher.experiments.panels import finish, panels
+from unitfisher.experiments.panels import write as write_figure
 from unitfisher.native import compiled
 from unitfisher.provenance import plain, provenance
 
@@ -34,6 +38,7 @@ HEADINGS = (
     "verdict",
     "note",
 )
+SIZES = {"n": "cases", "d": "inputs", "u": "units", "C": "classes", "P": "positions"}
 
 
 def table(results: Sequence[Result]) -> str:
@@ -46,7 +51,7 @@ def save(results: Sequence[Result], folder: Path, config: Any, seconds: float) -
     record = provenance(plain(replace(config, out=None))) | conditions(seconds)
     record["versions"] |= {name: version_of(name) for name in DISTRIBUTIONS}
     write(results, folder, record, sentence(record, results))
-    draw([result for result in results if result.points], folder / "scaling.png")
+    draw([result for result in results if result.points], folder, machine(record))
 
 
 def write(
@@ -90,24 +95,32 @@ def version_of(distribution: str) -> str:
         return "not installed"
 
 
-def draw(grown: Sequence[Result], path: Path) -> None:
-    """Time of one measurement over each size, with the exponent."""
+def draw(grown: Sequence[Result], folder: Path, machine: str) -> None:
+    """Time of one measurement over each size, with the fitted exponent."""
     if not grown:
         return
-    size = 2.2 * len(grown), 2.4
-    figure, axes = plt.subplots(1, len(grown), figsize=size, squeeze=False, sharey=True)
-    for ax, result in zip(axes[0], grown, strict=True):
-        sizes = [int(each) for each in result.points]
-        ax.loglog(sizes, list(result.points.values()), "o-")
-        ax.set(xlabel=result.title.split()[-1], title=f"exponent {result.value:.2f}")
+    figure, (axes,) = panels(1, len(grown), 1.5, sharey="all")
+    for ax, result in zip(axes, grown, strict=True):
+        sizes, size = [int(each) for each in result.points], result.title.split()[-1]
+        ax.loglog(sizes, list(result.points.values()), "o-", markersize=3.2, linewidth=1.1)
+        ax.set(xlabel=f"{SIZES[size]} {size}", title=f"slope {result.value:.2f}")
         ax.set_xticks(sizes, map(str, sizes))
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-    axes[0][0].set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
-    axes[0][0].set_ylabel("one measurement (ms)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    axes[0].set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
+    axes[0].set_ylabel("one measurement (ms)")
+    fixed = ", ".join(f"{name} = {size}" for name, size in asdict(Sizes()).items())
+    finish(
+        figure,
+        [],
+        f"slope: of the least-squares line through log time over log size; {fixed} "
+        f"where not varied; medians; {machine}",
+    )
+    write_figure(figure, folder / "scaling")
+
+
+def machine(record: Mapping[str, Any]) -> str:
+    return f"{record['device']}, torch {record['versions']['torch'].split('+')[0]}"
 
 
 def _cells(result: Result) -> tuple[str, ...]:
@@ -132,3 +145,10 @@ def short(number: float | None) -> str:
     if number is None:
         return ""
     return f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
+if __name__ == "__main__":
+    for folder in map(Path, sys.argv[1:]):
+        record = json.loads((folder / "benchmark.json").read_text())
+        grown = [Result(**row) for row in record["rows"] if row["points"]]
+        draw(grown, folder, machine(record))
