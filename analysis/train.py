@@ -27,8 +27,8 @@ from tqdm import tqdm
 from unitfisher.experiments import DataNotFoundError, Dataset, DatasetName, load
 from unitfisher.experiments.allocation import keep_freed_memory
 from unitfisher.experiments.data import data_root
-from unitfisher.experiments.divergence import DivergedError
 from unitfisher.experiments.images import DamagedDataError, load_cifar
+from unitfisher.experiments.losses import DivergedError
 from unitfisher.experiments.photographs import PhotographSets, load_photographs
 from unitfisher.experiments.presets import PRESETS, Member, Preset
 from unitfisher.experiments.ranks import Ranks

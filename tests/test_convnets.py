@@ -16,8 +16,8 @@ from unitfisher.experiments.comparisons import DSN, LocalNorm, Maxout, Supervise
 from unitfisher.experiments.convnets import (
     CIFAR11,
     CIFAR18,
+    DROPOUT,
     IMAGENET15,
-    RATES,
     PyramidPool,
     all_convolutional,
     cifar11,
@@ -140,7 +140,7 @@ def test_maps_shrink_as_the_padding_convention_says(
 
 
 def test_the_pool_behind_the_output_leaves_one_position_of_the_eighteen_layers() -> None:
-    network = all_convolutional(narrow(CIFAR18), 3, Maker(seeded(0)), RATES)
+    network = all_convolutional(narrow(CIFAR18), 3, Maker(seeded(0)), DROPOUT)
     assert network[:-3](torch.randn(1, 3, 32, 32)).shape[2:] == (2, 2)
     assert network[:-2](torch.randn(1, 3, 32, 32)).shape[2:] == (1, 1)
 
@@ -247,9 +247,9 @@ def test_compared_networks_have_the_dropout_of_their_sources(name: str, rates: l
 def test_dropout_rates_must_fit_the_stacks() -> None:
     network = on_no_device(cifar11, 10)
     with pytest.raises(ValueError, match="7 dropout rates for 6 stacks"):
-        set_dropout(network, RATES)
+        set_dropout(network, DROPOUT)
     with pytest.raises(ValueError, match="layers must be one of 'last', 'all', got 'first'"):
-        set_dropout(network, RATES[:6], layers="first")
+        set_dropout(network, DROPOUT[:6], layers="first")
 
 
 @pytest.mark.parametrize(("norm", "normed"), [("none", []), ("batch", ["norm1"])])

@@ -18,11 +18,11 @@ from torch.testing import assert_close
 
 from unitfisher import Monitor
 from unitfisher.experiments import Dataset, load, mlp, train
-from unitfisher.experiments.descent import Descent
-from unitfisher.experiments.divergence import DivergedError
 from unitfisher.experiments.ensembles import Ensemble
+from unitfisher.experiments.losses import DivergedError
 from unitfisher.experiments.orders import Orders
 from unitfisher.experiments.presets import PRESETS, Member, Phase, Preset
+from unitfisher.experiments.sgd import SGD
 from unitfisher.experiments.trainer import Trainer
 from unitfisher.record import RecordExistsError
 
@@ -157,11 +157,11 @@ def test_members_of_different_forms_are_refused(other: Callable[[], nn.Sequentia
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("decay", [0.0, 0.01])
-def test_descent_is_that_of_torch_with_a_rate_per_member(momentum: float, decay: float) -> None:
+def test_sgd_is_that_of_torch_with_a_rate_per_member(momentum: float, decay: float) -> None:
     rates = torch.tensor([0.1, 0.1, 0.03])
     start = torch.randn(3, 4, 5, generator=seeded(0)), torch.randn(3, 4, generator=seeded(1))
     stacked = [x.clone() for x in start]
-    descent = Descent(stacked, rates, momentum=momentum, weight_decay=decay)
+    ours = SGD(stacked, rates, momentum=momentum, weight_decay=decay)
     apart = [[nn.Parameter(x[i].clone()) for x in start] for i in range(3)]
     optimizers = [
         torch.optim.SGD(own, lr=float(rate), momentum=momentum, weight_decay=decay)
@@ -169,7 +169,7 @@ def test_descent_is_that_of_torch_with_a_rate_per_member(momentum: float, decay:
     ]
     for seed in range(4):
         gradients = [torch.randn(x.shape, generator=seeded(seed)) for x in start]
-        descent.step(gradients)
+        ours.step(gradients)
         for i, (own, optimizer) in enumerate(zip(apart, optimizers, strict=True)):
             for parameter, gradient in zip(own, gradients, strict=True):
                 parameter.grad = gradient[i].clone()

@@ -41,7 +41,7 @@ IMAGENET15: Final[tuple[Stack, ...]] = (
     (Conv(1024, 3),) * 3,
 )
 # [R] seven rates: the last is the 11-net's output's, [I] and the last hidden stack's of the 18-net
-RATES: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.0)
+DROPOUT: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.0)
 
 
 class PyramidPool(nn.Module):
@@ -128,7 +128,7 @@ def cifar11(
     A batch (n, 3, 32, 32) becomes (n, classes). Options as of ``Maker``, which raises for them.
     """
     make = Maker(generator, activation, norm, padding, weight_variance)
-    return all_convolutional(CIFAR11, classes, make, RATES[: len(CIFAR11)])
+    return all_convolutional(CIFAR11, classes, make, DROPOUT[: len(CIFAR11)])
 
 
 def cifar18(
@@ -145,7 +145,7 @@ def cifar18(
     A batch (n, 3, 32, 32) becomes (n, classes). Options as of ``Maker``, which raises for them.
     """
     make = Maker(generator, activation, norm, padding, weight_variance)
-    return all_convolutional(CIFAR18, classes, make, RATES)
+    return all_convolutional(CIFAR18, classes, make, DROPOUT)
 
 
 def imagenet15(

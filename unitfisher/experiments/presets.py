@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
-from unitfisher.experiments.convnets import RATES
+from unitfisher.experiments.convnets import DROPOUT
 from unitfisher.experiments.data import DatasetName
 from unitfisher.experiments.models import HE, ActivationName
 from unitfisher.experiments.tasks import TaskName
@@ -185,10 +185,10 @@ _CIFAR18 = Preset(
     momentum=0.9,
     weight_decay=5e-4,
     phases=(
-        Phase(0, 1.0, RATES),
-        Phase(35_000, 0.1, RATES),
-        Phase(70_000, 0.1, RATES, "all"),
-        Phase(120_000, 0.01, tuple(1.5 * rate for rate in RATES), "all"),
+        Phase(0, 1.0, DROPOUT),
+        Phase(35_000, 0.1, DROPOUT),
+        Phase(70_000, 0.1, DROPOUT, "all"),
+        Phase(120_000, 0.01, tuple(1.5 * rate for rate in DROPOUT), "all"),
     ),
     probe=256,
     units=4,

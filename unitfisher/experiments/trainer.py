@@ -21,20 +21,20 @@ from torch import Tensor
 
 from unitfisher.experiments import checkpoints
 from unitfisher.experiments.data import Dataset
-from unitfisher.experiments.descent import Descent
-from unitfisher.experiments.divergence import Losses
 from unitfisher.experiments.ensembles import Ensemble
+from unitfisher.experiments.losses import Losses
 from unitfisher.experiments.networks import networks_of
 from unitfisher.experiments.norms import share_norms
 from unitfisher.experiments.photographs import PhotographSets
 from unitfisher.experiments.presets import Member, Phase, Preset
 from unitfisher.experiments.ranks import ALONE, Ranks
+from unitfisher.experiments.sgd import SGD
 from unitfisher.experiments.sources import source_of
 from unitfisher.experiments.stacks import set_dropout
 from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.watching import Moment, Watches
 
-DROPOUT = 2**33  # added for every further process, for its own dropout
+DROPOUT_SEED = 2**33  # added for every further process, for its own dropout
 
 
 class Progress(NamedTuple):
@@ -94,7 +94,7 @@ class Trainer:
                 share_norms(network)
         self.ensemble = Ensemble(networks).to(self.device)
         self.parameters: list[Tensor] = list(self.ensemble.parameters())
-        self.descent = Descent(
+        self.optimizer = SGD(
             self.parameters,
             torch.tensor([member.rate for member in members], device=self.device),
             momentum=preset.momentum,
@@ -110,7 +110,7 @@ class Trainer:
         self.stopped = self._stop_asked = False
         self.losses = Losses(self.members, self.device, self.checkpoint, aloud=ranks.is_first)
         # of dropout, which draws from torch's own generator
-        torch.manual_seed(members[0].seed + DROPOUT * ranks.rank)
+        torch.manual_seed(members[0].seed + DROPOUT_SEED * ranks.rank)
         recorded = zip(self.members, self.ensemble.members, strict=True)
         self.watches = Watches(
             preset, recorded if ranks.is_first else (), self.source, folder, resume=resume
@@ -178,7 +178,7 @@ class Trainer:
         cases = x.shape[1] if self.ranks.size > 1 else 1  # by which means become sums that add up
         gradients = torch.autograd.grad(losses.sum() * cases, self.parameters)
         *averaged, loss = self.ranks.averaged([*gradients, losses.detach() * cases], cases)
-        self.descent.step(averaged, phase.factor)
+        self.optimizer.step(averaged, phase.factor)
         self.losses.add(loss)
         self.iteration += 1
 
@@ -203,7 +203,7 @@ class Trainer:
             "seconds": self.seconds,
             "monitoring": self.monitoring,
             "ensemble": self.ensemble.state_dict(),
-            "descent": self.descent.state(),
+            "descent": self.optimizer.state(),
             "source": self.source.state(),
             **self.losses.state(),
             "watches": self.watches.state(),
@@ -220,7 +220,7 @@ class Trainer:
         self.iteration, self.seconds = state["iteration"], state["seconds"]
         self.monitoring = state["monitoring"]
         self.ensemble.load_state_dict(state["ensemble"])
-        self.descent.load(state["descent"])
+        self.optimizer.load(state["descent"])
         self.source.load(state["source"])
         self.losses.load(state)
         if self.ranks.is_first:

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-class Descent:
-    """SGD with momentum and L2 penalty as torch.optim.SGD has them, and a rate per member.
+class SGD:
+    """As torch.optim.SGD with momentum and L2 penalty, and a learning rate per member.
 
     torch.optim has one rate for a tensor; here a tensor holds all members' weights.
 
