@@ -1,6 +1,7 @@
 """An ensemble's members train as each would alone."""
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -402,8 +403,15 @@ def test_a_training_resumed_in_a_phase_that_names_no_dropout_has_the_one_before_
 
 @pytest.mark.parametrize(
     "change",
-    [{"epochs": 0}, {"seeds": ()}, {"measurements": 1}, {"phases": (Phase(9), Phase(0))}],
-    ids=["epochs", "seeds", "measurements", "phases"],
+    [
+        *({"epochs": 0}, {"seeds": ()}, {"seeds": (-1,)}, {"seeds": (1, 1)}, {"measurements": 1}),
+        *({"phases": (Phase(9), Phase(0))}, {"hidden": ()}, {"hidden": (8, 0)}),
+        *({"rates": (0.1, -1.0)}, {"rates": (math.nan,)}, {"momentum": 1.5}, {"momentum": -0.1}),
+        *({"weight_decay": -1e-4}, {"weight_variance": 0.0}, {"dampings": (-1.0,)}),
+        *({"phases": (Phase(0, -1.0),)}, {"phases": (Phase(-1),)}),
+        {"phases": (Phase(0, 1.0, (1.0,)),)},
+    ],
+    ids=str,
 )
 def test_impossible_presets_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
@@ -419,3 +427,30 @@ def test_losses_are_minus_log_likelihoods() -> None:
     assert_close(TASKS["reconstruction"].loss(z, x), gaussian)
     bernoulli = -(x * F.logsigmoid(z) + (1 - x) * F.logsigmoid(-z)).sum(1)
     assert_close(TASKS["bernoulli-reconstruction"].loss(z, x), bernoulli)
+
+
+NORMED = replace(SMALL, norm="batch", epochs=1)
+
+
+def test_normalised_networks_have_a_norm_before_every_activation() -> None:
+    names = [name for name, _ in mlp([5, 4, 3, 2], "elu", seeded(0), norm="batch").named_children()]
+    assert names == ["hidden1", "norm1", "act1", "hidden2", "norm2", "act2", "output"]
+
+
+def test_batch_normalisation_draws_nothing() -> None:
+    plain, normed = (mlp([5, 4, 2], "elu", seeded(0), norm=norm) for norm in ("none", "batch"))
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(normed.get_parameter(name), parameter)
+
+
+def test_normalised_members_end_where_a_single_run_of_their_seed_ends(tmp_path: Path) -> None:
+    with Trainer(NORMED, NORMED.members, few(), tmp_path) as trainer:
+        for _ in trainer:
+            pass
+    for member, found in zip(NORMED.members, trainer.ensemble.members, strict=True):
+        generator = seeded(member.seed)
+        alone = mlp([64, 16, 12, 10], member.activation, generator, norm="batch")
+        for _ in train(alone, few(), 1, generator):
+            pass
+        assert sum(isinstance(module, nn.BatchNorm1d) for module in found.modules()) == 2
+        assert_close(found.state_dict(), alone.state_dict(), rtol=1e-4, atol=1e-5)

@@ -5,7 +5,7 @@ as for the paper's own networks, not as in these files. Pooling rounds up, as in
 """
 
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +62,24 @@ class Maxout(nn.Module):
 class Supervised(NamedTuple):
     """What DSN returns in training mode; a Monitor takes the ``logits``."""
 
-    logits: Float[Tensor, "n c"]
-    companions: tuple[Float[Tensor, "n c"], ...]
+    logits: Float[Tensor, "*m n c"]
+    companions: tuple[Float[Tensor, "*m n c"], ...]
+
+
+def classifiers(outputs: Any) -> tuple[Tensor, ...]:
+    """Return the logits of every classifier that is trained: the network's, then its companions'.
+
+    Raises:
+        ValueError: The network returns something else.
+    """
+    if isinstance(outputs, Supervised):
+        return outputs.logits, *outputs.companions
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            f"the network returns {type(outputs).__name__} in training; what can be trained "
+            "returns a tensor, or Supervised"
+        )
+    return (outputs,)
 
 
 class DSN(nn.Module):

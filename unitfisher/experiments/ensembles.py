@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
+from torch.utils._pytree import tree_map
 
 from unitfisher.experiments.norms import SharedBatchNorm
 
@@ -34,10 +35,9 @@ class Ensemble(nn.Module):
         self.stacked = _stacked(members, "")
         self._forms = tuple(members)
 
-    def forward(self, x: Float[Tensor, "m n ..."]) -> Float[Tensor, "m n ..."]:
-        """Let each member see its own cases."""
-        outputs: Tensor = self.stacked(x)
-        return outputs
+    def forward(self, x: Float[Tensor, "m n ..."]) -> Any:
+        """Let each member see its own cases; what a member returns comes back stacked."""
+        return self.stacked(x)
 
     @property
     def members(self) -> tuple[nn.Module, ...]:
@@ -133,15 +133,15 @@ class Vmapped(nn.Module):
         self._form = [modules[0]]  # in a list: its parameters are not the ensemble's
         self._speaks = any(isinstance(m, SharedBatchNorm) for m in modules[0].modules())
 
-    def forward(self, x: Float[Tensor, "m n ..."]) -> Float[Tensor, "m n ..."]:
+    def forward(self, x: Float[Tensor, "m n ..."]) -> Any:
         one = partial(_called, self._form[0].train(self.training))
         state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         if x.device.type == "cpu" or self._speaks:
             apart = zip(*(tensor.unbind() for tensor in state.values()), strict=True)
             own = [dict(zip(state, tensors, strict=True)) for tensors in apart]
-            return torch.stack([one(*of) for of in zip(own, x.unbind(), strict=True)])
-        outputs: Tensor = vmap(one, randomness="different")(state, x)
-        return outputs
+            outputs = [one(*of) for of in zip(own, x.unbind(), strict=True)]
+            return tree_map(lambda *each: torch.stack(each), *outputs)
+        return vmap(one, randomness="different")(state, x)
 
 
 def _called(form: nn.Module, state: dict[str, Tensor], x: Tensor) -> Any:

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from unitfisher.choices import require_choice
+
 ActivationName = Literal["relu", "lrelu", "srelu", "elu", "prelu", "gelu", "silu", "selu"]
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 HE: Final = 2.0  # variance of initial weights, times fan-in
@@ -50,6 +52,7 @@ def mlp(
     generator: torch.Generator,
     *,
     weight_variance: float = HE,
+    norm: str = "none",
 ) -> nn.Sequential:
     """Stack ``hidden1``, ``act1``, ``hidden2``, ..., ``output``.
 
@@ -60,16 +63,20 @@ def mlp(
         activation: A key of ``ACTIVATIONS``.
         generator: Draws the weights from a uniform distribution about 0; biases start at 0.
         weight_variance: Of the weights, times fan-in: 1/3 is that of torch's own layers.
+        norm: "none", or "batch": normalisation ``norm1``, ... before each activation.
 
     Raises:
-        ValueError: There is no such activation.
+        ValueError: There is no such activation or normalisation.
     """
+    require_choice("norm", norm, ("none", "batch"))
     if activation not in ACTIVATIONS:
         raise ValueError(f"no activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     for i, (fan_in, fan_out) in enumerate(pairwise(sizes[:-1]), start=1):
         layer = nn.Linear(fan_in, fan_out, device="meta")
         parts[f"hidden{i}"] = drawn(layer, weight_variance, generator)
+        if norm == "batch":
+            parts[f"norm{i}"] = nn.BatchNorm1d(fan_out)
         parts[f"act{i}"] = ACTIVATIONS[activation].module()
     output = nn.Linear(sizes[-2], sizes[-1], device="meta")
     parts["output"] = drawn(output, weight_variance, generator)

@@ -1,7 +1,6 @@
-"""Every network by its name, and those of a preset."""
+"""Every convolutional network by its name."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from inspect import signature
 from types import MappingProxyType
@@ -12,11 +11,7 @@ from torch import nn
 
 from unitfisher.experiments.comparisons import all_cnn_c, cuda_convnet, dsn, maxout, nin
 from unitfisher.experiments.convnets import cifar11, cifar18, imagenet15
-from unitfisher.experiments.models import HE, mlp
 from unitfisher.experiments.packages import PACKAGES, model_of
-from unitfisher.experiments.presets import Member, Preset
-from unitfisher.experiments.sources import Source
-from unitfisher.experiments.tasks import TASKS
 
 NETWORKS: Final = MappingProxyType[str, Callable[..., nn.Module]](
     {
@@ -72,46 +67,5 @@ def build(
     options = {option: value for option, value in given.items() if value is not None}
     refused = [option for option in options if option not in signature(builder).parameters]
     if refused:
-        raise ValueError(
-            f"{name} has its own {' and '.join(refused)}: leave None there (in a preset, norm none)"
-        )
+        raise ValueError(f"{name} has its own {' and '.join(refused)}: leave None there")
     return builder(classes, generator, **options)
-
-
-def networks_of(
-    preset: Preset,
-    members: Sequence[Member],
-    generators: Sequence[torch.Generator],
-    source: Source,
-) -> list[nn.Sequential]:
-    """Build each member's network, with the weights that its seed draws.
-
-    Raises:
-        ValueError: The preset's network, or an option of it, is unknown.
-    """
-    networks = []
-    for member, generator in zip(members, generators, strict=True):
-        generator.manual_seed(member.seed)  # a seed's members start alike, and leave it alike
-        networks.append(_network(preset, member, generator, source))
-    return networks
-
-
-def _network(
-    preset: Preset, member: Member, generator: torch.Generator, source: Source
-) -> nn.Sequential:
-    if preset.network == "mlp":
-        inputs = source.shape.numel()
-        sizes = [inputs, *preset.hidden, TASKS[preset.task].outputs(inputs, source.classes)]
-        variance = HE if preset.weight_variance is None else preset.weight_variance
-        return mlp(sizes, member.activation, generator, weight_variance=variance)
-    norm = preset.norm if preset.norm != "none" else None
-    built = build(
-        preset.network,
-        source.classes,
-        member.activation,
-        generator,
-        norm=norm,
-        padding=preset.padding,
-        weight_variance=preset.weight_variance,
-    )
-    return built if isinstance(built, nn.Sequential) else nn.Sequential(OrderedDict(network=built))

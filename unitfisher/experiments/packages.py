@@ -47,7 +47,10 @@ def _replace_relus(network: nn.Module, make: Maker) -> None:
     modules = network.named_modules(remove_duplicate=False)
     names = [name for name, module in modules if type(module) is nn.ReLU]
     if not names:
-        raise ValueError(f"{type(network).__name__} has no nn.ReLU to replace: activation=None")
+        raise ValueError(
+            f"{type(network).__name__} has no nn.ReLU to replace: leave it its own activation, "
+            "None (in a preset, activations=('own',))"
+        )
     for name in names:
         network.set_submodule(name, make.act())
 

@@ -4,22 +4,30 @@
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
 from unitfisher.experiments.convnets import DROPOUT
 from unitfisher.experiments.data import DatasetName
 from unitfisher.experiments.models import HE, ActivationName
+from unitfisher.experiments.options import (
+    OF_A_PHASE,
+    OF_A_PRESET,
+    require_fitting,
+    require_ranges,
+    require_several,
+)
 from unitfisher.experiments.tasks import TaskName
 
 PresetData = Literal[DatasetName, "cifar-10", "cifar-100", "photographs"]
+PresetActivation = Literal[ActivationName, "own"]
 
 
 class Member(NamedTuple):
     """What tells one training of a preset from the others."""
 
-    activation: ActivationName
+    activation: PresetActivation
     rate: float
     seed: int
 
@@ -56,12 +64,12 @@ class Preset:
     """Of the initial weights, times fan-in: 2 as of He, 1/3 as of torch's own layers. None: the
     network's own, He's of "mlp" and of the paper's; the others take nothing else."""
     norm: Literal["none", "batch"] = "none"
-    """Batch normalisation before every activation of a convolutional network, or none."""
+    """Batch normalisation before every activation, or none."""
     padding: Literal["caffe", "same"] | None = None
     """Of convolutions: floor(size / 2) and pooling that rounds up, or the map's size kept."""
     task: TaskName = "classification"
-    """What the output is for: a softmax over classes, or the input again (½ Σ_pixels error²
-    behind a linear output; cross-entropy behind a sigmoid, if Bernoulli)."""
+    """What the output is for: a softmax over classes (or DSN's squared hinge), or the input again
+    (½ Σ_pixels error² behind a linear output; cross-entropy behind a sigmoid, if Bernoulli)."""
     preprocessing: Literal["none", "zca"] = "none"
     """Images as they are, or global contrast normalisation and ZCA whitening."""
     side: int = 256
@@ -70,8 +78,8 @@ class Preset:
     """Pixels of height and width that are seen of them: cropped at random, mirrored or not."""
     augmented: bool = False
     """Pad by 4 zeros, crop at random, flip half of the images: a draw for each image."""
-    activations: tuple[ActivationName, ...] = ("relu", "lrelu", "srelu", "elu")
-    """Activation functions to compare."""
+    activations: tuple[PresetActivation, ...] = ("relu", "lrelu", "srelu", "elu")
+    """Activation functions to compare; "own" leaves a network the one it was published with."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """A seed decides initial weights and order of the data, the same for every activation."""
     rates: tuple[float, ...] = (0.01,)
@@ -104,21 +112,15 @@ class Preset:
     """Dampings at which k, s·c and the angles are recorded."""
 
     def __post_init__(self) -> None:
-        whole = ("epochs", "iterations", "every", "batch_size", "probe", "tested", "units", "rows")
-        for name in whole:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} = {value}, but must be 1 or more")
-        for name in ("activations", "seeds", "rates", "dampings"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty: name at least one")
-        if self.network == "mlp" and not self.hidden:
-            raise ValueError("hidden is empty: name the width of at least one layer")
-        if self.measurements < 2:
-            raise ValueError("measurements must be 2 or more: before and after training")
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        require_several(options, "activations", "seeds", "rates", "dampings")
+        require_ranges(options, OF_A_PRESET)
+        for i, phase in enumerate(self.phases):
+            require_ranges(phase._asdict(), OF_A_PHASE, f"phases.{i}.")
         starts = [phase.start for phase in self.phases]
         if starts != sorted(set(starts)):
             raise ValueError(f"phases start at {starts}: name them in order, once each")
+        require_fitting(options)
 
     @property
     def members(self) -> list[Member]:
@@ -148,10 +150,12 @@ class Preset:
         return now
 
 
-# [R] everything but what follows; [I] batch (100 is stated for the larger network only), biases
-# penalised too, padding as Caffe has it, dropout between activation and pooling, half of He's
-# initial variance: from He's, SReLU's and ELU's networks of 11 layers diverge at the paper's rate
-# on whitened images (results/divergence)
+# [R] everything but what follows, and 10 runs, of which [I] one is the default; [I] batch (100 is
+# stated for the larger network only), the L2 penalty on biases too, and on γ, β and PReLU's slope
+# where there are any, batch normalisation before the activation, padding as Caffe has it, dropout
+# between activation and pooling, its masks not those of another activation of the same seed, half
+# of He's initial variance: from He's, SReLU's and ELU's networks of 11 layers diverge at the
+# paper's rate on whitened images (results/divergence)
 _CIFAR11 = Preset(
     "cifar-100",
     "cifar11",
@@ -218,9 +222,10 @@ PRESETS: Final = MappingProxyType(
         "cifar10-11": replace(_CIFAR11, dataset="cifar-10"),
         "cifar100-18": _CIFAR18,
         "cifar10-18": replace(_CIFAR18, dataset="cifar-10"),
-        # [R] network, L2, dropout, resizing, crops; [I] batch, momentum, steps, rate and its decay,
-        # bins of the pyramid, half of He's initial variance: from He's, ELU's network diverges at
-        # rate 1e-2, and at 1e-3 with batches of 8 small photographs (results/divergence)
+        # [R] network, L2, dropout, resizing, crops; [I] pixels in [0, 1] before the mean is
+        # subtracted, batch, momentum, steps, rate and its decay, bins of the pyramid, half of He's
+        # initial variance: from He's, ELU's network diverges at rate 1e-2, and at 1e-3 with batches
+        # of 8 small photographs (results/divergence)
         "imagenet-15": Preset(
             "photographs",
             "imagenet15",

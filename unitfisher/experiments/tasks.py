@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-TaskName = Literal["classification", "reconstruction", "bernoulli-reconstruction"]
+TaskName = Literal["classification", "squared-hinge", "reconstruction", "bernoulli-reconstruction"]
 
 
 class Task(NamedTuple):
-    """A task: ``loss`` is minus the log-likelihood of each case, up to a constant."""
+    """A task: ``loss`` is minus the log-likelihood of each case, up to a constant.
+
+    The squared hinge has none: there Fishers are of the softmax of the same outputs.
+    """
 
     likelihood: Literal["categorical", "gaussian", "bernoulli"]
     loss: Callable[[Tensor, Tensor], Float[Tensor, " n"]]
@@ -45,6 +48,12 @@ def _cross_entropy(logits: Float[Tensor, "n c"], y: Tensor) -> Float[Tensor, " n
     return F.cross_entropy(logits, y, reduction="none")
 
 
+def _squared_hinge(outputs: Float[Tensor, "n c"], y: Tensor) -> Float[Tensor, " n"]:
+    """One classifier against the rest for each class, as in DSN on CIFAR-10."""
+    sign = 1 - 2 * F.one_hot(y, outputs.shape[1])
+    return (1 + sign * outputs).relu().square().sum(1)
+
+
 def _half_squared_error(outputs: Float[Tensor, "n d"], x: Tensor) -> Float[Tensor, " n"]:
     return (outputs - x).square().sum(1) / 2
 
@@ -56,6 +65,7 @@ def _binary_cross_entropy(logits: Float[Tensor, "n d"], x: Tensor) -> Float[Tens
 TASKS: Final = MappingProxyType[TaskName, Task](
     {
         "classification": Task("categorical", _cross_entropy),
+        "squared-hinge": Task("categorical", _squared_hinge),
         "reconstruction": Task("gaussian", _half_squared_error),
         "bernoulli-reconstruction": Task("bernoulli", _binary_cross_entropy),
     }

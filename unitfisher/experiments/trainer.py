@@ -20,10 +20,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unitfisher.experiments import checkpoints
+from unitfisher.experiments.comparisons import classifiers
 from unitfisher.experiments.data import Dataset
 from unitfisher.experiments.ensembles import Ensemble
 from unitfisher.experiments.losses import Losses
-from unitfisher.experiments.networks import networks_of
+from unitfisher.experiments.members import networks_of
 from unitfisher.experiments.norms import share_norms
 from unitfisher.experiments.photographs import PhotographSets
 from unitfisher.experiments.presets import Member, Phase, Preset
@@ -237,9 +238,13 @@ class Trainer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _losses(self, outputs: Tensor, target: Tensor) -> Float[Tensor, " m"]:
-        shape = outputs.shape[:2]
-        return self.task.loss(outputs.flatten(0, 1), target.flatten(0, 1)).view(shape).mean(1)
+    def _losses(self, outputs: Any, target: Tensor) -> Float[Tensor, " m"]:
+        """Each member's mean over its cases, summed over its classifiers: DSN has companions."""
+        of_cases = [
+            self.task.loss(logits.flatten(0, 1), target.flatten(0, 1)).view(logits.shape[:2])
+            for logits in classifiers(outputs)
+        ]
+        return torch.stack(of_cases).sum(0).mean(1)
 
     def _enter_phase(self) -> Phase:
         phase = self.preset.phase(self.iteration)
