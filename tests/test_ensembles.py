@@ -8,18 +8,21 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import FORKED
 from torch import nn
 from torch.testing import assert_close
 
 from unitfisher import Monitor
 from unitfisher.experiments import Dataset, load, mlp, train
 from unitfisher.experiments.ensembles import Ensemble
+from unitfisher.experiments.locks import FolderInUseError
 from unitfisher.experiments.losses import DivergedError
 from unitfisher.experiments.orders import Orders
 from unitfisher.experiments.presets import PRESETS, Member, Phase, Preset
@@ -427,6 +430,67 @@ def test_losses_are_minus_log_likelihoods() -> None:
     assert_close(TASKS["reconstruction"].loss(z, x), gaussian)
     bernoulli = -(x * F.logsigmoid(z) + (1 - x) * F.logsigmoid(-z)).sum(1)
     assert_close(TASKS["bernoulli-reconstruction"].loss(z, x), bernoulli)
+
+
+def listing(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rates": (0.02,)}, {"seeds": (0, 1, 2)}, {"units": 5}],
+    ids=["rate", "seed", "units"],
+)
+def test_a_refused_resume_leaves_the_folder_as_it_was(
+    change: dict[str, object], tmp_path: Path
+) -> None:
+    with Trainer(SMALL, SMALL.members, few(), tmp_path) as trainer:
+        trainer.save()
+    before = listing(tmp_path)
+    other = replace(SMALL, **change)
+    with pytest.raises(ValueError, match="resume"):
+        Trainer(other, other.members, few(), tmp_path, resume=True)
+    assert listing(tmp_path) == before
+
+
+def test_a_refused_beginning_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    with Trainer(SMALL, SMALL.members, few(), tmp_path):
+        before = listing(tmp_path)
+    other = replace(SMALL, seeds=(2, 0))
+    with pytest.raises(RecordExistsError, match="resume=True"):
+        Trainer(other, other.members, few(), tmp_path)
+    assert listing(tmp_path) == before
+
+
+def test_a_checkpoint_of_networks_of_another_form_is_refused(tmp_path: Path) -> None:
+    with Trainer(SMALL, SMALL.members, few(), tmp_path) as trainer:
+        state = trainer.state()
+    state["ensemble"]["stacked.norm1.weight"] = torch.ones(4, 16)
+    torch.save(state, trainer.checkpoint)
+    with pytest.raises(ValueError, match=r"another form .*stacked.norm1.weight.*begin anew"):
+        Trainer(SMALL, SMALL.members, few(), tmp_path, resume=True)
+
+
+def train_on(folder: Path, held: Event, end: Event) -> None:
+    with Trainer(SMALL, SMALL.members, few(), folder) as trainer:
+        trainer.save()
+        held.set()
+        end.wait()
+
+
+def test_a_second_process_waits_until_the_first_is_gone_however_it_went(tmp_path: Path) -> None:
+    held, end = FORKED.Event(), FORKED.Event()
+    first = FORKED.Process(target=train_on, args=(tmp_path, held, end))
+    first.start()
+    assert held.wait(60)
+    before = listing(tmp_path)
+    with pytest.raises(FolderInUseError, match=f"{tmp_path} is trained in by another process"):
+        Trainer(SMALL, SMALL.members, few(), tmp_path, resume=True)
+    assert listing(tmp_path) == before
+    first.kill()
+    first.join()
+    with Trainer(SMALL, SMALL.members, few(), tmp_path, resume=True) as trainer:
+        trainer.step()
 
 
 NORMED = replace(SMALL, norm="batch", epochs=1)

@@ -81,6 +81,20 @@ def require_own(
         )
 
 
+def require_form(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse the parameters of networks of another form.
+
+    Raises:
+        ValueError: Names some that are not of both, or differ in shape.
+    """
+    found, expected = ({(key, tuple(t.shape)) for key, t in of.items()} for of in (state, own))
+    if differing := sorted({key for key, _ in found ^ expected}):
+        raise ValueError(
+            f"{path} is of networks of another form (they differ in {', '.join(differing[:3])}): "
+            "resume with the version that began it, or begin anew in another folder"
+        )
+
+
 def random_states(device: torch.device) -> list[Tensor]:
     """Return what torch's own generators will draw from, in this process."""
     on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []

@@ -12,17 +12,19 @@ runs/mnist/
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from unitfisher.experiments import checkpoints
 from unitfisher.experiments.comparisons import classifiers
 from unitfisher.experiments.data import Dataset
 from unitfisher.experiments.ensembles import Ensemble
+from unitfisher.experiments.locks import FolderLock
 from unitfisher.experiments.losses import Losses
 from unitfisher.experiments.members import networks_of
 from unitfisher.experiments.norms import share_norms
@@ -63,9 +65,11 @@ class Trainer:
 
     Raises:
         DamagedDataError: The checkpoint cannot be read.
+        FolderInUseError: Another process trains in the folder.
         RecordExistsError: The folder holds these runs, and ``resume`` is not given.
-        ValueError: The runs there were configured differently, the checkpoint is of another
-            version's form, or several processes cannot share the batches.
+        ValueError: The runs there are others, or were configured differently, the checkpoint is of
+            another version's form, or several processes cannot share the batches. The folder is
+            as it was.
     """
 
     def __init__(
@@ -112,10 +116,7 @@ class Trainer:
         self.losses = Losses(self.members, self.device, self.checkpoint, aloud=ranks.is_first)
         # of dropout, which draws from torch's own generator
         torch.manual_seed(members[0].seed + DROPOUT_SEED * ranks.rank)
-        recorded = zip(self.members, self.ensemble.members, strict=True)
-        self.watches = Watches(
-            preset, recorded if ranks.is_first else (), self.source, folder, resume=resume
-        )
+        self._opened = ExitStack()
         try:
             self._begin(resume)
         except BaseException:
@@ -123,11 +124,25 @@ class Trainer:
             raise
 
     def _begin(self, resume: bool) -> None:
-        """Go on from the checkpoint if there is one to go on from."""
+        """Open the records, and go on from the checkpoint if there is one to go on from."""
+        state = None
         if resume and self.checkpoint.exists():
-            self.load(checkpoints.read(self.checkpoint, self.device))
+            state = checkpoints.read(self.checkpoint, self.device)
+            self._require_own(state)  # before anything is opened, and so left behind
+        folder, recorded = self.checkpoint.parent, dict[Member, nn.Module]()
+        if self.ranks.is_first:
+            self._opened.callback(FolderLock(folder).release)
+            recorded.update(zip(self.members, self.ensemble.members, strict=True))
+        self.watches = Watches(self.preset, recorded, self.source, folder, resume=resume)
+        self._opened.callback(self.watches.close)
+        if state is not None:
+            self.load(state)
         else:
             self.watches.clear()  # of a training that was killed before its first checkpoint
+
+    def _require_own(self, state: Mapping[str, Any]) -> None:
+        checkpoints.require_own(state, self.members, self.device, self.ranks, self.checkpoint)
+        checkpoints.require_form(state["ensemble"], self.ensemble.state_dict(), self.checkpoint)
 
     @property
     def epoch(self) -> int:
@@ -215,9 +230,10 @@ class Trainer:
         """Go on from `state`; records lose the rows that came after it.
 
         Raises:
-            ValueError: The state is of other members or processes, or of another version's form.
+            ValueError: The state is of other members, networks or processes, or of another
+                version's form.
         """
-        checkpoints.require_own(state, self.members, self.device, self.ranks, self.checkpoint)
+        self._require_own(state)
         self.iteration, self.seconds = state["iteration"], state["seconds"]
         self.monitoring = state["monitoring"]
         self.ensemble.load_state_dict(state["ensemble"])
@@ -229,8 +245,8 @@ class Trainer:
         checkpoints.load_random(state["random"], self.device, self.ranks)
 
     def close(self) -> None:
-        """Write what was recorded; safe to call twice."""
-        self.watches.close()
+        """Write what was recorded, and leave the folder to others; safe to call twice."""
+        self._opened.close()
 
     def __enter__(self) -> "Trainer":
         return self

@@ -18,6 +18,7 @@ from unitfisher.experiments.sources import Source
 from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.training import evaluate
 from unitfisher.outputs import UnitMeans
+from unitfisher.record import RecordExistsError
 
 TABLES = ("training", "activations", "path", "finished")  # beside the Monitor's own
 
@@ -83,7 +84,8 @@ class Watch:
 
         Args:
             when: The epoch that has ended; 0 before training.
-            loss: Mean over the epoch's steps, as they were taken.
+            loss: Mean over the epoch's steps, as they were taken: with dropout and augmentation,
+                and companions' losses in it.
             measure: Measure Fishers too, if it is time: of finite networks.
         """
         x, y = self.probe
@@ -146,16 +148,18 @@ class Watches:
     def __init__(
         self,
         preset: Preset,
-        networks: Iterable[tuple[Member, nn.Module]],
+        networks: Mapping[Member, nn.Module],
         source: Source,
         folder: Path,
         *,
         resume: bool = False,
     ) -> None:
+        for member in () if resume else networks:
+            _require_new(folder / member.name)  # all of them, before the first is made
         with ExitStack() as opened:
             self.each = [
                 opened.enter_context(Watch(preset, member, model, source, folder, resume=resume))
-                for member, model in networks
+                for member, model in networks.items()
             ]
             self._opened = opened.pop_all()
 
@@ -186,9 +190,17 @@ class Watches:
         self._opened.close()
 
 
+def _require_new(folder: Path) -> None:
+    if (folder / "config.json").exists():
+        raise RecordExistsError(
+            f"{folder} already holds a run; choose another folder, or continue with resume=True"
+        )
+
+
 def _hidden(name: str, module: nn.Module) -> bool:
     """Say whether this is a layer of units that are observed: all but the output."""
-    return isinstance(module, nn.Linear | nn.Conv2d) and name.split(".")[-1] != "output"
+    outputs = {"output", "companions"} & set(name.split("."))
+    return isinstance(module, nn.Linear | nn.Conv2d) and not outputs
 
 
 def _columns(when: Moment) -> dict[str, Any]:
