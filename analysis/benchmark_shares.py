@@ -27,7 +27,7 @@ def of_share(name: str, config: Config) -> Result:
     with opened(preset, data, config) as t:
         step = median(timed(t.step, config.rounds))
         t.ensemble.eval()
-        watch, evaluations = t.watches[-1], t.iterations // t.every + 1
+        watch, evaluations = t.watches.each[-1], t.iterations // t.every + 1
         measured = sorted(watch.measured)
         recorded(watch, measured[1])
         plain_record = [recorded(watch, 1) for _ in range(config.rounds)]

@@ -44,7 +44,7 @@ class Config:
     """Photographs at a time."""
     cifar_batch: int = 100
     """Images at a time for the network of 11 layers."""
-    shares: tuple[str, ...] = ("mnist", "cifar100-11")
+    shares: tuple[str, ...] = ("mnist", "mnist-autoencoder", "cifar100-11")
     """Presets whose Monitors' share of the time is estimated."""
     out: Path | None = None
     """Folder of table and JSON; default runs/benchmark-training-<device>."""

@@ -1,6 +1,7 @@
 import json
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import benchmark_measure as measuring
 import benchmark_memory
 import benchmark_photographs as photographs
 import benchmark_results as results
+import benchmark_shares as shares
 import benchmark_timing as timing
 import benchmark_training as training
 import pytest
@@ -18,6 +20,8 @@ import torch
 from benchmark_rows import ROWS, Row, peer
 from benchmark_scaling import Sizes, slope
 from torch import nn
+
+from unitfisher.experiments.presets import PRESETS
 
 EFFORT = timing.Effort(0.0, least=2)
 QUICK = ("mnist-64/hooks", "mnist-64/all-sign", "mnist-512/natural-128")
@@ -211,3 +215,19 @@ def test_photographs_are_read_and_trained_on_in_every_way(
     assert [row.verdict for row in rows] == ["", "", "failed", "", ""]
     training.save(rows, config, 1.0)
     assert "NVIDIA DALI" in (tmp_path / "benchmark.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["dense", "images"])
+def test_the_monitors_share_is_of_a_whole_training(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"seeds": (0, 1), "probe": 8, "units": 2, "rows": 8, "measurements": 2, "batch_size": 10}
+    dense = replace(PRESETS["mnist"], hidden=(4, 3), activations=("relu", "elu"), epochs=3, **few)
+    images = replace(PRESETS["cifar100-11"], iterations=30, every=10, tested=8, **few)
+    monkeypatch.setattr(shares, "PRESETS", {"dense": dense, "images": images})
+    monkeypatch.setattr(shares, "MNIST", (40, 784))
+    monkeypatch.setattr(shares, "CIFAR", (40, 3, 8, 8))
+    (row,) = shares.of_shares(training.Config(shares=(name,), rounds=2))
+    networks, steps = {"dense": (4, 12), "images": (2, 30)}[name]
+    assert row.note.startswith(f"{networks} networks, {steps} steps in ")
+    assert 0 < row.value < 100
