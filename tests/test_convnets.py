@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from inspect import signature
 from itertools import groupby
 from math import ceil, floor, sqrt
 
@@ -26,8 +28,10 @@ from unitfisher.experiments.convnets import (
     pyramidal,
 )
 from unitfisher.experiments.ensembles import Ensemble
-from unitfisher.experiments.models import ACTIVATIONS
+from unitfisher.experiments.models import ACTIVATIONS, mlp
 from unitfisher.experiments.networks import NETWORKS, build
+from unitfisher.experiments.options import TAKERS
+from unitfisher.experiments.presets import PRESETS
 from unitfisher.experiments.stacks import Conv, HalvingPool, Maker, Stack, set_dropout
 
 PLAN = ((Conv(4, 3),), (Conv(5, 1), Conv(6, 2)))
@@ -483,3 +487,37 @@ def test_a_monitor_measures_dsn_in_both_modes() -> None:
     trained = set(monitor.latest)
     assert trained == set(monitor.measure(x))
     assert len(trained) == 9
+
+
+@pytest.mark.parametrize("option", ["norm", "padding", "weight_variance"])
+def test_presets_and_builders_agree_on_who_takes_an_option(option: str) -> None:
+    builders = {"mlp": mlp, **NETWORKS}
+    takers = {name for name, builder in builders.items() if option in signature(builder).parameters}
+    assert set(TAKERS[option].names) == takers
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("mnist", {"padding": "same"}, r"mlp does not take padding='same', .*: give padding=None"),
+        ("mnist", {"preprocessing": "zca"}, r"mnist does not take preprocessing='zca'"),
+        ("mnist", {"network": "cifar11", "hidden": ()}, r"takes cifar-10, .*, not dataset='mnist'"),
+        ("mnist", {"activations": ("own",)}, "mlp has no activation of its own"),
+        ("mnist", {"crop": 32}, r"mnist does not take crop=32, which is for photographs"),
+        ("cifar10-11", {"hidden": (8,)}, r"cifar11 does not take hidden=\(8,\)"),
+        ("cifar10-11", {"network": "cifar12"}, r"no network 'cifar12'; there are mlp, cifar11"),
+        ("cifar10-11", {"network": "nin"}, r"nin does not take weight_variance=1.0"),
+        ("cifar10-11", {"network": "maxout"}, r"weight_variance=.*; .*activations=\('own',\)"),
+        ("cifar10-11", {"network": "torchvision:vgg11", "norm": "batch"}, "not take norm='batch'"),
+        ("cifar10-11", {"task": "reconstruction"}, "'cifar11' has no decoder"),
+        ("imagenet-15", {"augmented": True}, "photographs does not take augmented=True"),
+        ("imagenet-15", {"crop": 300}, "crop=300 is more than side=256"),
+        ("imagenet-15", {"network": "dsn", "weight_variance": None}, "32 pixels: give crop=32"),
+    ],
+    ids=str,
+)
+def test_presets_refuse_what_their_network_or_data_do_not_take(
+    name: str, change: dict[str, object], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        replace(PRESETS[name], **change)

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,9 +19,9 @@ from forked import FORKED, command, interrupt
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from unitfisher.experiments import Dataset
+from unitfisher.experiments import Dataset, scripts
 from unitfisher.experiments.images import DamagedDataError
-from unitfisher.experiments.presets import PRESETS
+from unitfisher.experiments.presets import PRESETS, Preset
 from unitfisher.experiments.sources import Held
 from unitfisher.experiments.trainer import Trainer
 from unitfisher.experiments.watching import Watch
@@ -132,6 +133,86 @@ def test_the_largest_networks_of_the_presets_take_a_step(name: str, tmp_path: Pa
     assert all(moved)
 
 
+def images() -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    return Dataset(
+        torch.randn(4, 3, 32, 32, generator=generator),
+        torch.arange(4),
+        torch.randn(2, 3, 32, 32, generator=generator),
+        torch.arange(2),
+    )
+
+
+def other(network: str, *activations: str, task: str = "classification") -> Preset:
+    return replace(
+        PRESETS["cifar10-11"],
+        network=network,
+        task=task,
+        activations=activations,
+        weight_variance=None,
+        preprocessing="none",
+        phases=(),
+        rates=(1e-6,),
+        iterations=2,
+        every=2,
+        batch_size=2,
+        probe=4,
+        units=2,
+        rows=8,
+        measurements=2,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "layers"),
+    [
+        (other("cuda-convnet", "elu", "relu"), 3),
+        (other("nin", "elu"), 8),
+        (other("dsn", "elu", "own"), 8),
+        (other("dsn", "elu", task="squared-hinge"), 8),
+        (other("maxout", "own"), 4),
+        (other("all-cnn-c", "elu"), 8),
+        (other("torchvision:swin_t", "own"), 29),
+    ],
+    ids=lambda value: f"{value.network} {value.task}" if isinstance(value, Preset) else "",
+)
+@pytest.mark.filterwarnings("ignore:layers .*attn.* were not called")  # a function reads them
+def test_every_network_of_the_table_is_trained_and_measured(
+    preset: Preset, layers: int, tmp_path: Path
+) -> None:
+    with Trainer(preset, preset.members, images(), tmp_path) as trainer:
+        before = trainer.ensemble.state_dict()
+        before = {name: tensor.clone() for name, tensor in before.items()}
+        for _ in trainer:
+            pass
+        after = trainer.ensemble.state_dict()
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    matrices = {name for name, p in trainer.ensemble.named_parameters() if p.ndim > 2}
+    assert matrices <= moved  # all but vectors, where a small step may round to none
+    for member in preset.members:
+        record = tmp_path / member.name
+        assert pd.read_parquet(record / "training")["train_loss"].notna().iloc[-1]
+        path = pd.read_parquet(record / "path")
+        assert path["layer"].nunique() == layers
+        assert path["bias_shift_share_gradient"].notna().any()
+
+
+def test_the_loss_of_dsn_is_that_of_all_its_classifiers(tmp_path: Path) -> None:
+    preset, data = other("dsn", "elu", task="squared-hinge"), images()
+    with Trainer(preset, preset.members, data, tmp_path) as trainer:
+        dsn = trainer.ensemble.members[0].network.train()
+        for drop in (dsn.trunk.drop1, dsn.trunk.drop2):
+            drop.p = 0.0
+        logits, companions = dsn(data.train_x)
+        signs = torch.ones(4, 4).scatter(1, data.train_y[:, None], -1.0)
+        hinges = [(1 + signs * z).clamp(min=0) ** 2 for z in (logits, *companions)]
+        expected = sum(hinge.sum(1).mean() for hinge in hinges)
+        found = trainer._losses(trainer.ensemble(data.train_x[None]), data.train_y[None])
+    assert len(hinges) == 4
+    torch.testing.assert_close(found, expected[None])
+
+
 TINY = (
     "--preset mnist --dataset digits --hidden 8 --seeds 0 --activations relu elu --iterations 6 "
     "--every 3 --probe 50 --measurements 2 --units 2 --threads 1"
@@ -222,3 +303,55 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(DamagedDataError, match=r"checkpoint.pt cannot be read .*delete"):
         train.main(*train.parse([*given, "--resume"]))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--device nonsense", r"--device nonsense is unknown"),
+        ("--padding same", "mlp does not take --padding same, which is for cifar11"),
+        ("--augmented", r"digits does not take --augmented, .*: give --no-augmented"),
+        ("--network cifar11 --hidden", "cifar11 takes cifar-10, .* not --dataset digits"),
+        ("--network timm:vit --hidden --dataset cifar-10 --weight-variance None", "timm"),
+        ("--rates 0.1 -1", r"--rates 0.1 -1.0, but must be above 0"),
+        ("--dampings -1", r"--dampings -1.0, but must be 0 or more"),
+        ("--checkpoint-every -1", r"--checkpoint-every -1.0, but must be 0 or more"),
+    ],
+    ids=str,
+)
+def test_what_a_user_can_mend_is_told_in_a_line_with_the_options_as_typed(
+    given: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setattr(train, "opened", lambda *_: images())
+    arguments = [*TINY.split(), "--out", str(tmp_path), *given.split()]
+    with pytest.raises(SystemExit) as ended:
+        scripts.run(lambda: train.main(*train.parse(arguments)), Preset, train.Where)
+    assert re.search(told, str(ended.value.code))
+    assert "\n" not in str(ended.value.code)
+
+
+def test_a_folder_that_holds_a_training_says_how_to_go_on(whole: Path) -> None:
+    with pytest.raises(SystemExit, match=r"already holds a run.* or continue with --resume$"):
+        scripts.run(
+            lambda: train.main(*train.parse([*TINY.split(), "--out", str(whole)])), train.Where
+        )
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_lists_the_presets_and_says_how_to_see_their_options(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        train.parse([option])
+    said = capsys.readouterr().out
+    assert "--preset NAME --help" in said
+    for name in PRESETS:
+        assert re.search(rf"^  {name} .*(steps|epochs)$", said, re.MULTILINE)
+
+
+def test_keywords_are_named_as_typed() -> None:
+    said = "seeds=(0, 1), resume=True or augmented=False; phases.1.factor='x'; n=5, and hidden=()."
+    expected = "--seeds 0 1, --resume or --no-augmented; --phases.1.factor x; n=5, and --hidden."
+    names = {"seeds", "resume", "augmented", "phases", "hidden"}
+    assert scripts.as_typed(said, names) == expected
