@@ -6,7 +6,6 @@ times each way of observing against one plain forward + backward pass of the sam
 batch, by turns in one process, and says which bars are met. Feeds the table of the README.
 """
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from benchmark_rows import ROWS, Row
 from benchmark_timing import Effort
 from interrupts import INTERRUPTED
 from tqdm import tqdm
+
+from unitfisher.experiments import scripts
 
 GUIDE = """\
 Times what it costs to observe a training step in many ways, and says which meet their bars.
@@ -140,7 +141,4 @@ def choose(rows: Sequence[Row], patterns: Sequence[str]) -> list[Row]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Config, description=GUIDE)))
-    except BadUseError as error:
-        sys.exit(f"benchmark.py: {error}")
+    scripts.run(lambda: main(tyro.cli(Config, description=GUIDE)), Config)

@@ -6,7 +6,6 @@ times an ensemble against its members one after the other, the loaders of photog
 networks alone and both together, and the Monitors' share of whole trainings at their schedules.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from benchmark_shares import of_shares
 from benchmark_steps import of_cifar, of_ensemble
 from benchmark_trainers import Config
 
+from unitfisher.experiments import scripts
 from unitfisher.experiments.allocation import keep_freed_memory
 from unitfisher.provenance import plain, provenance
 
@@ -45,4 +45,4 @@ def save(results: Sequence[Result], config: Config, seconds: float) -> None:
 
 if __name__ == "__main__":
     keep_freed_memory()  # as train.py does
-    sys.exit(main(tyro.cli(Config)))
+    scripts.run(lambda: main(tyro.cli(Config)), Config)

@@ -8,24 +8,31 @@ Feeds the mean-activation figure and its companions in ``<out>/figures``.
 """
 
 import os
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from interrupts import INTERRUPTED
-from jobs import Job, Progress, RunConfig, RunMismatchError, state
+from jobs import Job, Progress, RunConfig, state
 from tqdm import tqdm
 from workers import run_all
 
 from unitfisher.experiments import (
     ActivationName,
-    DataNotFoundError,
     DatasetName,
     load,
+    scripts,
+)
+from unitfisher.experiments.options import (
+    COUNT,
+    MEASUREMENTS,
+    NATURAL,
+    require_device,
+    require_ranges,
+    require_several,
 )
 
 EPOCHS = {"digits": 60, "mnist": 10, "fashion-mnist": 10}
@@ -54,6 +61,13 @@ E(a), and for E_q, the same weighted by the squared error signal of a unit:
 
 Ctrl-C keeps what is finished; the same command goes on from there.
 """
+
+
+OF_CONFIG = {
+    **dict.fromkeys(("epochs", "layers", "probe", "units", "processes"), COUNT),
+    **dict.fromkeys(("seeds", "dampings"), NATURAL),
+    "measurements": MEASUREMENTS,
+}
 
 
 @dataclass(frozen=True)
@@ -88,12 +102,10 @@ class Config:
     """Folder of records, tables and figures; default runs/bias-shift-<dataset>."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "layers", "probe", "units", "processes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} = {value}, but must be 1 or more")
-        if self.measurements < 2:
-            raise ValueError("measurements must be 2 or more: before and after training")
+        options = asdict(self)
+        require_several(options, "activations", "seeds", "dampings")
+        require_ranges(options, OF_CONFIG)
+        require_device(self.device)
 
     @property
     def folder(self) -> Path:
@@ -169,7 +181,4 @@ def cores() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Config, description=GUIDE)))
-    except (DataNotFoundError, RunMismatchError) as error:
-        sys.exit(f"bias_shift.py: {error}")
+    scripts.run(lambda: main(tyro.cli(Config, description=GUIDE)), Config)

@@ -22,6 +22,7 @@ from benchmark_timing import Candidate, Effort, interleave
 from unitfisher import costs
 from unitfisher.cases import UnitCases
 from unitfisher.costs import ROUTES, Rates, Sizes, admissible, iterations, seconds
+from unitfisher.experiments import scripts
 from unitfisher.gram import solve_grams
 from unitfisher.passes import exactly
 from unitfisher.provenance import device
@@ -149,4 +150,4 @@ def timed(runs: Mapping[str, Run], effort: Effort) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    scripts.run(lambda: main(tyro.cli(Config)), Config)

@@ -22,7 +22,7 @@ from tables import markdown, save
 from tqdm import trange
 from train import Where, opened
 
-from unitfisher.experiments import DataNotFoundError
+from unitfisher.experiments import DataNotFoundError, scripts
 from unitfisher.experiments.models import HE
 from unitfisher.experiments.presets import PRESETS
 from unitfisher.experiments.trainer import Trainer
@@ -134,4 +134,4 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config)))
+    scripts.run(lambda: main(tyro.cli(Config)), Config)

@@ -7,7 +7,6 @@ the digits before and after training, and a small problem of few cases (40, of 5
 minute on one core. Writes table.md, table.csv and config.json to ``<out>``; feeds no figure.
 """
 
-import sys
 import time
 from collections.abc import Iterator
 from copy import deepcopy
@@ -22,7 +21,7 @@ from tables import markdown, save
 from torch import Tensor, nn
 
 from unitfisher import Monitor
-from unitfisher.experiments import load, mlp, probe, train
+from unitfisher.experiments import load, mlp, probe, scripts, train
 from unitfisher.experiments.markdown import spread
 from unitfisher.provenance import provenance
 
@@ -181,4 +180,4 @@ def readable_row(row: dict[str, Any]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=GUIDE)))
+    scripts.run(lambda: main(tyro.cli(Config, description=GUIDE)), Config)

@@ -72,7 +72,7 @@ class Progress(NamedTuple):
     loss: float
 
 
-class RunMismatchError(RuntimeError):
+class RunMismatchError(ValueError):
     """A folder holds another run than the one that is asked for."""
 
 

@@ -8,7 +8,6 @@ loader is read. Writes table.md, table.csv and config.json to ``<out>``; feeds n
 """
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from tables import markdown, save
 from torch import Tensor, nn
 
 from unitfisher import Monitor
-from unitfisher.experiments import load, mlp, train
+from unitfisher.experiments import load, mlp, scripts, train
 from unitfisher.provenance import provenance
 
 
@@ -122,4 +121,4 @@ def read(problem: Problem, config: Config) -> Iterator[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config)))
+    scripts.run(lambda: main(tyro.cli(Config)), Config)

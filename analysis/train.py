@@ -13,8 +13,8 @@ Feeds the scripts in ``paper_figs/``.
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -24,17 +24,18 @@ import tyro
 from interrupts import INTERRUPTED, first_interrupt
 from tqdm import tqdm
 
-from unitfisher.experiments import DataNotFoundError, Dataset, DatasetName, load
+from unitfisher.experiments import Dataset, DatasetName, load, scripts
 from unitfisher.experiments.allocation import keep_freed_memory
 from unitfisher.experiments.data import data_root
-from unitfisher.experiments.images import DamagedDataError, load_cifar
-from unitfisher.experiments.losses import DivergedError
+from unitfisher.experiments.images import load_cifar
+from unitfisher.experiments.options import COUNT, NATURAL, require_device, require_ranges
 from unitfisher.experiments.photographs import PhotographSets, load_photographs
 from unitfisher.experiments.presets import PRESETS, Member, Preset
 from unitfisher.experiments.ranks import Ranks
 from unitfisher.experiments.trainer import Trainer
 from unitfisher.experiments.whitening import whitened
-from unitfisher.record import RecordExistsError
+
+OF_WHERE = {"threads": COUNT, "workers": NATURAL, "checkpoint_every": NATURAL}
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Where:
     """Go on from the checkpoint in the folder."""
     checkpoint_every: float = 120.0
     """Seconds between checkpoints."""
+
+    def __post_init__(self) -> None:
+        require_ranges(asdict(self), OF_WHERE)
+        require_device(self.device)
 
 
 def main(name: str, preset: Preset, where: Where) -> int:
@@ -136,7 +141,7 @@ def follow(trainer: Trainer, title: str) -> None:
         initial=trainer.iteration,
         unit="step",
         desc=title,
-        smoothing=0.01,
+        smoothing=0.1,  # near enough to now: the first steps may be slow
         mininterval=1,
         disable=not trainer.ranks.is_first,
     ) as bar:
@@ -163,8 +168,10 @@ def parse(arguments: Sequence[str]) -> tuple[str, Preset, Where]:
         part for a in arguments for part in (a.split("=", 1) if a.startswith("--preset=") else [a])
     ]
     if "--preset" not in arguments:
-        print(__doc__)
-        sys.exit(f"train.py: name a --preset: {', '.join(PRESETS)}")
+        if {"--help", "-h"} & set(arguments):
+            print(f"{__doc__}\n{listed(PRESETS)}")
+            sys.exit(0)
+        sys.exit(f"train.py: name a --preset: {', '.join(PRESETS)}; --help says what they are")
     at = arguments.index("--preset")
     name = arguments[at + 1] if at + 1 < len(arguments) else ""
     if name not in PRESETS:
@@ -180,15 +187,24 @@ def parse(arguments: Sequence[str]) -> tuple[str, Preset, Where]:
     return name, *tyro.cli(both, args=rest, prog=f"train.py --preset {name}")
 
 
+def listed(presets: Mapping[str, Preset]) -> str:
+    """Say of each preset what it trains."""
+    lines = [f"  {name:18} {described(preset)}" for name, preset in presets.items()]
+    return "\n".join(["Presets; --preset NAME --help lists all options of one:", *lines, ""])
+
+
+def described(preset: Preset) -> str:
+    """Say in a line what a preset trains: on what, whom, how long."""
+    layers = f", {len(preset.hidden)} hidden layers" if preset.hidden else ""
+    rates = f" at rates {', '.join(f'{rate:g}' for rate in preset.rates)}"
+    length = f"{preset.iterations} steps" if preset.iterations else f"{preset.epochs} epochs"
+    seeds = f"{len(preset.seeds)} seed{'s' if len(preset.seeds) > 1 else ''}"
+    return (
+        f"{preset.task} of {preset.dataset}: {preset.network}{layers}; "
+        f"{', '.join(preset.activations)}{rates}; {seeds}; {length}"
+    )
+
+
 if __name__ == "__main__":
     keep_freed_memory()
-    try:
-        sys.exit(main(*parse(sys.argv[1:])))
-    except (
-        DataNotFoundError,
-        DamagedDataError,
-        RecordExistsError,
-        DivergedError,
-        ValueError,
-    ) as error:
-        sys.exit(f"train.py: {error}")
+    scripts.run(lambda: main(*parse(sys.argv[1:])), Preset, Where)

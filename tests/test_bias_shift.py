@@ -270,3 +270,13 @@ def test_measured_epochs_hold_the_first_and_the_last() -> None:
 )
 def test_spread_is_written_with_the_digits_it_has(mean: float, sd: float, written: str) -> None:
     assert spread(mean, sd) == written
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dampings": (-1.0,)}, {"device": "nonsense"}, {"seeds": (1, 1)}, {"measurements": 1}],
+    ids=str,
+)
+def test_impossible_options_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(change))):
+        replace(TINY, **change)

@@ -29,6 +29,7 @@ POSITIVE: Final = Range(lambda x: 0 < x < math.inf, "above 0 and finite")
 NATURAL: Final = Range(lambda x: 0 <= x < math.inf, "0 or more and finite")
 SHARE: Final = Range(lambda x: 0 <= x < 1, "0 or more and below 1")
 
+MEASUREMENTS: Final = Range(lambda n: n >= 2, "2 or more: before and after training")
 
 OF_A_PHASE: Final = MappingProxyType({"start": NATURAL, "factor": POSITIVE, "dropout": SHARE})
 OF_A_PRESET: Final = MappingProxyType(
@@ -38,7 +39,7 @@ OF_A_PRESET: Final = MappingProxyType(
         **dict.fromkeys(("rates", "weight_variance"), POSITIVE),
         **dict.fromkeys(("seeds", "weight_decay", "dampings"), NATURAL),
         "momentum": SHARE,
-        "measurements": Range(lambda n: n >= 2, "2 or more: before and after training"),
+        "measurements": MEASUREMENTS,
     }
 )
 
