@@ -54,4 +54,6 @@ def _deciles(ax: Axes, name: str, variance: pd.Series) -> Line2D:
 
 
 if __name__ == "__main__":
-    print(style.save(draw, "activation_changes"))
+    from unitfisher.experiments import scripts
+
+    scripts.run(lambda: print(style.save(draw, "activation_changes")))

@@ -40,4 +40,6 @@ def draw() -> Figure:
 
 
 if __name__ == "__main__":
-    print(style.save(draw, "activation_functions"))
+    from unitfisher.experiments import scripts
+
+    scripts.run(lambda: print(style.save(draw, "activation_functions")))

@@ -47,4 +47,6 @@ def main() -> list[Path]:
 
 
 if __name__ == "__main__":
-    main()
+    from unitfisher.experiments import scripts
+
+    scripts.run(main)

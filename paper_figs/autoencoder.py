@@ -67,4 +67,6 @@ def _name_diverged(ax: Axes, summary: Summary, rate: float) -> None:
 
 
 if __name__ == "__main__":
-    print(style.save(draw, "autoencoder"))
+    from unitfisher.experiments import scripts
+
+    scripts.run(lambda: print(style.save(draw, "autoencoder")))

@@ -102,4 +102,6 @@ def _short(count: int) -> str:
 
 
 if __name__ == "__main__":
-    main(draw, "bias_shift_over_time")
+    from unitfisher.experiments import scripts
+
+    scripts.run(lambda: main(draw, "bias_shift_over_time"))

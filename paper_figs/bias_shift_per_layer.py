@@ -54,4 +54,6 @@ def draw(name: str) -> Figure:
 
 
 if __name__ == "__main__":
-    main(draw, "bias_shift_per_layer")
+    from unitfisher.experiments import scripts
+
+    scripts.run(lambda: main(draw, "bias_shift_per_layer"))

@@ -69,4 +69,6 @@ def _published(ax: Axes, summary: Summary) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(style.save(draw, "cifar100"))
+    from unitfisher.experiments import scripts
+
+    scripts.run(lambda: print(style.save(draw, "cifar100")))

@@ -54,4 +54,6 @@ def _tested(found: Mapping[str, Summary]) -> str:
 
 
 if __name__ == "__main__":
-    print(style.save(draw, "cifar100_norm"))
+    from unitfisher.experiments import scripts
+
+    scripts.run(lambda: print(style.save(draw, "cifar100_norm")))

@@ -149,5 +149,6 @@ def _notes(recorded: Sequence[Summary]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print(style.save(draw, "cifar_table"))
-    print(write())
+    from unitfisher.experiments import scripts
+
+    scripts.run(lambda: print(style.save(draw, "cifar_table"), write(), sep="\n"))

@@ -52,4 +52,6 @@ def main(name: Annotated[str, tyro.conf.Positional]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    from unitfisher.experiments import scripts
+
+    scripts.run(lambda: tyro.cli(main))

@@ -52,4 +52,6 @@ def _published(ax: Axes, done: int) -> str:
 
 
 if __name__ == "__main__":
-    print(style.save(draw, "imagenet"))
+    from unitfisher.experiments import scripts
+
+    scripts.run(lambda: print(style.save(draw, "imagenet")))

@@ -30,4 +30,6 @@ def draw() -> Figure:
 
 
 if __name__ == "__main__":
-    print(style.save(draw, "mnist"))
+    from unitfisher.experiments import scripts
+
+    scripts.run(lambda: print(style.save(draw, "mnist")))

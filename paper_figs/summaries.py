@@ -124,4 +124,6 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    from unitfisher.experiments import scripts
+
+    scripts.run(lambda: tyro.cli(main))
