@@ -480,7 +480,7 @@ def train_on(folder: Path, held: Event, end: Event) -> None:
 
 def test_a_second_process_waits_until_the_first_is_gone_however_it_went(tmp_path: Path) -> None:
     held, end = FORKED.Event(), FORKED.Event()
-    first = FORKED.Process(target=train_on, args=(tmp_path, held, end))
+    first = FORKED.Process(target=train_on, args=(tmp_path, held, end), daemon=True)
     first.start()
     assert held.wait(60)
     before = listing(tmp_path)
