@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 from summary import Summary
 
-from unitfisher.experiments import ACTIVATIONS, plotting
+from unitfisher.experiments import ACTIVATIONS, plotting, scripts
 from unitfisher.experiments.panels import panels
 
 
@@ -54,6 +54,4 @@ def _deciles(ax: Axes, name: str, variance: pd.Series) -> Line2D:
 
 
 if __name__ == "__main__":
-    from unitfisher.experiments import scripts
-
     scripts.run(lambda: print(style.save(draw, "activation_changes")))

@@ -7,7 +7,7 @@ import style
 import torch
 from matplotlib.figure import Figure
 
-from unitfisher.experiments import ACTIVATIONS, plotting
+from unitfisher.experiments import ACTIVATIONS, plotting, scripts
 from unitfisher.experiments.panels import panels
 
 SHOWN = ("relu", "lrelu", "srelu", "elu")
@@ -40,6 +40,4 @@ def draw() -> Figure:
 
 
 if __name__ == "__main__":
-    from unitfisher.experiments import scripts
-
     scripts.run(lambda: print(style.save(draw, "activation_functions")))

@@ -18,6 +18,8 @@ import imagenet
 import mnist
 import style
 
+from unitfisher.experiments import scripts
+
 TRAININGS = ("mnist", "mnist-autoencoder", "cifar100-11", "imagenet-15")
 FIGURES = {
     "activation_functions": activation_functions.draw,
@@ -47,6 +49,4 @@ def main() -> list[Path]:
 
 
 if __name__ == "__main__":
-    from unitfisher.experiments import scripts
-
     scripts.run(main)

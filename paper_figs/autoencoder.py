@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from summary import TRAINING_LOSS, Summary
 
-from unitfisher.experiments import ACTIVATIONS, plotting
+from unitfisher.experiments import ACTIVATIONS, plotting, scripts
 from unitfisher.experiments.panels import panels
 
 ERRORS = {
@@ -67,6 +67,4 @@ def _name_diverged(ax: Axes, summary: Summary, rate: float) -> None:
 
 
 if __name__ == "__main__":
-    from unitfisher.experiments import scripts
-
     scripts.run(lambda: print(style.save(draw, "autoencoder")))

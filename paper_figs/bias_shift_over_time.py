@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from summary import Summary, with_and_without_norm
 
-from unitfisher.experiments import plotting
+from unitfisher.experiments import plotting, scripts
 from unitfisher.experiments.panels import PAGE, panels
 
 FREE = {
@@ -102,6 +102,4 @@ def _short(count: int) -> str:
 
 
 if __name__ == "__main__":
-    from unitfisher.experiments import scripts
-
     scripts.run(lambda: main(draw, "bias_shift_over_time"))

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from summary import with_and_without_norm
 
-from unitfisher.experiments import plotting
+from unitfisher.experiments import plotting, scripts
 from unitfisher.experiments.panels import panels
 
 VALUES = {
@@ -54,6 +54,4 @@ def draw(name: str) -> Figure:
 
 
 if __name__ == "__main__":
-    from unitfisher.experiments import scripts
-
     scripts.run(lambda: main(draw, "bias_shift_per_layer"))

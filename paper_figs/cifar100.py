@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from summary import TRAINING_LOSS, Summary
 
-from unitfisher.experiments import ACTIVATIONS, plotting
+from unitfisher.experiments import ACTIVATIONS, plotting, scripts
 from unitfisher.experiments.panels import panels
 
 VALUES = {"train_loss": "training loss\n(cross-entropy, nats)", "test_error": "test error (%)"}
@@ -69,6 +69,4 @@ def _published(ax: Axes, summary: Summary) -> list[str]:
 
 
 if __name__ == "__main__":
-    from unitfisher.experiments import scripts
-
     scripts.run(lambda: print(style.save(draw, "cifar100")))

@@ -16,7 +16,7 @@ from cifar100 import VALUES
 from matplotlib.figure import Figure
 from summary import NORMS, TRAINING_LOSS, Summary, together, with_and_without_norm
 
-from unitfisher.experiments import ACTIVATIONS, plotting
+from unitfisher.experiments import ACTIVATIONS, plotting, scripts
 from unitfisher.experiments.panels import panels
 
 
@@ -54,6 +54,4 @@ def _tested(found: Mapping[str, Summary]) -> str:
 
 
 if __name__ == "__main__":
-    from unitfisher.experiments import scripts
-
     scripts.run(lambda: print(style.save(draw, "cifar100_norm")))

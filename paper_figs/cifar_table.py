@@ -18,7 +18,7 @@ import summary
 from matplotlib.figure import Figure
 from summary import Summary
 
-from unitfisher.experiments import ACTIVATIONS, plotting
+from unitfisher.experiments import ACTIVATIONS, plotting, scripts
 from unitfisher.experiments.markdown import markdown_table, spread
 from unitfisher.experiments.panels import FOOT as FONT
 from unitfisher.experiments.panels import PAGE, panels
@@ -149,6 +149,4 @@ def _notes(recorded: Sequence[Summary]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    from unitfisher.experiments import scripts
-
     scripts.run(lambda: print(style.save(draw, "cifar_table"), write(), sep="\n"))

@@ -10,7 +10,7 @@ import pandas as pd
 import tyro
 from summary import TRAINING_LOSS, Summary
 
-from unitfisher.experiments import ACTIVATIONS, plotting
+from unitfisher.experiments import ACTIVATIONS, plotting, scripts
 from unitfisher.experiments.markdown import markdown_table, spread
 
 COLUMNS = {
@@ -52,6 +52,4 @@ def main(name: Annotated[str, tyro.conf.Positional]) -> None:
 
 
 if __name__ == "__main__":
-    from unitfisher.experiments import scripts
-
     scripts.run(lambda: tyro.cli(main))

@@ -23,6 +23,8 @@ import pandas as pd
 import tyro
 from summary import NETWORK, Summary
 
+from unitfisher.experiments import scripts
+
 RECORDED = ("training", "activations", "path")  # a network without one of them has not begun
 WHEN = ["epoch", "iteration"]
 MEDIANS = ["k", "sc", "corrected_mean_norm", "damping_share", "n_eff"]  # heavy tails over units
@@ -124,6 +126,4 @@ def main(
 
 
 if __name__ == "__main__":
-    from unitfisher.experiments import scripts
-
     scripts.run(lambda: tyro.cli(main))
