@@ -318,3 +318,52 @@ def test_an_empty_batch_is_a_clear_error_where_asked_for_and_else_nothing(make):
     assert not monitor.latest
     model(normal(3, 4))
     assert monitor.latest
+
+
+class Gated(nn.Module):
+    """A unit whose errors arrive only where its inputs are zero."""
+
+    def __init__(self, *, positions: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.positions = positions
+        self.fc, self.head = nn.Linear(4, 3), nn.Linear(3, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        silent = (x == 0).all(-1, keepdim=True)
+        net = self.fc(x)
+        first = torch.where(silent, net[..., :1], net[..., :1].detach())
+        h = torch.cat([first, net[..., 1:]], -1).tanh()
+        return self.head(h.mean(1) if self.positions else h)
+
+
+@pytest.mark.parametrize("solver", ["auto", "direct", "iterative"])
+@pytest.mark.parametrize("damping", [0.0, 1e-3])
+@pytest.mark.parametrize("n", [40, 300])
+def test_a_unit_that_sees_zeros_wherever_errors_reach_it_has_no_weights_to_correct(
+    solver, damping, n
+):
+    x = normal(n, 4)
+    x[::3] = 0
+    found = Monitor(Gated(positions=False), solver=solver, damping=damping).measure(x)["fc"]
+    assert_close(found.s[0], 1 / found.c[0], rtol=1e-6, atol=0)
+    assert abs(float(found.k[0])) < 1e-6
+    assert found.k[1:].abs().min() > 1e-6
+
+
+def test_a_unit_that_sees_zeros_at_every_position_is_solved_in_joint_sharing():
+    x = normal(60, 5, 4).reshape(60, 5, 4)
+    x[:, ::2] = 0
+    x[::2] = 0
+    monitor = Monitor(Gated(positions=True), sharing="joint")
+    found = monitor.measure(x)["fc"]
+    assert_close(found.s[0], 1 / found.c[0], rtol=1e-6, atol=0)
+    assert abs(float(found.k[0])) < 1e-6
+
+
+def test_units_that_see_zeros_over_a_loader_are_solved_too():
+    x = normal(300, 4)
+    x[::3] = 0
+    for memory in (None, "40 kB"):
+        found = Monitor(Gated(positions=False), memory=memory).measure(list(x.split(60)))["fc"]
+        assert_close(found.s[0], 1 / found.c[0], rtol=1e-6, atol=0)

@@ -7,6 +7,7 @@ From them come the moments, for as many units at a time as memory allows.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,12 +16,20 @@ from torch.utils._pytree import tree_leaves
 
 from unitfisher.costs import Sizes, engine, route_of, units_together
 from unitfisher.incoming import Incoming
-from unitfisher.moments import Moments, Part
+from unitfisher.moments import Moments, Part, fed
 from unitfisher.patches import Patches, Received, in_pieces, unfolded
 from unitfisher.products import UnitProducts
 from unitfisher.rows import UnitRows
 from unitfisher.sums import UnitMoments
 from unitfisher.weighted import Weighted
+
+
+class Joined(NamedTuple):
+    """Gradients per case and column, their positions summed."""
+
+    weights: Float[Tensor, "r u d"]  # Σ_t δ (a - origin)
+    bias: Float[Tensor, "r u"]  # Σ_t δ
+    fed: Float[Tensor, " u"]  # Σ δ² ‖a‖², see `moments.fed`
 
 
 @dataclass(frozen=True)
@@ -185,7 +194,7 @@ class UnitCases:
             m = UnitMoments.of(a, self.D, origin=origin, samples=self.samples)
             return replace(m, sum_a=(self.mean - m.origin) * m.cases)
         origin = self._rounded_mean if origin is None else origin
-        G, S = self.joined_gradients(origin)
+        G, S, fed_with = self.joined_gradients(origin)
         about = torch.zeros_like(origin)  # G is about the origin already
         joined = UnitMoments.of_gradients(
             *(G, S, self.mean - origin),
@@ -193,7 +202,7 @@ class UnitCases:
             samples=self.samples,
             eps=torch.finfo(self.received.dtype).eps,
         )
-        return replace(joined, origin=origin)
+        return replace(joined, origin=origin, fed=fed_with)
 
     def _mean_q(self) -> Float[Tensor, "u d"]:
         """E_q(a) in the precision of the activations."""
@@ -284,30 +293,34 @@ class UnitCases:
     def _weighted_rows(self) -> UnitRows:
         if self.delta.shape[2] == 1:
             center, (about, gram), total = self.center, self._shared_rows, self.weight
+            fed_with = self.fed
             v = w = (self.D / torch.where(total > 0, total, 1.0)).sqrt().T.contiguous()
         else:
-            G, S = self.joined_gradients(self.mean)
+            G, S, fed_with = self.joined_gradients(self.mean)
             total = (S**2).sum(0)
             scale = torch.where(total > 0, total, 1.0).rsqrt()[:, None]
             about, w = G.transpose(0, 1), S.T * scale
             gram = about @ about.mT
             center = self.mean.expand(self.units, -1)  # every unit is its own group
             v = scale.expand_as(w)
-        rows = UnitRows.of(total / self.samples, center, about, gram, v, w)
+        rows = UnitRows.of(total / self.samples, center, about, gram, v, w, fed_with)
         return replace(rows, iterates=self.solver != "direct")
 
     def _products(self) -> UnitProducts:
         origin, total = self.origin, self.weight
         weighted = Weighted.of(self.a.squeeze(2), self.D, origin, total)
-        moments = UnitProducts.of(total / self.samples, self.center, origin, weighted)
+        moments = UnitProducts.of(total / self.samples, self.center, origin, self.fed, weighted)
         # as many iterations as cost what second moments cost; then these, for who needs them
         patience = None if self.solver == "iterative" else max(20, self.inputs // 4)
         return replace(moments, patience=patience)
 
-    def joined_gradients(
-        self, origin: Float[Tensor, "*g d"]
-    ) -> tuple[Float[Tensor, "r u d"], Float[Tensor, "r u"]]:
-        """Per case and column: Σ_t δ (a - origin) for each unit's weights, Σ_t δ for its bias.
+    @property
+    def fed(self) -> Float[Tensor, " u"]:
+        """Σ D ‖a‖² of cases with one position; see `moments.fed`."""
+        return fed(self.a.squeeze(2), self.D)
+
+    def joined_gradients(self, origin: Float[Tensor, "*g d"]) -> Joined:
+        """Join the positions of each case and column, about an origin.
 
         Products are formed in the precision of the activations, about a point near their mean.
         """
@@ -315,11 +328,15 @@ class UnitCases:
         delta = self.delta.to(self.received.dtype).unflatten(-1, (groups, -1)).movedim(2, -1)
         shape = columns, count, groups, units // groups, self.inputs
         G = self.delta.new_empty(shape, dtype=torch.float64)
+        total = self.delta.new_zeros(units, dtype=torch.float64)
         for piece, a in in_pieces(self.received):
             about = (a - self.origin[:, None, None]).transpose(0, 1)  # m g t d
             G[:, piece] = delta[:, piece] @ about  # of r m g v t
+            D = self.delta[:, piece].double().square().sum(0)
+            total += fed(a.flatten(1, 2), D.flatten(0, 1))
         G, S = G.flatten(2, 3).flatten(0, 1), self._joined_errors().flatten(0, 1)
-        return G.addcmul_(S.unsqueeze(-1), origin - self._rounded_mean, value=-1), S
+        G.addcmul_(S.unsqueeze(-1), origin - self._rounded_mean, value=-1)
+        return Joined(G, S, total)
 
     def _joined_errors(self) -> Float[Tensor, "r m u"]:
         """Σ_t δ."""

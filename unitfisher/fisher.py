@@ -96,7 +96,7 @@ def _root(cases: UnitCases, *, biased: bool) -> Float[Tensor, "u n e"]:
         weight = (cases.D / cases.samples).sqrt().to(a.dtype).T
         rows = weight.unflatten(0, (len(a), -1)).unsqueeze(-1) * a.unsqueeze(1)
         return rows.flatten(0, 1)
-    G, S = cases.joined_gradients(torch.zeros_like(cases.mean))
+    G, S, _ = cases.joined_gradients(torch.zeros_like(cases.mean))
     rows = (torch.cat([G, S.unsqueeze(-1)], -1) if biased else G) / cases.samples**0.5
     return rows.to(cases.received.dtype).transpose(0, 1)
 

@@ -116,11 +116,13 @@ def damping_of(m: Moments, damping: float) -> Float[Tensor, " u"]:
     return damping * (m.trace_Var_q + m.mu_q_squared) / m.center.shape[-1]
 
 
-def idle(
-    alive: Bool[Tensor, " u"], trace_Var_q: Float[Tensor, " u"], mu_q_squared: Float[Tensor, " u"]
-) -> Bool[Tensor, " u"]:
-    """Dead, or fed with nothing but zeros: then Var_q is 0 and every answer too."""
-    return ~alive | (trace_Var_q == 0) & (mu_q_squared == 0)
+def fed(a: Float[Tensor, "g m d"], D: Float[Tensor, "m u"]) -> Float[Tensor, " u"]:
+    """Σ D ‖a‖²: exactly 0 for a unit that sees nothing but zeros wherever an error reaches it.
+
+    Then its A is 0, where of means and variances rounding would leave something.
+    """
+    squares = torch.linalg.vector_norm(a.detach(), dim=-1).to(D.dtype) ** 2
+    return torch.einsum("gm,mgv->gv", squares, D.detach().unflatten(-1, (len(a), -1))).flatten()
 
 
 def least_pivots(

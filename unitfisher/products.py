@@ -19,7 +19,6 @@ from unitfisher.moments import (
     ConstantFit,
     damping_of,
     fit_by_solving,
-    idle,
     least_pivots,
 )
 from unitfisher.solvers import (
@@ -53,6 +52,7 @@ class UnitProducts:
     mean_about: Float[Tensor, "u d"]  # μ_q - origin
     trace_Var_q: Float[Tensor, " u"]
     ridge: Float[Tensor, " u"]
+    fed: Float[Tensor, " u"]  # see `moments.fed`
     cases: CaseProducts  # about the origin
     patience: int | None = None  # iterations before Cholesky solves the rest; None: it never does
     known: tuple[tuple[Tensor, Solution], ...] = ()  # right-hand sides solved for before
@@ -63,12 +63,13 @@ class UnitProducts:
         c: Float[Tensor, " u"],
         center: Float[Tensor, "g d"],
         origin: Float[Tensor, "g d"],
+        fed: Float[Tensor, " u"],
         cases: Weighted,
     ) -> "UnitProducts":
         """Take cases as they are, without damping."""
         mean = cases.mean()
         trace = cases.squares() - dot(mean, mean)
-        return cls(c, center, origin, mean, trace, torch.zeros_like(c), cases)
+        return cls(c, center, origin, mean, trace, torch.zeros_like(c), fed, cases)
 
     @cached_property
     def alive(self) -> Bool[Tensor, " u"]:
@@ -133,9 +134,9 @@ class UnitProducts:
     def _constant(self) -> Solution:
         return self.solve_to_residual(self.mu_q)
 
-    @cached_property
+    @property
     def _idle(self) -> Bool[Tensor, " u"]:
-        return idle(self.alive, self.trace_Var_q, self.mu_q_squared)
+        return ~self.alive | (self.fed == 0)
 
     @cached_property
     def whitened(self) -> Whitened:

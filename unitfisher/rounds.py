@@ -109,6 +109,7 @@ class Rounds:
     support: Float64[Tensor, " u"]  # Σ 1 over cases that carry weight
     sum_Da: Float64[Tensor, "u d"]
     sum_Dss: Float64[Tensor, " u"]  # Σ D ‖a - origin‖²
+    fed: Float64[Tensor, " u"]  # see `moments.fed`
     sum_aa: Float64[Tensor, "g d d"]  # Σ (a - origin)(a - origin)ᵀ, weighted as the units do
     solved: dict[float, UnitProducts] = field(default_factory=dict)  # at the newest damping
 
@@ -116,11 +117,14 @@ class Rounds:
     def of(cls, batches: Batches, layer: str, cases: UnitCases) -> "Rounds":
         center = cases.center
         groups, d = center.shape
-        wide, none = center.new_zeros(cases.units, d), center.new_zeros(cases.units)
+        wide, (D, support, Dss, fed) = (
+            center.new_zeros(cases.units, d),
+            center.new_zeros(4, cases.units),
+        )
         square = center.new_zeros(groups, d, d)
         start = cls(
             *(batches, layer, center.to(cases.received.dtype), 0, 0),
-            *(torch.zeros_like(center), none, none.clone(), wide, none.clone(), square),
+            *(torch.zeros_like(center), D, support, wide, Dss, fed, square),
         )
         start.add(cases)
         return start
@@ -141,6 +145,7 @@ class Rounds:
         self.support += (D > 0).sum(0)
         self.sum_Da += weight[:, None] * rows.mean()
         self.sum_Dss += weight * rows.squares()
+        self.fed += cases.fed
         share = weight / torch.where(self.sum_D > 0, self.sum_D, 1.0) * self.cases
         self.sum_aa += rows.moment(share.unflatten(0, (len(self.origin), -1)))
 
@@ -161,6 +166,7 @@ class Rounds:
             mean_about=mean,
             trace_Var_q=self.sum_Dss / weight - dot(mean, mean),
             ridge=torch.zeros_like(weight),
+            fed=self.fed,
             cases=Passed(*known, self.sum_aa, mass),
         )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unitfisher import conjugate, refinement
 from unitfisher.gram import solve_grams
-from unitfisher.moments import ConstantFit, corrected_mean, damping_of, idle
+from unitfisher.moments import ConstantFit, corrected_mean, damping_of
 from unitfisher.solvers import dot, require_regular
 
 
@@ -39,6 +39,7 @@ class UnitRows:
     mu_q_squared: Float[Tensor, " u"]
     trace_Var_q: Float[Tensor, " u"]
     ridge: Float[Tensor, " u"]
+    fed: Float[Tensor, " u"]  # see `moments.fed`
     iterates: bool = True  # where there are many cases
 
     @classmethod
@@ -50,6 +51,7 @@ class UnitRows:
         gram: Float[Tensor, "g n n"],
         v: Float[Tensor, "u n"],
         w: Float[Tensor, "u n"],
+        fed: Float[Tensor, " u"],
     ) -> "UnitRows":
         """Take rows as they are, without damping."""
         groups = len(about)
@@ -73,6 +75,7 @@ class UnitRows:
             mu_q_squared=mu_q_squared.flatten().clamp_min(0.0),
             trace_Var_q=(squares.squeeze(-1) - shift_squared).flatten(),
             ridge=torch.zeros_like(c),
+            fed=fed,
         )
 
     @cached_property
@@ -97,9 +100,8 @@ class UnitRows:
 
     @cached_property
     def epsilon(self) -> Float[Tensor, " u"]:
-        """λ / c; 1 where a unit is idle, whose answer is 0 at any rate."""
-        still = idle(self.alive, self.trace_Var_q, self.mu_q_squared)
-        epsilon = torch.where(still, 1.0, self.ridge / self.c)
+        """λ / c; 1 where a unit is dead or fed with zeros: its answer is 0 at any rate."""
+        epsilon = torch.where(self.alive & (self.fed > 0), self.ridge / self.c, 1.0)
         require_regular(epsilon > 0)
         return epsilon
 
