@@ -13,7 +13,7 @@ def first_interrupt(noted: Callable[[], None]) -> Iterator[None]:
     """Let a first Ctrl-C only be noted: in a step, the state is of no step. A second one ends."""
 
     def note(*_: object) -> None:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # before, `&` had it ignored
         noted()
         os.write(2, b"\nEnding after this step; Ctrl-C again ends at once.\n")  # print may be busy
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import train
 from forked import FORKED, command, interrupt
+from interrupts import first_interrupt, interrupts_ignored
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
@@ -255,6 +256,18 @@ def test_a_second_interrupt_leaves_the_last_checkpoint(whole: Path, tmp_path: Pa
         assert train.main(*train.parse([*given, "--checkpoint-every", "0"])) == train.INTERRUPTED
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"] == 2
     assert_goes_on_to(whole, tmp_path, given)
+
+
+def test_a_second_interrupt_ends_what_was_begun_in_the_background() -> None:
+    noted: list[str] = []
+    with (
+        interrupts_ignored(),  # as a shell has it behind &
+        pytest.raises(KeyboardInterrupt),
+        first_interrupt(lambda: noted.append("the first")),
+    ):
+        signal.raise_signal(signal.SIGINT)
+        assert noted == ["the first"]
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_an_interrupt_from_outside_ends_the_process_as_shells_expect(tmp_path: Path) -> None:
