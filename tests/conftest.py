@@ -1,10 +1,11 @@
 import os
+from functools import wraps
 from pathlib import Path
 
 import jaxtyping
 import pytest
-import strategies  # noqa: F401  (chooses the hypothesis profile)
 import torch
+from strategies import CHECKED
 
 torch.set_num_threads(1)  # the tests' networks are small: a second thread only waits
 
@@ -23,6 +24,31 @@ def _seed() -> None:
 def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes are not checked: where that would take most of the time, or be in the way."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(autouse=True)
+def _first_examples_checked(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes are checked in the first examples of a law: in all, that takes most of the time."""
+    law = getattr(getattr(request.node, "obj", None), "hypothesis", None)
+    if law is None:
+        return
+    example, left = law.inner_test, CHECKED
+
+    @wraps(example)
+    def checked_at_first(*given: object, **drawn: object) -> None:
+        nonlocal left
+        try:
+            example(*given, **drawn)
+        except BaseException:
+            left = 0  # what failed is tried again, under the same conditions
+            raise
+        left -= 1
+        if left == 0:
+            monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+    monkeypatch.setattr(law, "inner_test", checked_at_first)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 TOL = {"rtol": 1e-6, "atol": 1e-7}
+CHECKED = 4  # examples of a law, the first of them as small as can be: their shapes are checked
 
 settings.register_profile("dev", max_examples=15, deadline=None)
 settings.register_profile("ci", max_examples=100, derandomize=True, deadline=None)
