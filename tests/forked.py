@@ -14,7 +14,9 @@ import train
 from unitfisher.experiments.sources import Held
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["torchvision.datasets", "tyro", "unitfisher.experiments.trainer"])
+FORKED.set_forkserver_preload(
+    ["pandas", "pytest", "torchvision.datasets", "tyro", "unitfisher.experiments.trainer"]
+)
 
 
 def command(*given: str) -> None:

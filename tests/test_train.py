@@ -1,13 +1,13 @@
 """Every preset trains on real data through the one command, and goes on after it was killed."""
 
+import functools
 import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import fields, replace
 from pathlib import Path
 
 import jaxtyping
@@ -22,6 +22,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from unitfisher.experiments import Dataset, scripts
 from unitfisher.experiments.images import DamagedDataError
+from unitfisher.experiments.photographs import PhotographSets
 from unitfisher.experiments.presets import PRESETS, Preset
 from unitfisher.experiments.sources import Held
 from unitfisher.experiments.trainer import Trainer
@@ -54,16 +55,37 @@ def arguments(name: str, data_root: Path, out: Path, cache: Path) -> list[str]:
     return ["--preset", name, *SHORT.split(), *OVERRIDES[name].split(), *folders]
 
 
-def logged(log: Path, given: Sequence[str]) -> None:
+@functools.cache
+def first_cases(preset: Preset, root: Path) -> Dataset:
+    """Load the data of a preset whole, and keep as many cases as any process can be given."""
+    whole = train.opened(preset, train.Where(root), root)
+    return Dataset(*(getattr(whole, part.name)[:500].clone() for part in fields(whole)))
+
+
+def loaded(preset: Preset, root: Path, cache: Path) -> Dataset | PhotographSets:
+    if preset.dataset == "photographs":
+        return train.opened(preset, train.Where(root), cache)
+    return first_cases(replace(PRESETS["mnist"], dataset=preset.dataset), root)
+
+
+def logged(log: Path, given: Sequence[str], data: Dataset | PhotographSets | None) -> None:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-    command(*given)
+    if data is None:
+        command(*given)
+    train.opened = lambda *_: data
+    train.main(*train.parse(given))
 
 
 def sent(
-    number: signal.Signals, given: Sequence[str], checkpoint: Path, log: Path
+    number: signal.Signals,
+    given: Sequence[str],
+    checkpoint: Path,
+    log: Path,
+    data: Dataset | PhotographSets | None = None,
 ) -> tuple[int | None, str]:
     """Start the command, and send it a signal as soon as there is a checkpoint."""
-    process = FORKED.Process(target=logged, args=(log, [*given, "--checkpoint-every", "0"]))
+    more = ["--checkpoint-every", "0"]
+    process = FORKED.Process(target=logged, args=(log, [*given, *more], data))
     process.start()
     while process.is_alive() and not checkpoint.exists():
         time.sleep(0.001)
@@ -103,11 +125,11 @@ def test_a_training_that_was_killed_ends_bit_identical(
 ) -> None:
     whole, cut, cache = tmp_path / "whole", tmp_path / "cut", tmp_path / "cache"
     given = arguments(name, data_root, cut, cache)
-    data = train.opened(*train.parse(given)[1:], cache)
-    monkeypatch.setattr(train, "opened", lambda *_: data)  # seconds, to be spent once
-    code, said = sent(signal.SIGKILL, given, cut / "checkpoint.pt", tmp_path / "log")
+    preset, where = train.parse(given)[1:]
+    data = loaded(preset, where.data_root, cache)
+    code, said = sent(signal.SIGKILL, given, cut / "checkpoint.pt", tmp_path / "log", data)
     assert code == -signal.SIGKILL, said
-    preset = train.parse(given)[1]
+    monkeypatch.setattr(train, "opened", lambda *_: data)
     done = torch.load(cut / "checkpoint.pt", weights_only=True)["iteration"]
     assert 0 < done < preset.iterations
 
@@ -260,14 +282,11 @@ def test_a_second_interrupt_leaves_the_last_checkpoint(whole: Path, tmp_path: Pa
 
 def test_a_second_interrupt_ends_what_was_begun_in_the_background() -> None:
     noted: list[str] = []
-    with (
-        interrupts_ignored(),  # as a shell has it behind &
-        pytest.raises(KeyboardInterrupt),
-        first_interrupt(lambda: noted.append("the first")),
-    ):
+    with interrupts_ignored(), first_interrupt(lambda: noted.append("the first")):
         signal.raise_signal(signal.SIGINT)
         assert noted == ["the first"]
-        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_an_interrupt_from_outside_ends_the_process_as_shells_expect(tmp_path: Path) -> None:
@@ -292,7 +311,9 @@ def test_half_precision_trains_as_well(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("as_users_run_it")  # the type checker is not made to be compiled
 def test_a_compiled_training_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    aot = partial(torch.compile, backend="aot_eager")  # all of it but machine code, in seconds
+    aot = functools.partial(
+        torch.compile, backend="aot_eager"
+    )  # all of it but machine code, in seconds
     monkeypatch.setattr(torch, "compile", aot)
     for out, more in {"plain": [], "compiled": ["--compile"]}.items():
         given = [*TINY.split(), *more, "--out", str(tmp_path / out)]
