@@ -74,6 +74,11 @@ def matrix(s: System, unit: int) -> Tensor:
     return weighted + one.epsilon * torch.eye(len(v), dtype=v.dtype)
 
 
+@pytest.fixture(autouse=True)
+def kernels_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNITFISHER_NATIVE", "1")
+
+
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(native, "FLOP_PER_THREAD", 1)
