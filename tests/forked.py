@@ -22,7 +22,11 @@ FORKED.set_forkserver_preload(
 def command(*given: str) -> None:
     """Run the script in this process, as Python does."""
     sys.argv = [train.__file__, *given]
-    runpy.run_path(train.__file__, run_name="__main__")
+    try:
+        runpy.run_path(train.__file__, run_name="__main__")
+    except SystemExit as end:
+        print(end.code, file=sys.stderr, flush=True)  # torch's processes end without it
+        raise
 
 
 def interrupt(patch: pytest.MonkeyPatch, of: type, method: str, at: Container[int]) -> None:

@@ -1,9 +1,6 @@
 """Several processes share every batch, and train as one would."""
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import torch
 import train
 from forked import command, interrupted
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.testing import assert_close
 
@@ -34,7 +32,14 @@ def by_two(logs: Path, run: Callable[..., None], *given: str) -> str:
     rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": logs.name}
     files = DefaultLogsSpecs(str(logs), redirects=Std.ALL)
     config = LaunchConfig(
-        1, 1, 2, **rendezvous, start_method="forkserver", monitor_interval=0.1, logs_specs=files
+        1,
+        1,
+        2,
+        **rendezvous,
+        start_method="forkserver",
+        monitor_interval=0.1,
+        logs_specs=files,
+        max_restarts=0,
     )
     before = {number: signal.getsignal(number) for number in HANDLED}
     try:
@@ -43,13 +48,6 @@ def by_two(logs: Path, run: Callable[..., None], *given: str) -> str:
         for number, handler in before.items():
             signal.signal(number, handler)
     return "".join(file.read_text() for file in sorted(logs.rglob("stdout.log")))
-
-
-def by_torchrun(*given: str) -> subprocess.CompletedProcess[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launched = [*torchrun, "--nproc-per-node", "2", train.__file__, *DIGITS.split(), *given]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(launched, env=environment, capture_output=True, text=True, check=False)
 
 
 def checkpoint(out: Path) -> dict[str, object]:
@@ -80,11 +78,12 @@ def test_two_processes_train_as_one_end_together_and_resume(tmp_path: Path) -> N
 
 
 def test_an_error_in_one_process_ends_all(tmp_path: Path) -> None:
-    (tmp_path / "relu-lr0.01-s0").mkdir()
-    (tmp_path / "relu-lr0.01-s0" / "config.json").touch()  # which only the first looks at
-    done = by_torchrun("--iterations", "12", "--out", str(tmp_path))
-    assert done.returncode != 0
-    assert "already holds a run" in done.stderr
+    logs, out = tmp_path / "logs", tmp_path / "out"
+    (out / "relu-lr0.01-s0").mkdir(parents=True)
+    (out / "relu-lr0.01-s0" / "config.json").touch()  # which only the first looks at
+    with pytest.raises(ChildFailedError):
+        by_two(logs, command, *DIGITS.split(), "--iterations", "12", "--out", str(out))
+    assert any("already holds a run" in log.read_text() for log in logs.rglob("stderr.log"))
 
 
 def images() -> Dataset:
