@@ -3,8 +3,6 @@
 import json
 import math
 import platform
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -16,11 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from forked import FORKED
+from test_gram import forked, succeeded
 from torch import nn
 from torch.testing import assert_close
 
 from unitfisher import Monitor
 from unitfisher.experiments import Dataset, load, mlp, train
+from unitfisher.experiments.allocation import keep_freed_memory
 from unitfisher.experiments.ensembles import Ensemble
 from unitfisher.experiments.locks import FolderInUseError
 from unitfisher.experiments.losses import DivergedError
@@ -374,9 +374,8 @@ def test_the_record_says_of_how_many_cases_and_classes(trained: Trainer) -> None
 
 
 def test_freed_memory_is_kept_where_the_c_library_can() -> None:
-    kept = "from unitfisher.experiments.allocation import keep_freed_memory as k; print(k())"
-    told = subprocess.run([sys.executable, "-c", kept], capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
+    can = platform.libc_ver()[0] == "glibc"
+    assert succeeded(forked(lambda: keep_freed_memory() is can))  # it is of a whole process
 
 
 def test_a_phase_that_names_no_dropout_goes_on_with_the_one_before_it() -> None:

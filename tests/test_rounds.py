@@ -25,6 +25,7 @@ from unitfisher.loader import LoaderError
 from unitfisher.solvers import SingularFisherError
 
 TOL = {"rtol": 1e-6, "atol": 1e-9}
+as_users = pytest.mark.usefixtures("as_users_run_it")  # every kind of layer is checked without it
 FISHERS = ["exact", "mc", "rademacher", "top-rademacher", "empirical"]
 Passing = Callable[[Sizes], bool]
 
@@ -131,12 +132,14 @@ def test_only_layers_whose_sums_do_not_fit_pass(tmp_path):
     assert_same(found, measured(model, loader, none))
 
 
+@as_users
 def test_sampled_units_keep_their_numbers():
     model, x, y = prepared("mlp")
     found = measured(model, batches(x, y), units=3)
     assert_same(found, measured(model, batches(x, y), none, units=3))
 
 
+@as_users
 def test_single_precision_keeps_four_digits():
     model, x, y = prepared("mlp")
     expected = measured(model, batches(x, y), none).latest
@@ -179,6 +182,7 @@ def passes_of(model: nn.Module, loader: list[Any], **options: Any) -> float:
     return len(calls) / len(loader)
 
 
+@as_users
 def test_layers_and_right_hand_sides_share_the_passes():
     model, x, y = prepared("mlp")
     loader = batches(x, y)
@@ -210,6 +214,7 @@ def first(samples: list[tuple[Tensor]]) -> Tensor:
     return torch.stack([sample for (sample,) in samples])
 
 
+@as_users
 def test_a_loader_that_shuffles_by_the_global_generator_is_replayed():
     model, x, _ = prepared("mlp")
     torch.manual_seed(5)
@@ -259,6 +264,7 @@ def test_an_iterator_is_enough_where_sums_fit():
 
 
 @pytest.mark.parametrize("fisher", ["mc", "rademacher", "top-rademacher"])
+@as_users
 def test_every_pass_draws_alike_whatever_was_drawn_before(fisher):
     model, x, y = prepared("mlp")
     found, expected = (
@@ -268,6 +274,7 @@ def test_every_pass_draws_alike_whatever_was_drawn_before(fisher):
 
 
 @pytest.mark.parametrize("fisher", ["mc", "rademacher", "top-rademacher"])
+@as_users
 def test_our_generator_is_left_where_one_pass_leaves_it(fisher):
     model, x, y = prepared("mlp")
     states = [
@@ -288,6 +295,7 @@ def test_the_model_is_left_as_it_was():
     assert all(p.grad is None for p in model.parameters())
 
 
+@as_users
 def test_any_gradient_is_solved_for_by_further_passes():
     model, x, y = prepared("mlp")
     found, expected = (
@@ -303,6 +311,7 @@ def test_any_gradient_is_solved_for_by_further_passes():
     assert_close(found.latest["2"].damped(0.1).k, expected.latest["2"].damped(0.1).k, **TOL)
 
 
+@as_users
 def test_the_gradient_that_was_measured_is_solved_for_already():
     model, x, y = prepared("mlp")
     measurement = measured(model, batches(x, y)).latest["2"]
@@ -320,6 +329,7 @@ def test_a_model_that_has_changed_since_is_told():
 
 
 @pytest.mark.parametrize("of", ["mlp", "convolution-in-groups"])
+@as_users
 def test_a_units_operator_takes_one_more_pass(of):
     model, x, y = prepared(of)
     found, expected = (measured(model, batches(x, y), passing) for passing in (every, none))
@@ -363,6 +373,7 @@ def test_gradients_joined_over_positions_do_not_pass():
         measured(model, batches(x, y), sharing="joint")
 
 
+@as_users
 def test_passes_hold_the_budget_that_sums_would_not():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 256), nn.ELU(), nn.Linear(256, 256), nn.ELU())
@@ -375,6 +386,7 @@ def test_passes_hold_the_budget_that_sums_would_not():
     assert monitor.plan.memory // 4 < used <= monitor.plan.total <= monitor.plan.memory
 
 
+@as_users
 def test_memory_does_not_grow_with_the_batches():
     model, x, y = prepared("mlp")
     held = [measured(model, [(x, y)] * n).memory_usage()["latest"] for n in (2, 5)]

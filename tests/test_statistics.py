@@ -92,6 +92,7 @@ SHARED = {  # without positions the sharings are one
     for sharing in ["expand", "joint", "reduce"]
     if setting.x.dim() > 2 or sharing == "expand" or name == "more-cases-than-inputs"
 }
+as_users = pytest.mark.usefixtures("as_users_run_it")  # quantities and angles are checked without
 each_setting = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 each_sharing = pytest.mark.parametrize(("setting", "sharing"), SHARED.values(), ids=SHARED)
 
@@ -174,6 +175,7 @@ def test_theorem_quantities_are_those_of_the_damped_reference_fisher(setting, sh
 
 
 @each_sharing
+@as_users
 def test_natural_gradient_solves_the_damped_reference_fisher(setting, sharing):
     found, F = measured(setting, sharing=sharing), expected_of(setting, sharing).F
     weight, bias = setting.model[0].weight, setting.model[0].bias
@@ -190,6 +192,7 @@ def test_natural_gradient_solves_the_damped_reference_fisher(setting, sharing):
 
 
 @each_sharing
+@as_users
 def test_damping_share_is_the_penalty_of_the_ridge_regression_of_one(setting, sharing):
     found, expected = measured(setting, sharing=sharing), expected_of(setting, sharing)
     shares = []
@@ -214,6 +217,7 @@ def test_misfit_of_that_regression_is_an_average_over_weighted_cases():
 
 
 @each_sharing
+@as_users
 def test_effective_cases_and_mean_shares_have_no_damping_in_them(setting, sharing):
     found, expected = measured(setting, sharing=sharing), expected_of(setting, sharing)
     mean_shares = [(a.mean(0) ** 2).sum() / (a**2).sum(1).mean() for a in expected.a]
@@ -228,6 +232,7 @@ def test_effective_cases_and_mean_shares_have_no_damping_in_them(setting, sharin
 
 
 @each_setting
+@as_users
 def test_gradient_taken_with_labels_is_that_of_the_mean_log_likelihood(setting):
     found = measured(setting, labels(setting)).gradient
     g, g0 = gradients(setting)
@@ -278,6 +283,7 @@ def test_angles_are_unknown_without_a_gradient():
 
 
 @each_sharing
+@as_users
 def test_damping_afterwards_equals_measuring_at_that_damping(setting, sharing):
     y = labels(setting)
     found = measured(setting, y, sharing=sharing).damped(0.1)
@@ -287,6 +293,7 @@ def test_damping_afterwards_equals_measuring_at_that_damping(setting, sharing):
 
 
 @each_sharing
+@as_users
 def test_parts_of_the_units_give_what_all_at_once_give(monkeypatch, setting, sharing):
     y = labels(setting)
     whole = measured(setting, y, sharing=sharing)
@@ -303,6 +310,7 @@ def test_memory_decides_how_many_units_are_taken_at_a_time(name):
 
 
 @each_sharing
+@as_users
 def test_sample_of_units_has_the_rows_of_those_units(setting, sharing):
     y = labels(setting)
     whole, some = (
