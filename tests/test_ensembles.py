@@ -217,6 +217,7 @@ def assert_same_records(one: Path, other: Path, preset: Preset) -> None:
 
 
 @pytest.mark.parametrize("task", ["classification", "reconstruction", "bernoulli-reconstruction"])
+@pytest.mark.usefixtures("as_users_run_it")
 def test_a_training_that_was_cut_ends_bit_identical(task: str, tmp_path: Path) -> None:
     fisher = "exact" if task == "classification" else "rademacher"
     preset = replace(SMALL, task=task, fisher=fisher, momentum=0.5, weight_decay=1e-4)
@@ -241,6 +242,7 @@ def test_a_training_that_was_cut_ends_bit_identical(task: str, tmp_path: Path) -
     assert_same_records(tmp_path / "whole", tmp_path / "cut", preset)
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_a_training_that_was_cut_before_its_first_checkpoint_begins_anew(
     trained: Trainer, tmp_path: Path
 ) -> None:
@@ -296,6 +298,7 @@ def test_who_changes_the_form_of_checkpoints_raises_their_format(tmp_path: Path)
     }
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_a_member_that_diverges_is_named_and_leaves_the_others_alone(tmp_path: Path) -> None:
     preset = replace(SMALL, task="reconstruction", fisher="rademacher", rates=(1e-3, 1e3))
     with (

@@ -88,6 +88,7 @@ def standard_errors_off(draws: Tensor, expected: Tensor) -> Tensor:
 @each_problem
 @pytest.mark.parametrize("samples", [1, 8])
 @pytest.mark.parametrize("fisher", ["mc", "rademacher"])
+@pytest.mark.usefixtures("as_users_run_it")
 def test_estimate_of_every_case_is_unbiased(fisher, samples, model, x, likelihood, names):
     found = draws_of_D(model, x, likelihood=likelihood, fisher=fisher, samples=samples)
     for name in names:
@@ -143,6 +144,7 @@ def test_more_samples_narrow_the_estimate_by_the_root_of_their_number(fisher):
 
 @pytest.mark.parametrize("sharing", ["joint", "reduce"])
 @pytest.mark.parametrize("fisher", ["mc", "rademacher"])
+@pytest.mark.usefixtures("as_users_run_it")
 def test_estimate_with_shared_weights_is_unbiased(fisher, sharing):
     model, x = filled(Mixing()), inputs(2, 3, 2)
     copies = x.repeat(50, 1, 1)

@@ -39,6 +39,7 @@ def fishers(m: UnitStatistics) -> Tensor:
 
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 @pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.usefixtures("as_users_run_it")
 def test_the_fisher_of_one_case_drawn_is_right_on_average(make, sharing):
     model, x = make()
     whole = Monitor(model, sharing=sharing).measure(x)["0"]
