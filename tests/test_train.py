@@ -57,16 +57,17 @@ def arguments(name: str, data_root: Path, out: Path, cache: Path) -> list[str]:
 
 
 @functools.cache
-def first_cases(preset: Preset, root: Path) -> Dataset:
-    """Load the data of a preset whole, and keep as many cases as any process can be given."""
-    whole = train.opened(preset, train.Where(root), root)
+def first_cases(dataset: str, root: Path) -> Dataset:
+    """Load a set of data whole, and keep as many cases as any process can be given."""
+    of_it = next(preset for preset in PRESETS.values() if preset.dataset == dataset)
+    whole = train.opened(replace(of_it, preprocessing="none"), train.Where(root), root)
     return Dataset(*(getattr(whole, part.name)[:500].clone() for part in fields(whole)))
 
 
 def loaded(preset: Preset, root: Path, cache: Path) -> Dataset | PhotographSets:
     if preset.dataset == "photographs":
         return train.opened(preset, train.Where(root), cache)
-    return first_cases(replace(PRESETS["mnist"], dataset=preset.dataset), root)
+    return first_cases(preset.dataset, root)
 
 
 def logged(log: Path, given: Sequence[str], data: Dataset | PhotographSets | None) -> None:
