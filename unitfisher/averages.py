@@ -12,7 +12,7 @@ from unitfisher import native
 from unitfisher.memory import workspace
 from unitfisher.native import Kernel
 
-CACHED = 2**21  # bytes: larger pieces leave the cache between two operations
+CACHED = 2**22  # bytes: larger pieces leave the cache between two operations
 
 
 class Average(NamedTuple):

@@ -20,6 +20,7 @@ from unitfisher.moments import Moments, Part, fed
 from unitfisher.patches import Patches, Received, in_pieces, unfolded
 from unitfisher.products import UnitProducts
 from unitfisher.rows import UnitRows
+from unitfisher.solvers import dot
 from unitfisher.sums import UnitMoments
 from unitfisher.weighted import Weighted
 
@@ -29,7 +30,7 @@ class Joined(NamedTuple):
 
     weights: Float[Tensor, "r u d"]  # Σ_t δ (a - origin)
     bias: Float[Tensor, "r u"]  # Σ_t δ
-    fed: Float[Tensor, " u"]  # Σ δ² ‖a‖², see `moments.fed`
+    fed: Float[Tensor, " u"]  # Σ ‖Σ_t δ a‖², see `moments.fed`
 
 
 @dataclass(frozen=True)
@@ -328,15 +329,23 @@ class UnitCases:
         delta = self.delta.to(self.received.dtype).unflatten(-1, (groups, -1)).movedim(2, -1)
         shape = columns, count, groups, units // groups, self.inputs
         G = self.delta.new_empty(shape, dtype=torch.float64)
-        total = self.delta.new_zeros(units, dtype=torch.float64)
         for piece, a in in_pieces(self.received):
             about = (a - self.origin[:, None, None]).transpose(0, 1)  # m g t d
             G[:, piece] = delta[:, piece] @ about  # of r m g v t
-            D = self.delta[:, piece].double().square().sum(0)
-            total += fed(a.flatten(1, 2), D.flatten(0, 1))
         G, S = G.flatten(2, 3).flatten(0, 1), self._joined_errors().flatten(0, 1)
         G.addcmul_(S.unsqueeze(-1), origin - self._rounded_mean, value=-1)
-        return Joined(G, S, total)
+        return Joined(G, S, self._fed_joined(G, S, origin))
+
+    def _fed_joined(
+        self, G: Float[Tensor, "r u d"], S: Float[Tensor, "r u"], origin: Float[Tensor, "*g d"]
+    ) -> Float[Tensor, " u"]:
+        """Σ ‖Σ_t δ a‖² from gradients about an origin; 0 where only rounding has left something."""
+        along = torch.einsum("rud,ud->ru", G, origin.expand(G.shape[1:]))
+        constant = S**2 * dot(origin, origin)
+        total = (torch.linalg.vector_norm(G, dim=-1) ** 2 + 2 * S * along + constant).sum(0)
+        eps, double = (torch.finfo(x.dtype).eps for x in (self.received, G))
+        left = max((64 * eps) ** 2, 64 * double) * constant.sum(0)
+        return torch.where(total > left, total, 0.0)
 
     def _joined_errors(self) -> Float[Tensor, "r m u"]:
         """Σ_t δ."""
