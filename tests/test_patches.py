@@ -1,5 +1,7 @@
 """Patches of a convolution's input: held once, and the same however they are unfolded."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,3 +95,14 @@ def test_an_input_may_be_changed_after_the_pass(sharing, padding):
     model(x)
     x.zero_()
     assert_close(monitor.latest["0"].s, expected.s, **TOL)
+
+
+@pytest.mark.parametrize("options", [{}, {"sharing": "joint"}, {"rows": 40}], ids=str)
+def test_many_say_what_few_say(options, monkeypatch):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ELU(), nn.Flatten(), nn.Linear(108, 3))
+    x = torch.randn(9, 2, 6, 6)
+    few = Monitor(model, **options).measure(x)["0"]
+    monkeypatch.setattr("unitfisher.cases.FEW", 0)
+    many = Monitor(copy.deepcopy(model), **options).measure(x)["0"]
+    for name in ("c", "mean", "mean_q", "s", "k"):
+        assert_close(getattr(many, name), getattr(few, name), rtol=1e-4, atol=1e-5)

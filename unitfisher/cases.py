@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from unitfisher.costs import Sizes, engine, route_of, units_together
 from unitfisher.incoming import Incoming
 from unitfisher.moments import Moments, Part, fed
-from unitfisher.patches import Patches, Received, in_pieces, unfolded
+from unitfisher.patches import FEW, Patches, Received, in_pieces, unfolded
 from unitfisher.products import UnitProducts
 from unitfisher.rows import UnitRows
 from unitfisher.solvers import dot
@@ -71,6 +71,12 @@ class UnitCases:
         if self.whole is not None and self.whole.received is self.received:
             return self.whole.a
         return unfolded(self.received)
+
+    @property
+    def _for_one_pass(self) -> Received:
+        """What is looked at but once need not be unfolded whole."""
+        size = self.received.shape.numel() * self.received.dtype.itemsize
+        return self.a if size <= FEW else self.received
 
     @property
     def shared(self) -> bool:
@@ -152,7 +158,8 @@ class UnitCases:
 
     @cached_property
     def _incoming(self) -> Incoming:
-        return self.incoming or Incoming.of(self.received, self.units)
+        of = self._for_one_pass if self.delta.shape[2] > 1 else self.a
+        return self.incoming or Incoming.of(of, self.units)
 
     @property
     def n_eff(self) -> Float[Tensor, " u"]:
@@ -260,7 +267,7 @@ class UnitCases:
 
         E_p(a) and its variance stay those of all cases.
         """
-        count, received = self.delta.shape[1], self.received
+        count, received = self.delta.shape[1], self._for_one_pass
         if rows >= count:
             return self
         chosen = torch.randperm(count, generator=generator, device=generator.device)[:rows]
@@ -270,7 +277,7 @@ class UnitCases:
             self,
             received=received.at(chosen) if isinstance(received, Patches) else received[:, chosen],
             delta=self.delta[:, chosen] * (count / rows) ** 0.5,
-            incoming=self._incoming,
+            incoming=self.incoming or Incoming.of(received, self.units),
             population=count,
             sample=self.of_sample[chosen] if asked else None,
         )
@@ -329,7 +336,7 @@ class UnitCases:
         delta = self.delta.to(self.received.dtype).unflatten(-1, (groups, -1)).movedim(2, -1)
         shape = columns, count, groups, units // groups, self.inputs
         G = self.delta.new_empty(shape, dtype=torch.float64)
-        for piece, a in in_pieces(self.received):
+        for piece, a in in_pieces(self._for_one_pass):
             about = (a - self.origin[:, None, None]).transpose(0, 1)  # m g t d
             G[:, piece] = delta[:, piece] @ about  # of r m g v t
         G, S = G.flatten(2, 3).flatten(0, 1), self._joined_errors().flatten(0, 1)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from unitfisher.averages import pieces
 
+FEW = 2**26  # bytes: fewer are unfolded once for all who ask, more for each, by pieces, if they can
+
 
 @dataclass(frozen=True)
 class Patches:

@@ -24,6 +24,7 @@ from unitfisher.costs import (
     units_together,
 )
 from unitfisher.memory import AMPLE, DEFAULT, readable, within
+from unitfisher.patches import FEW
 from unitfisher.shapes import Shape, bare
 
 LOG = logging.getLogger("unitfisher")
@@ -227,7 +228,7 @@ class Planner:
             cases = shape.cases * shape.bytes_of_case
             return shape.bytes_observing + cases + bytes_of_passes(shape.sizes(shape.cases))
         pooled, solved, passed = self.window * shape.cases, self._solved(shape), shape.bytes_of_pass
-        cases = (self.window > 1) * pooled  # side by side
+        cases = (self.window > 1) * (1 + (shape.folded > 0)) * pooled  # unfolded, side by side
         cases += ((solved < pooled) + alike) * solved  # drawn, beside others of its form
         held, results = self.window * passed, 3 * shape.bytes_of_results
         if self.beside is None:
@@ -251,8 +252,8 @@ class Planner:
         if name in self.passing:
             return LayerPlan(name, sizes, "passes", units, kept, 0, 0)
         route = route_of(sizes, self.solver, self.damping)
-        unfolds = self._as_it_came(shape) and not sizes.joint
-        unfolded = shape.bytes_to_unfold if unfolds else 0
+        whole = self._as_it_came(shape) and not sizes.joint
+        unfolded = shape.bytes_to_unfold if whole or shape.bytes_to_unfold <= FEW else 0
         solving = bytes_of_group(sizes, route) + unfolded + 2 * shape.bytes_of_results
         return LayerPlan(name, sizes, route, units, kept, solving, least(sizes, route))
 
