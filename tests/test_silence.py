@@ -563,6 +563,8 @@ def test_the_precision_of_matrix_products_follows_what_is_said_of_all_later():
     asked = backends.fp32_precision
     try:
         backends.fp32_precision = "tf32"
+        for product in MATRIX_PRODUCTS:
+            product.fp32_precision = "none"  # nothing of its own
         Monitor(mlp()).measure(torch.randn(6, 4))
         backends.fp32_precision = "ieee"
         assert {m.fp32_precision for m in MATRIX_PRODUCTS} == {"ieee"}

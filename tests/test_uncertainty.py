@@ -159,6 +159,12 @@ def test_where_time_comes_first_no_error_is_told_that_takes_whose_case_is_whose(
 
 
 @given(batches=sequences())
+def test_one_batch_whose_samples_are_not_told_apart_makes_all_unknown(batches):
+    told = joined([*batches, replace(batches[0], in_order=False)])
+    assert variance_of_sum(told).isnan().all() == told.shared
+
+
+@given(batches=sequences())
 def test_variances_of_samples_add_up_whatever_their_lengths(batches):
     apart = torch.stack([variance_of_sum(cases) for cases in batches])
     assert_close(variance_of_sum(joined(batches)), apart.sum(0), **TOL)
