@@ -28,6 +28,11 @@ def dense() -> tuple[nn.Module, Tensor]:
     return model.double(), normal(torch.Generator().manual_seed(1), 60, 4)
 
 
+def plentiful() -> tuple[nn.Module, Tensor]:
+    """Cases enough that some of them tell how s and k spread."""
+    return dense()[0], normal(torch.Generator().manual_seed(1), 800, 4)
+
+
 def convolutional() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     grouped = nn.Conv2d(2, 4, 3, padding=1, groups=2)
@@ -71,7 +76,11 @@ DRAWN = {
         convolutional, {"fisher": "mc", "samples": 4, "sharing": "reduce"}, ("c", "mean_q")
     ),
     "cases": (dense, {"rows": 30}, ("c", "mean_q")),
+    "many-cases": (plentiful, {"rows": 300}, ("c", "mean_q", "s", "k")),
     "cases-and-labels": (dense, {"rows": 40, "fisher": "mc", "samples": 4}, ("c", "mean_q")),
+    "many-cases-and-labels": (
+        plentiful, {"rows": 400, "fisher": "mc", "samples": 4}, ("c", "mean_q", "s", "k")
+    ),
     "cases-of-positions": (convolutional, {"rows": 120}, ("c", "mean_q")),
     "cases-of-positions-and-signs": (
         convolutional, {"rows": 240, "fisher": "rademacher", "samples": 2}, ("c", "mean_q")
@@ -240,7 +249,7 @@ UNTOLD = {
     "one-column": (dense, {"fisher": "rademacher"}, ERRORS),
     "one-column-and-top": (dense, {"fisher": "top-rademacher"}, ERRORS),
     "joint": (convolutional, {"fisher": "mc", "samples": 2, "sharing": "joint"}, ERRORS[1:]),
-    "drawn-cases": (dense, {"rows": 30}, ERRORS[2:]),
+    "few-drawn-cases": (dense, {"rows": 19}, ERRORS[2:]),
     "drawn-positions-one-column": (convolutional, {"rows": 120, "fisher": "mc"}, ERRORS),
 }
 

@@ -25,8 +25,9 @@ class UnitStatistics:
     Standard errors speak of what was drawn, not of the batch: of labels or signs (two columns or
     more tell), and of cases where ``rows=`` draws them. They are 0 where nothing was drawn and NaN
     where it cannot be told: from a single random column, of E_q(a), s and k with
-    ``sharing="joint"`` or over a loader, and of s and k from drawn rows. Those of s and k are of
-    first order in the spread of D: their bias, which may be larger, is not in them.
+    ``sharing="joint"`` or over a loader, and of s and k from drawn rows where n_eff is below five
+    times the inputs. Those of s and k are of first order in the spread of D: their bias, which may
+    be larger, is not in them.
     """
 
     layer: str

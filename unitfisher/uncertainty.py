@@ -19,6 +19,8 @@ from unitfisher.memory import workspace
 from unitfisher.moments import Moments
 from unitfisher.solvers import dot
 
+ENOUGH = 5  # n_eff per input, of drawn cases; fewer are fitted so closely that errors seem small
+
 # Σ over columns and cases of the squares of something, or over samples of the sum of their cases
 Squares = Callable[[Float[Tensor, "k m u"], bool], Float[Tensor, "..."]]
 
@@ -35,8 +37,8 @@ class StandardErrors(NamedTuple):
     def of(cls, cases: UnitCases, m: Moments, damped: Moments) -> "StandardErrors":
         """From some units' cases, and their moments without damping and with.
 
-        From one random column nothing is known; with ``sharing="joint"`` the error of c alone, of
-        drawn cases those of c and E_q(a).
+        From one random column nothing is known; with ``sharing="joint"`` the error of c alone. Of
+        drawn cases those of s and k only where they are ``ENOUGH``.
         """
         if (unknown := _unknown(cases)) is not None:
             return cls.alike(unknown, m.mu_q)
@@ -45,11 +47,11 @@ class StandardErrors(NamedTuple):
             return found
         weight = torch.where(m.alive, cases.samples * m.c, torch.nan)
         found = found._replace(mean_q_error=_variance_of_mean(cases, m).sqrt() / weight[:, None])
-        if cases.population or cases.replicates < 2:
+        least = ENOUGH * cases.inputs if cases.population else 0
+        if cases.delta.shape[1] < least:
             return found
-        unsure = [_deviations(cases) * follows for follows in _influence(cases, m, damped)]
-        s, k = (_over_columns(cases, _by_sample(cases, x).square().sum((0, 1))) for x in unsure)
-        living = torch.where(m.alive, 1.0, torch.nan)
+        s, k = (_variance_of(cases, follows) for follows in _influence(cases, m, damped))
+        living = torch.where(m.alive & (cases.n_eff >= least), 1.0, torch.nan)
         return found._replace(s_error=s.sqrt() * living, k_error=k.sqrt() * living)
 
     @classmethod
@@ -77,11 +79,17 @@ def variance_of_sum(cases: UnitCases) -> Float[Tensor, " u"]:
     """Variance of Σ D, which is N c: of the labels or signs drawn, and of the cases."""
     if (unknown := _unknown(cases)) is not None:
         return torch.full_like(cases.D[0], unknown)
+    return _variance_of(cases, torch.ones_like(cases.D))
+
+
+def _variance_of(cases: UnitCases, follows: Float[Tensor, "m u"]) -> Float[Tensor, " u"]:
+    """Variance of what follows the D of each case so."""
 
     def squares(x: Float[Tensor, "k m u"], together: bool) -> Float[Tensor, " u"]:
         return (_by_sample(cases, x) if together else x).square().sum((0, 1))
 
-    return _variance(cases, cases.D - cases.D.mean(0), squares)
+    moved = cases.D * follows
+    return _variance(cases, moved - moved.mean(0), squares, follows)
 
 
 def _variance_of_mean(cases: UnitCases, m: Moments) -> Float[Tensor, "u d"]:
@@ -89,7 +97,12 @@ def _variance_of_mean(cases: UnitCases, m: Moments) -> Float[Tensor, "u d"]:
     return _variance(cases, cases.D, partial(_squares, cases, m))
 
 
-def _variance(cases: UnitCases, D: Float[Tensor, "m u"], squares: Squares) -> Float[Tensor, "..."]:
+def _variance(
+    cases: UnitCases,
+    D: Float[Tensor, "m u"],
+    squares: Squares,
+    follows: Float[Tensor, "m u"] | None = None,
+) -> Float[Tensor, "..."]:
     """Variance of a sum over cases, drawn without replacement, whose D were drawn, too.
 
     The two-stage estimate (Cochran 1977, 10.3): how the cases spread, less what labels make of
@@ -99,7 +112,7 @@ def _variance(cases: UnitCases, D: Float[Tensor, "m u"], squares: Squares) -> Fl
     """
     labels = own = torch.zeros(())
     if cases.replicates > 1:
-        x = _deviations(cases)
+        x = _deviations(cases) if follows is None else _deviations(cases) * follows
         labels = own = _over_columns(cases, squares(x, cases.shared))
         if cases.population and cases.shared:
             own = _over_columns(cases, squares(x, False))
