@@ -92,16 +92,18 @@ class Seen:
             found.setdefault(call.layer, []).append(call)
         return found
 
+    @property
+    def numbers(self) -> list[Tensor]:
+        """What went into each layer and what came out."""
+        return [x for call in self.calls for x in (call.activations, call.y.detach())]
+
     def fault(self) -> str | None:
         """Name the first place in the pass that holds NaN or infinity."""
-        looked_at = [x for call in self.calls for x in (call.activations, call.y.detach())]
-        if all_finite(looked_at):
-            return None
-        for i, x in enumerate(looked_at):
+        for i, x in enumerate(self.numbers):
             if not x.isfinite().all():
                 place = "preactivations of" if i % 2 else "activations into"
                 return f"the {place} layer {self.calls[i // 2].layer!r}"
-        return None  # only a sum was too large
+        return None
 
     @property
     def net_numbers(self) -> int:

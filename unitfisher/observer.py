@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
@@ -96,12 +96,11 @@ class Observer:
         z = self.estimator.likelihood.arrange(output.detach())
         z = z.float() if z.element_size() < 4 else z  # small probabilities keep digits
         edges = _edges(output, seen, self.left_out)
-        fault = seen.fault() or self._fault(z)
-        z = z if fault is None else z.nan_to_num(0.0, 0.0, 0.0)  # so that labels can be drawn
+        sound = self._sound(z)
+        drawable = torch.where(sound, z, 0.0)  # labels, whatever comes of it
         with self._planned(seen, z):
-            cases, gradients = self._sent_back(output, z, edges, seen, targets)
-        means = seen.means()
-        faults = dict.fromkeys(cases, fault) if fault else _faulty_errors(cases)
+            cases, gradients = self._sent_back(output, drawable, edges, seen, targets)
+        means, faults = seen.means(), _faults(seen, z.masked_fill(sound, 0.0), cases)
         return {
             name: Observation(cases[name], means[name], gradients.get(name), faults.get(name))
             for name in cases
@@ -137,12 +136,12 @@ class Observer:
                 gradients[name] = Gradient(g, None if self.layers[name].bias is None else g0)
         return {name: folded.cases() for name, folded in foldings.items()}, gradients
 
-    def _fault(self, z: Output) -> str | None:
-        """Name the logits where they hold NaN or infinity; -inf is a class that cannot be."""
-        if z.isfinite().all():
-            return None
-        possible = isinstance(self.estimator.likelihood, Classes) & (z == -torch.inf)
-        return None if (z.isfinite() | possible).all() else "the logits after the last layer"
+    def _sound(self, z: Output) -> Bool[Tensor, "n t y"]:
+        """Which logits may be: all finite ones, and -inf of a class that cannot be."""
+        finite = z.isfinite()
+        return (
+            finite | (z == -torch.inf) if isinstance(self.estimator.likelihood, Classes) else finite
+        )
 
     @property
     def workspace(self) -> int:
@@ -255,15 +254,15 @@ def _by_layer(
     return found
 
 
-def _faulty_errors(cases: Mapping[str, UnitCases]) -> dict[str, str]:
-    """Name the layers to which NaN or infinite errors came back; one look where there are none."""
-    if all_finite([of.delta for of in cases.values()]):
+def _faults(seen: Seen, unsound: Output, cases: Mapping[str, UnitCases]) -> dict[str, str]:
+    """Name where NaN or infinity is, for each layer that it reaches; the host waits but once."""
+    errors = {name: of.delta for name, of in cases.items()}
+    if all_finite([*seen.numbers, unsound, *errors.values()]):
         return {}
-    return {
-        name: f"the errors at layer {name!r}"
-        for name, of in cases.items()
-        if not of.delta.isfinite().all()
-    }
+    fault = seen.fault() or (None if all_finite([unsound]) else "the logits after the last layer")
+    if fault is not None:
+        return dict.fromkeys(cases, fault)
+    return {n: f"the errors at layer {n!r}" for n, x in errors.items() if not x.isfinite().all()}
 
 
 def require_finite(faults: Iterable[str | None]) -> None:

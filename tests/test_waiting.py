@@ -1,0 +1,60 @@
+"""How often the host waits for the device: counted on the CPU, where waiting is free."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from unitfisher import Monitor
+
+WAITS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero")
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations whose answer the host needs before it goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count[function._schema.name] += function._schema.name in WAITS
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute as on a GPU, without compiled kernels."""
+    monkeypatch.setenv("UNITFISHER_NATIVE", "0")
+
+
+def mlp() -> tuple[nn.Module, torch.Tensor]:
+    return nn.Sequential(nn.Linear(6, 8), nn.ELU(), nn.Linear(8, 3)), torch.randn(20, 6)
+
+
+def convolutional() -> tuple[nn.Module, torch.Tensor]:
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 9, 3))
+    return net, torch.randn(20, 2, 5, 5)
+
+
+@pytest.mark.usefixtures("by_torch")
+@pytest.mark.parametrize("make", [mlp, convolutional])
+@pytest.mark.parametrize(
+    ("options", "waits"),
+    [
+        ({"every": lambda step: False, "activations": 1}, 0),
+        ({}, 1),
+        ({"fisher": "rademacher", "activations": 1}, 1),
+        ({"fisher": "rademacher", "rows": 10}, 1),
+    ],
+    ids=["averages", "exact", "signs", "rows"],
+)
+def test_a_watched_pass_waits_only_to_hear_whether_its_numbers_are_finite(make, options, waits):
+    model, x = make()
+    y = torch.randint(3, (20,))
+    with Monitor(model, **options), Waits() as waited:
+        F.cross_entropy(model(x), y).backward()
+    assert waited.count.total() == waits
