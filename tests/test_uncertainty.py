@@ -262,6 +262,16 @@ def test_what_cannot_be_told_is_nan(make, options, names):
     assert all(getattr(m, name).gt(0).all() for name in set(ERRORS) - set(names))
 
 
+def test_units_that_few_drawn_cases_carry_have_no_error_of_s_and_k():
+    model, x = plentiful()
+    model[0].weight.data[0] *= 20  # saturated: its errors come from few cases
+    m = Monitor(model, "0", rows=100).measure(x)["0"]
+    few = m.n_eff < 5 * 4
+    assert 0 < few.sum() < len(few)
+    for name in ("s_error", "k_error"):
+        assert getattr(m, name).isnan().tolist() == few.tolist()
+
+
 def test_a_dead_unit_has_no_error_of_what_it_has_not():
     model, x = dense()
     model[0].weight.data[1], model[2].weight.data[:, 1] = 0.0, 0.0
