@@ -111,7 +111,7 @@ def main(config: Config) -> int:
 
 def measured(rows: Sequence[Row], config: Config) -> Iterator[list[Result]]:
     """Measure group by group, and save after each; yield all results so far, in order."""
-    start, results = time.perf_counter(), []
+    start, results = time.perf_counter(), list[Result]()
     keys = [row.key for row in rows]
     order = [each.key for row in rows for each in (row, *row.rivals)]
     with tqdm(total=len(rows), unit="row") as bar:

@@ -1,6 +1,7 @@
 """From rows to results: prepare what a group times, let it take turns, judge it by its bars."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ LIMIT = 120  # seconds for a process
 def measure_all(rows: Sequence[Row], device: str, effort: Effort) -> Iterator[list[Result]]:
     """Yield the results of one group after another."""
     by_case: dict[str, list[Row]] = {}
-    others = []
+    others: list[Row] = []
     for row in rows:
         group = others if row.kind != "turns" else by_case.setdefault(row.case.name, [])
         group.append(row)
@@ -62,7 +63,7 @@ def contest(row: Row, device: str, effort: Effort) -> list[Result]:
     others = [timed(rivals[key], compare(times, key)) for key in ready if key in rivals]
     if not others:
         return [failed(row, "no rival ran"), *lost]
-    fastest = min(others, key=lambda result: result.ms)
+    fastest = min(others, key=lambda result: result.ms or math.inf)
     steps = compare(times, row.key).value
     note = f"against {rivals[fastest.key].title.split(' by ')[1]}; itself {steps:.3g} plain steps"
     return [timed(row, faster(times, row.key, fastest.key), note), *others, *lost]

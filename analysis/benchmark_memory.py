@@ -17,7 +17,8 @@ def peak_now() -> int:
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     if STATUS.exists():  # unlike ru_maxrss, this peak is not inherited from the parent process
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", STATUS.read_text())[1])
+        (kibibytes,) = re.findall(r"VmHWM:\s*(\d+)", STATUS.read_text())
+        return 1024 * int(kibibytes)
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from functools import partial
 from itertools import count
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ def asdl_kfac(at: Setting) -> Run:
     return _asdl_step(at, asdl.KfacGradientMaker(at.model, config))
 
 
-def _asdl_step(at: Setting, maker: object) -> Run:
+def _asdl_step(at: Setting, maker: Any) -> Run:
     maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(at.model, at.x), at.y)
 
     def run() -> object:
@@ -71,8 +72,7 @@ def asdl_per_sample(at: Setting) -> Run:
 
     def run() -> None:
         for p in at.model.parameters():
-            p.batch_grad = None
-            del p.batch_grad
+            vars(p).pop("batch_grad", None)
         at.model.zero_grad()
         save_batch_gradient(at.model, lambda: _summed_loss(at).backward())
 

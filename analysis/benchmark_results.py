@@ -75,12 +75,17 @@ def failed(row: Row, error: str) -> Result:
 
 def judge(row: Row, value: float) -> Verdict:
     """Say which bar is reached; more is better in a contest, less elsewhere."""
-    sign = -1 if row.kind == "contest" else 1
-    if row.bar is None:
-        return ""
-    if row.stretch is not None and sign * value <= sign * row.stretch:
+    more = row.kind == "contest"
+    if row.stretch is not None and judged(value, row.stretch, more=more) == "met":
         return "stretch"
-    return "met" if sign * value <= sign * row.bar else "missed"
+    return judged(value, row.bar, more=more)
+
+
+def judged(value: float, bar: float | None, *, more: bool) -> Verdict:
+    """Compare with a bar, if there is one."""
+    if bar is None:
+        return ""
+    return "met" if value == bar or (value > bar) == more else "missed"
 
 
 def _names(row: Row) -> tuple[str, str, str, float | None, float | None, str]:

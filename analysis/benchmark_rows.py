@@ -133,13 +133,12 @@ ROWS = (
     ),
     Row(MNIST_64, "fisher-memory", MATERIALISED, ways.unit_fishers, 1.2, None, "result"),
     Row(
-        *(MNIST_64, "natural-asdl", f"{NATURAL}, exact", exact_natural),
-        *(300, 800, "contest"),
+        *(MNIST_64, "natural-asdl", f"{NATURAL}, exact", exact_natural, 300, 800, "contest"),
         (peer(MNIST_64, "asdl-exact", "... by ASDL, exact", asdl_natural_exact),),
     ),
     Row(
-        *(MNIST_64, "natural-asdl-mc", f"{NATURAL}, one sign"),
-        *(one_sign_natural, 300, 800, "contest"),
+        *(MNIST_64, "natural-asdl-mc", f"{NATURAL}, one sign", one_sign_natural),
+        *(300, 800, "contest"),
         (peer(MNIST_64, "asdl-mc", "... by ASDL, MC", asdl_natural_mc),),
     ),
     per_sample(MNIST_64),

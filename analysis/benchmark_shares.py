@@ -3,12 +3,14 @@
 from dataclasses import replace
 from statistics import median
 
-from benchmark_results import Result
+from benchmark_results import Result, judged
 from benchmark_timing import device_clock
 from benchmark_trainers import CIFAR, MNIST, Config, opened, random_data, timed
 
 from unitfisher.experiments.presets import PRESETS
 from unitfisher.experiments.watching import Moment, Watch
+
+BAR = 5.0  # percent
 
 
 def of_shares(config: Config) -> list[Result]:
@@ -39,16 +41,15 @@ def of_share(name: str, config: Config) -> Result:
     share = members * (evaluations * passes + fishers) / total
     note = f"{members} networks, {t.iterations} steps in {total / 3600:.3g} h; Fishers "
     note += f"{members * fishers / total:.2%}, the rest passes over the probe set, loss included"
-    verdict = "met" if share <= 0.05 else "missed"
     title = f"Monitors in a training of {name}, share of the time"
     return Result(
         f"share/{name}",
         title,
         f"n = {preset.batch_size}",
-        5.0,
+        BAR,
         None,
         "%",
-        verdict,
+        judged(100 * share, BAR, more=False),
         value=100 * share,
         note=note,
         rounds=config.rounds,

@@ -9,7 +9,7 @@ from statistics import quantiles
 from typing import Literal
 
 import torch
-from benchmark_results import Result
+from benchmark_results import Result, judged
 from benchmark_timing import device_clock
 
 from unitfisher.experiments import Dataset
@@ -95,7 +95,6 @@ def rated(
     key: str, title: str, case: str, rates: Sequence[float], unit: str, bar: float | None = None
 ) -> Result:
     low, middle, high = quantiles(rates, n=4, method="inclusive")
-    verdict = "" if bar is None else "met" if middle >= bar else "missed"
     return Result(
         key,
         title,
@@ -103,7 +102,7 @@ def rated(
         bar,
         None,
         unit,
-        verdict,
+        judged(middle, bar, more=True),
         value=middle,
         low=low,
         high=high,

@@ -47,6 +47,7 @@ def keep(at: Setting) -> Run:
             logits = at.model(at.x)
         chain.settle(seen, logits)
         for call in seen.calls:
+            assert call.edge is not None
             call.edge.node.register_prehook(kept.extend)
         F.cross_entropy(logits, at.y).backward()
         return seen, kept

@@ -127,7 +127,9 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     """A row for each preset and rate, a column for each activation."""
     steps = table["of"].map("none in {}".format)
     said = table["diverged at"].map("{:.0f}".format).where(table["diverged at"].notna(), steps)
-    wide = table.assign(said=said).pivot(index=["preset", "rate"], columns="activation")["said"]
+    wide = table.assign(said=said).pivot(
+        index=["preset", "rate"], columns="activation", values="said"
+    )
     wide = wide.sort_index(ascending=[True, False]).reset_index()
     wide["rate"] = wide["rate"].map("{:g}".format)
     return wide.fillna("")

@@ -8,7 +8,7 @@ minute on one core. Writes table.md, table.csv and config.json to ``<out>``; fee
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +125,12 @@ def repeated(
     problem: Problem, times: int, seed: int, *, fisher: str, samples: int = 1
 ) -> Iterator[dict[str, Tensor]]:
     """Measure so often; yield what every hidden unit has, layer after layer."""
-    options = {"damping": problem.damping, "seed": seed, "fisher": fisher, "samples": samples}
+    options: dict[str, Any] = {
+        "damping": problem.damping,
+        "seed": seed,
+        "fisher": fisher,
+        "samples": samples,
+    }
     with Monitor(problem.model, "hidden*", **options) as monitor:
         for _ in range(times):
             layers = monitor.measure(problem.x).values()
@@ -164,7 +169,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([readable_row(row) for row in table.to_dict("records")]).fillna("")
 
 
-def readable_row(row: dict[str, Any]) -> dict[str, str]:
+def readable_row(row: Mapping[Hashable, Any]) -> dict[str, str]:
     first = {"problem": row["problem"], "estimator": NAMES[row["fisher"]]}
     first["columns"] = str(row["columns"])
     if row["fisher"] == "exact":

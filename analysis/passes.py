@@ -82,7 +82,8 @@ def main(config: Config) -> int:
         f"{config.width} inputs, by damping; seed {config.seed}, {made['device']}, torch "
         f"{made['versions']['torch']}. In brackets: some unit is not converged by then.\n"
     )
-    shown = shown[sorted(shown, reverse=True)].rename(columns=lambda x: f"damping {x:g}")
+    dampings = sorted(table["damping"].unique(), reverse=True)
+    shown = shown[dampings].rename(columns=lambda x: f"damping {x:g}")
     written = f"{conditions}\n{markdown(shown.reset_index().astype(str))}"
     save(table, written, made, config.out)
     return 0

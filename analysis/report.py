@@ -9,9 +9,10 @@ import claims
 import figures
 import pandas as pd
 import tables
-from jobs import Job, measured_epochs
+from jobs import Job
 
 from unitfisher.experiments.training import BATCH_SIZE, RATE
+from unitfisher.experiments.watching import measured_epochs
 
 RIBBONS = "Ribbons: ± sd, on logarithmic axes not below the lowest seed."
 

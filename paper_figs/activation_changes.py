@@ -47,9 +47,15 @@ def draw() -> Figure:
 
 def _deciles(ax: Axes, name: str, variance: pd.Series) -> Line2D:
     values = np.maximum(variance.to_numpy(), 1e-12)
-    look = {"color": plotting.COLOURS[name], "marker": plotting.MARKERS[name], "markersize": 2.5}
-    look["linewidth"] = 1.1
-    (line,) = ax.plot(values, variance.index, label=ACTIVATIONS[name].label, **look)
+    (line,) = ax.plot(
+        values,
+        variance.index,
+        label=ACTIVATIONS[name].label,
+        color=plotting.COLOURS[name],
+        marker=plotting.MARKERS[name],
+        markersize=2.5,
+        linewidth=1.1,
+    )
     return line
 
 

@@ -21,8 +21,9 @@ def draw() -> Figure:
     for name in SHOWN:
         y = ACTIVATIONS[name].module()(x)
         (slope,) = torch.autograd.grad(y.sum(), x)
-        look = {"color": plotting.COLOURS[name], "marker": plotting.MARKERS[name]}
-        look |= {
+        look = {
+            "color": plotting.COLOURS[name],
+            "marker": plotting.MARKERS[name],
             "markevery": 100,
             "markersize": 3.2,
             "linewidth": 1.1,

@@ -3,6 +3,7 @@
 python paper_figs/all.py
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +18,12 @@ import cifar_table
 import imagenet
 import mnist
 import style
+from matplotlib.figure import Figure
 
 from unitfisher.experiments import scripts
 
 TRAININGS = ("mnist", "mnist-autoencoder", "cifar100-11", "imagenet-15")
-FIGURES = {
+FIGURES: dict[str, Callable[[], Figure]] = {
     "activation_functions": activation_functions.draw,
     "mnist": mnist.draw,
     "activation_changes": activation_changes.draw,

@@ -19,7 +19,6 @@ ERRORS = {
     "reconstruction": "½ Σ error² per image",
     "bernoulli-reconstruction": "cross-entropy per image (nats)",
 }
-CORNER = {"ha": "right", "va": "top", "fontsize": 6.5}
 
 
 def draw(name: str = "mnist-autoencoder") -> Figure:
@@ -59,11 +58,12 @@ def _medians(summary: Summary, rate: float, value: str) -> pd.DataFrame:
 def _name_diverged(ax: Axes, summary: Summary, rate: float) -> None:
     lost = summary.diverged[summary.diverged["rate"] == rate]
     names = [
-        f"{ACTIVATIONS[name].label} ({seeds} of {summary.seeds})"
+        f"{ACTIVATIONS[str(name)].label} ({seeds} of {summary.seeds})"
         for name, seeds in lost["activation"].value_counts(sort=False).items()
     ]
     if names:
-        ax.text(0.97, 0.97, "\n".join(["diverged:", *names]), **CORNER, transform=ax.transAxes)
+        told = "\n".join(["diverged:", *names])
+        ax.text(0.97, 0.97, told, ha="right", va="top", fontsize=6.5, transform=ax.transAxes)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from matplotlib.ticker import (
 from unitfisher.experiments import panels, plotting
 
 FIGURES = Path(__file__).parent / "figures"
-NORMS = dict(zip(summary.NORMS, ("-", "--"), strict=True))  # styles of plotting.plot_over
+STYLES: tuple[plotting.Style, ...] = ("-", "--")
+NORMS = dict(zip(summary.NORMS, STYLES, strict=True))
 PUBLISHED = "#b00000"  # what others measured: hollow marks or italics, and always named
 
 
@@ -33,9 +34,9 @@ def finish(
     return panels.finish(figure, [*reversed(present), *others], conditions)
 
 
-def entries(labels: Mapping[str, str]) -> list[Line2D]:
+def entries(labels: Mapping[str, plotting.Style]) -> list[Line2D]:
     """Legend entries that say which style of ``plotting.plot_over`` is what."""
-    look = {"color": "0.3", "marker": "o", "markersize": 3.2, "linewidth": 1.1}
+    look: dict[str, Any] = {"color": "0.3", "marker": "o", "markersize": 3.2, "linewidth": 1.1}
     return [
         Line2D([], [], **look | plotting.STYLES[style], label=label)
         for label, style in labels.items()
@@ -62,7 +63,11 @@ def logarithmic_both_ways(ax: Axes) -> None:
 
 def mark(ax: Axes, x: float, y: float, activation: str) -> None:
     """Mark a published value of a kind of network."""
-    look = {"marker": plotting.MARKERS[activation], "markerfacecolor": "none", "markersize": 6}
+    look: dict[str, Any] = {
+        "marker": plotting.MARKERS[activation],
+        "markerfacecolor": "none",
+        "markersize": 6,
+    }
     ax.plot(x, y, color=PUBLISHED, linestyle="", clip_on=False, **look)
 
 

@@ -52,8 +52,9 @@ class Summary:
         folder = FOLDER / name
         if not (folder / "provenance.json").exists():
             raise FileNotFoundError(f"no tables of {name}; make them with {_commands(name)}")
-        tables = [pd.read_csv(folder / f"{part}.csv") for part in PARTS]
-        return cls(name, *tables, json.loads((folder / "provenance.json").read_text()))
+        training, layers, changes = (pd.read_csv(folder / f"{part}.csv") for part in PARTS)
+        provenance = json.loads((folder / "provenance.json").read_text())
+        return cls(name, training, layers, changes, provenance)
 
     def write(self) -> Path:
         folder = FOLDER / self.name
@@ -156,7 +157,7 @@ class Summary:
         """Who diverged at each rate: of how many seeds, and when that was seen last."""
         for rate, at in self.diverged.groupby("rate"):
             told = [
-                f"{ACTIVATIONS[name].label} ({len(of)} of {self.seeds} "
+                f"{ACTIVATIONS[str(name)].label} ({len(of)} of {self.seeds} "
                 f"by {self.time} {of[self.time].max():,})"
                 for name, of in at.groupby("activation")
             ]

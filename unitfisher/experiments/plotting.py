@@ -48,7 +48,8 @@ MARKERS: Final = MappingProxyType(
     }
 )
 
-STYLES: Final = MappingProxyType[str, dict[str, Any]](
+Style = Literal["-", "--"]
+STYLES: Final = MappingProxyType[Style, dict[str, Any]](
     {"-": {}, "--": {"linestyle": "--", "markerfacecolor": "white"}}
 )
 LOSSES: Final = MappingProxyType({"train": "training loss", "test": "test loss"})
@@ -154,9 +155,7 @@ def plot_distribution(
     return lines
 
 
-def plot_over(
-    ax: Axes, frame: pd.DataFrame, value: str, *, x: str, style: Literal["-", "--"] = "-"
-) -> Lines:
+def plot_over(ax: Axes, frame: pd.DataFrame, value: str, *, x: str, style: Style = "-") -> Lines:
     """Mean over seeds ± one standard deviation, over another column.
 
     On axes that are logarithmic by then the ribbon ends below at the lowest seed: there is no
