@@ -12,6 +12,7 @@ from jobs import TABLES, Job
 
 from unitfisher.experiments import ACTIVATIONS
 from unitfisher.experiments.markdown import markdown_table, spread
+from unitfisher.experiments.watching import OVER_UNITS
 
 RUN = ["activation", "seed"]
 When = Literal["through training", "at the end"]
@@ -41,20 +42,19 @@ class Quantity(NamedTuple):
 
     name: str
     label: str
-    over_units: Literal["mean", "median"] = "mean"
     damped: bool = False
 
 
 MEASURED = (
     Quantity("mean_share", "mean share of incoming activations"),
     Quantity("bias_shift_share_gradient", "bias-shift share, gradient"),
-    Quantity("n_eff", "n_eff (cases that carry a unit's Fisher)", "median"),
+    Quantity("n_eff", "n_eff (cases that carry a unit's Fisher)"),
     Quantity("bias_shift_share_natural", "bias-shift share, natural gradient", damped=True),
-    Quantity("k", "k", "median", damped=True),
-    Quantity("sc", "s·c", "median", damped=True),
-    Quantity("corrected_mean_norm", "norm of the corrected mean", "median", damped=True),
+    Quantity("k", "k", damped=True),
+    Quantity("sc", "s·c", damped=True),
+    Quantity("corrected_mean_norm", "norm of the corrected mean", damped=True),
     Quantity("cosine", "cosine gradient, natural gradient", damped=True),
-    Quantity("damping_share", "damping share of s", "median", damped=True),
+    Quantity("damping_share", "damping share of s", damped=True),
 )
 DEAD = Quantity("dead_percent", "dead units (%)")
 SCORES = (
@@ -90,7 +90,7 @@ def per_epoch(records: Records) -> pd.DataFrame:
         frames.append(_tidy(records.training.set_index([*RUN, "epoch"])[quantity.name], quantity))
     for quantity in MEASURED:
         keys = [*RUN, "epoch", *(["damping"] if quantity.damped else [])]
-        over_units = records.receiving.groupby(keys)[quantity.name].agg(quantity.over_units)
+        over_units = records.receiving.groupby(keys)[quantity.name].agg(OVER_UNITS[quantity.name])
         frames.append(_tidy(over_units, quantity))
     return pd.concat(frames, ignore_index=True)
 

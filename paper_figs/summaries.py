@@ -24,11 +24,10 @@ import tyro
 from summary import NETWORK, Summary
 
 from unitfisher.experiments import scripts
+from unitfisher.experiments.watching import OVER_UNITS
 
 RECORDED = ("training", "activations", "path")  # a network without one of them has not begun
 WHEN = ["epoch", "iteration"]
-MEDIANS = ["k", "sc", "corrected_mean_norm", "damping_share", "n_eff"]  # heavy tails over units
-MEANS = ["cosine", "bias_shift_share_natural", "bias_shift_share_gradient", "mean_share", "dead"]
 
 
 def summarise(name: str, folders: Sequence[Path], note: str = "") -> Summary:
@@ -64,8 +63,7 @@ def _of(network: dict[str, Any], table: pd.DataFrame) -> pd.DataFrame:
 
 def _by_layer(path: pd.DataFrame, activations: pd.DataFrame) -> pd.DataFrame:
     """Averages over the units of a layer; the layers from input to output."""
-    groups = path.groupby([*WHEN, "layer", "damping"], sort=False)
-    columns = groups[MEDIANS].median().join(groups[MEANS].mean())
+    columns = path.groupby([*WHEN, "layer", "damping"], sort=False).agg(dict(OVER_UNITS))
     outputs = activations.groupby([*WHEN, "layer"])["mean"].median().rename("mean_activation")
     return columns.reset_index().merge(outputs.reset_index(), on=[*WHEN, "layer"])
 

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,13 @@ from unitfisher.outputs import UnitMeans
 from unitfisher.record import RecordExistsError
 
 TABLES = ("training", "activations", "path", "finished")  # beside the Monitor's own
+OVER_UNITS: Final = MappingProxyType[str, Literal["median", "mean"]](  # medians: of heavy tails
+    {
+        **dict.fromkeys(("k", "sc", "corrected_mean_norm", "damping_share", "n_eff"), "median"),
+        **dict.fromkeys(("cosine", "bias_shift_share_natural"), "mean"),
+        **dict.fromkeys(("bias_shift_share_gradient", "mean_share", "dead"), "mean"),
+    }
+)
 
 
 class Moment(NamedTuple):
