@@ -22,7 +22,7 @@ MNIST, CIFAR = (60_000, 784), (2_000, 3, 32, 32)
 
 @dataclass(frozen=True)
 class Config:
-    """Time the trainings, on random data but for photographs."""
+    """Time the trainings, on data that are made up."""
 
     device: str = "cpu"
     """Where to train, as torch names it."""

@@ -37,7 +37,7 @@ def save(results: Sequence[Result], config: Config, seconds: float) -> None:
     record = provenance(plain(replace(config, out=None))) | {"seconds": round(seconds, 1)}
     sentence = (
         f"{record['device']}; torch {record['versions']['torch']}; {record['created']}, "
-        f"{seconds:.0f} s. Medians with quartiles over rounds; random data but for photographs; "
+        f"{seconds:.0f} s. Medians with quartiles over rounds; all data are made up; "
         f"{config.precision}{', compiled' if config.compile else ''}."
     )
     write(results, config.folder, record, sentence)
