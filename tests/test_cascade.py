@@ -200,3 +200,21 @@ def test_a_monitor_measures_the_same_without_the_kernel(monkeypatch, fisher, opt
         for quantity in ("c", "s", "k", "mean_q", "output_mean", "output_var"):
             own, without = getattr(of, quantity), getattr(other, quantity)
             assert_close(own, without, rtol=1e-3, atol=1e-4 * float(without.abs().max()))
+
+
+def test_a_weight_that_is_made_from_activations_is_another_way_for_errors():
+    class Made(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = (nn.Linear(3, d) for d in (3, 3, 2))
+            del self.second._parameters["weight"]
+            self.own = nn.Parameter(normal(torch.Generator().manual_seed(0), 3, 3).float())
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x).relu()
+            self.second.weight = self.own * h.mean(0)
+            return self.last(self.second(h).relu())
+
+    seen, z = passed(Made(), normal(torch.Generator().manual_seed(1), 4, 3).float())
+    assert seen.row  # in a row all the same
+    assert Cascade.of(seen, z) is None

@@ -160,8 +160,11 @@ def test_a_pass_that_calls_no_layer_is_told_and_the_next_one_looked_up():
     layers, model.layers = model.layers, nn.ModuleList()
     model.functions = []
     model(inputs().requires_grad_())  # nothing is measured in this one
-    with pytest.raises(unitfisher.LayerSelectionError, match="none of the observed layers"):
+    told = "a training pass is not measured: none of the observed layers was called"
+    with pytest.warns(unitfisher.UncoveredLayersWarning, match=told):
         model(inputs().requires_grad_())
+    with pytest.raises(unitfisher.LayerSelectionError, match="none of the observed layers"):
+        monitor.measure(inputs())
     model.layers, model.functions = layers, [F.elu, lambda x: x]
     model(inputs())
     assert known(monitor)

@@ -362,3 +362,12 @@ def test_unknown_likelihood_is_refused_with_the_valid_names(choice):
 def test_variance_must_be_positive(variance):
     with pytest.raises(ValueError, match="variance must be positive"):
         Gaussian(variance=variance)
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli(), Gaussian()], ids=["bernoulli", "gaussian"])
+def test_some_columns_of_a_wide_output_take_no_more_than_they_are(likelihood):
+    z = torch.zeros(2, 1, 200_000)  # whose whole root has 3e11 bytes
+    root = likelihood.root(z, 199_998, 200_000)
+    assert root.shape == (2, *z.shape)
+    assert root.count_nonzero(-1).eq(1).all()
+    assert root[:, 0, 0].argmax(-1).tolist() == [199_998, 199_999]

@@ -9,6 +9,8 @@ import torch
 from strategies import TOL
 from test_monitor import EXACTLY, a_step, normal
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
@@ -137,6 +139,152 @@ def test_a_layer_that_is_no_product_of_weight_and_input_is_left_out_by_name(make
         a_step(model, normal(8, 6, 5))
     assert len(warned) == 1
     assert list(monitor.latest) == list(monitor.natural_gradient()) == ["0", "3"]
+
+
+NOTHING_YET = {"zero-weight": (0.0, 1.0), "no-input": (1.0, 0.0), "not-finite": (torch.nan, 1.0)}
+
+
+@pytest.mark.parametrize(("weight", "x"), NOTHING_YET.values(), ids=NOTHING_YET)
+def test_a_forward_of_ones_own_is_looked_at_again_until_it_has_shown_what_it_does(weight, x):
+    plain = subclass(nn.Linear, lambda self, x: F.linear(x, self.weight, self.bias), 5, 5)
+    model = Paired(subclass(nn.Linear, scaled, 5, 5), plain)
+    with torch.no_grad():
+        for layer in (model.one, model.other):
+            layer.weight *= weight
+    monitor = Monitor(model, every=1, on_nonfinite="record")
+    with pytest.warns(UncoveredLayersWarning, match="it cannot be told, while weight or input"):
+        model(x * normal(8, 5))
+    assert list(monitor.latest) == ["head"]
+    for layer in (model.one, model.other):
+        layer.reset_parameters()
+    with pytest.warns(
+        UncoveredLayersWarning, match=r"layers 'one' \(Own\), whose .* something else"
+    ):
+        model(normal(8, 5))
+    assert list(monitor.latest) == ["other", "head"]
+
+
+class Paired(nn.Module):
+    """Two layers side by side."""
+
+    def __init__(self, one: nn.Module, other: nn.Module) -> None:
+        super().__init__()
+        self.one, self.other, self.head = one, other, nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.one(x) + self.other(x))
+
+
+def test_a_layer_that_pads_where_it_has_to_is_left_out_of_passes_in_which_it_does():
+    def padded_to_even(self: nn.Conv1d, x: Tensor) -> Tensor:
+        return nn.Conv1d.forward(self, F.pad(x, (0, x.shape[-1] % 2)))
+
+    own = subclass(nn.Conv1d, padded_to_even, 2, 3, 2, 2)
+    model = nn.Sequential(own, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(3, 3))
+    monitor = Monitor(model, every=1)
+    model(normal(4, 2, 8))
+    assert list(monitor.latest) == ["0", "3"]
+    with pytest.warns(UncoveredLayersWarning, match=r"layers '0' \(Own\), whose"):
+        model(normal(4, 2, 9))
+    assert list(monitor.latest) == ["3"]
+
+
+class Given(nn.Module):
+    """Adds to a head's input what a layer says of something that is no dense batch."""
+
+    def __init__(self, layer: nn.Module, given: Tensor) -> None:
+        super().__init__()
+        self.layer, self.given, self.head = layer, given, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        said = self.layer(self.given)
+        said = torch.nested.to_padded_tensor(said, 0.0) if said.is_nested else said
+        return self.head(x + said.flatten()[:4].to(x.dtype))
+
+
+def jagged() -> Tensor:
+    return torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)], layout=torch.jagged)
+
+
+SHAPELESS: dict[str, Callable[[], nn.Module]] = {
+    "vector": lambda: Given(nn.Linear(4, 4), torch.ones(4)),
+    "no-batch-axis": lambda: Given(nn.Conv1d(2, 4, 1), torch.ones(2, 1)),
+    "sparse": lambda: Given(nn.Linear(4, 4), torch.eye(4).to_sparse()),
+    "nested": lambda: Given(nn.Linear(4, 4), jagged()),
+}
+
+
+@pytest.mark.parametrize("make", SHAPELESS.values(), ids=SHAPELESS)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_layer_that_is_given_no_dense_batch_is_left_out_by_name(make):
+    model = make()
+    monitor = Monitor(model, every=1)
+    with pytest.warns(
+        UncoveredLayersWarning, match=r"layers 'layer' .* sparse or nested .* batch axis"
+    ):
+        a_step(model, normal(8, 4))
+    assert list(monitor.latest) == ["head"]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+def test_a_sparse_buffer_is_left_as_it_is():
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("adjacency", torch.eye(8).to_sparse_csr())
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.adjacency @ x)
+
+    model = Graph()
+    monitor = Monitor(model, every=1)
+    model(normal(8, 4))
+    monitor.measure(normal(8, 4))
+    assert model.adjacency.to_dense().equal(torch.eye(8))
+
+
+def test_passes_without_numbers_are_none():
+    model = network()
+    monitor = Monitor(model, every=1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model(normal(8, 4))
+    make_fx(model)(normal(8, 4))
+    model.to("meta")(normal(8, 4).to("meta"))
+    assert (monitor.step, monitor.latest) == (0, {})
+
+
+def test_a_model_that_is_frozen_for_a_while_is_not_measured_meanwhile():
+    model = network()
+    monitor = Monitor(model, every=1)
+    model.requires_grad_(False)
+    with pytest.warns(UncoveredLayersWarning, match=r"pass is not measured: .* frozen"):
+        model(normal(8, 4))
+    model(normal(8, 4))  # said once
+    assert monitor.latest == {}
+    model.requires_grad_(True)
+    a_step(model, normal(8, 4))
+    assert list(monitor.latest) == ["0", "2", "4"]
+    assert monitor.step == 3
+
+
+def test_a_layer_that_is_frozen_for_a_while_is_not_measured_meanwhile():
+    model = network()
+    monitor = Monitor(model, "0", every=1)
+    model[0].requires_grad_(False)
+    with pytest.warns(UncoveredLayersWarning, match="layer '0' ran without a graph"):
+        a_step(model, normal(8, 4))
+    assert monitor.latest == {}
+
+
+def test_a_hook_registered_later_changes_what_is_measured():
+    models = network(), network()
+    models[0].register_forward_hook(lambda model, args, z: z / 4)
+    monitors = [Monitor(model, every=1) for model in models]
+    models[1].register_forward_hook(lambda model, args, z: z / 4)
+    for model in models:
+        model(normal(8, 4))
+    assert_close(monitors[1].latest["0"].c, monitors[0].latest["0"].c, **EXACTLY)
 
 
 def test_a_forward_of_ones_own_that_is_that_product_is_measured():

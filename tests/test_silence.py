@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache, partial
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from unitfisher import Monitor, NonFiniteError
+from unitfisher.passes import exactly
 
 STEPS = 50
 OPTIMIZERS = {
@@ -570,6 +572,25 @@ def test_the_precision_of_matrix_products_follows_what_is_said_of_all_later():
         assert {m.fp32_precision for m in MATRIX_PRODUCTS} == {"ieee"}
     finally:
         backends.fp32_precision = asked
+
+
+def test_the_precision_is_that_of_before_when_the_last_of_several_threads_has_measured(asked):
+    inside, first_left, found = Event(), Event(), list[str]()
+
+    def second() -> None:
+        with exactly(torch.device("cpu")):
+            inside.set()
+            first_left.wait(10)
+            found.extend(m.fp32_precision for m in MATRIX_PRODUCTS)
+
+    thread = Thread(target=second)
+    with exactly(torch.device("cpu")):
+        thread.start()
+        inside.wait(10)
+    first_left.set()
+    thread.join()
+    assert found == ["ieee", "ieee"]
+    assert precisions() == asked
 
 
 def test_an_error_leaves_the_precision_and_the_gradient_mode_as_they_were(asked):

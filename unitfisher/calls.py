@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from weakref import ReferenceType, ref
 
 import torch
@@ -24,7 +25,6 @@ class Call:
     y: Tensor  # the preactivations, as long as no nonlinearity changes them
     y_version: int
     edge: GradientEdge | None  # where ∂/∂net arrives; None when no graph is built
-    is_product: bool = True  # y = W x + b, by the layer's own weight; else errors say nothing of it
     nonlinearity: str | None = None
     output: ReferenceType[Tensor] | None = None  # what was taken; None: no operation has followed
     lasting: Tensor | None = None  # the same, where nothing will change it: averaged when asked for
@@ -73,11 +73,19 @@ class Call:
             )
 
 
+class Unfit(NamedTuple):
+    """Of which kind a layer is, and why a call of it cannot be observed."""
+
+    kind: str
+    why: str
+
+
 @dataclass
 class Seen:
     """The calls of one forward pass, in order."""
 
     calls: list[Call] = field(default_factory=list)
+    unfit: dict[str, Unfit] = field(default_factory=dict)  # layers that cannot be observed in it
     retained: list[Tensor] = field(default_factory=list)  # on which forward called retain_grad
     row: list[Tensor] = field(default_factory=list)  # see `Chain`: what each layer's output became
 

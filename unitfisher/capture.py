@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from unitfisher.calls import Call, Seen, version_of
+from unitfisher.calls import Call, Seen, Unfit, version_of
 from unitfisher.following import Follow
-from unitfisher.layers import LayerSelectionError, is_product
+from unitfisher.forms import SHAPELESS, unfit
+from unitfisher.layers import LayerSelectionError
 
 
 class Hook:
@@ -76,9 +77,13 @@ def _note(
         if y.numel() == 0:
             return  # an expert to which no row was sent
         x = args[0] if args else _only_input(name, layer, kwargs)
+        why = unfit(layer, x, y)
+        if why is not None:
+            seen.unfit[name] = Unfit(type(layer).__name__, why)
+        if why == SHAPELESS:
+            return
         edge = get_gradient_edge(y) if y.requires_grad else None
         call = Call(name, layer, x, version_of(x), y, version_of(y), edge)
-        call.is_product = is_product(layer, x, y)
         seen.calls.append(call)
         if following is not None:
             following.open[id(y)] = call, call.y_version, y

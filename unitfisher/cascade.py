@@ -105,14 +105,18 @@ class Cascade(NamedTuple):
 
 
 def _plain(call: Call, received: Tensor) -> bool:
-    """Nothing but a product and an elementwise function, and no hook that might change errors."""
+    """Nothing but a product and an elementwise function, and no hook that might change errors.
+
+    A weight that is made from activations would be another way for errors.
+    """
     if type(call.module) is not nn.Linear or call.y.dim() != 2 or call.edge is None:
         return False
     layer, behind = call.edge.node, received.grad_fn
     known = behind is layer or operation(behind) in ELEMENTWISE
     single = native.plain(call.y.detach(), torch.float32)
     hooks = call.y._backward_hooks or received._backward_hooks
-    return operation(layer) in LINEAR and known and single and not hooks
+    given = all(p is None or p.is_leaf for p in (call.module.weight, call.module.bias))
+    return operation(layer) in LINEAR and known and single and given and not hooks
 
 
 def operation(node: Node | None) -> str:

@@ -16,6 +16,7 @@ from unitfisher.observer import (
     EmptyBatchError,
     Observation,
     Observer,
+    UnseenLayersError,
     observe_now,
     require_finite,
 )
@@ -48,6 +49,7 @@ class Instrument:
         self.window = Window(options.window)
         self.newest: Measurement | None = None
         self._uncalled: set[str] = set()
+        self._said: set[str] = set()
 
     @property
     def plan(self) -> Plan:
@@ -68,6 +70,9 @@ class Instrument:
                 with kept(self.model):
                     observations = self.observer.observe(result, seen, targets)
             except EmptyBatchError:
+                return
+            except UnseenLayersError as error:
+                self._say_once(f"a training pass is not measured: {error}")
                 return
             finally:
                 seen.forget_gradients()
@@ -135,14 +140,17 @@ class Instrument:
 
     def _name_uncalled(self, observations: Collection[str]) -> None:
         missing = self.observer.layers.keys() - set(observations) - self._uncalled
-        missing -= self.observer.left_out
+        missing -= {layer for layer, _ in self.observer.unfit}
         if missing:
             self._uncalled |= missing
-            warnings.warn(
+            self._say_once(
                 f"layers {', '.join(sorted(map(repr, missing)))} were not called in a measured "
                 f"pass, or without a graph: nothing is recorded of them there. (Frozen layers on "
                 f"frozen inputs, no_grad and reentrant checkpointing leave no graph; compiled "
-                f"blocks, and functions that read a layer's weight, do not call it)",
-                UncoveredLayersWarning,
-                stacklevel=2,
+                f"blocks, and functions that read a layer's weight, do not call it)"
             )
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, UncoveredLayersWarning, stacklevel=2)

@@ -11,10 +11,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import singledispatch
 from math import prod
-from typing import Any
-from weakref import WeakSet
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -99,42 +96,6 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
         return layer.out_features, layer.in_features
     assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
-
-
-KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-PRODUCTS: WeakSet[nn.Module] = WeakSet()  # layers with a forward of their own, seen to be one
-
-
-def is_product(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
-    """Say whether y is the layer's weight times its input x, and its bias, as torch has it.
-
-    Asked once of a layer with a forward of its own, which may pad, scale or standardise: what its
-    weight then is for the theory cannot be told.
-    """
-    usual = any(type(layer).forward is kind.forward for kind in KINDS)
-    if (usual and "forward" not in vars(layer)) or layer in PRODUCTS:
-        return True
-    own = (layer._parameters.get(name) for name in ("weight", "bias"))
-    weight, bias = (None if p is None else p.detach() for p in own)
-    if weight is None or not isinstance(layer, KINDS):
-        return True
-    try:
-        if isinstance(layer, nn.Linear):
-            expected = F.linear(x.detach(), weight, bias)
-        else:
-            kind: Any = next(kind for kind in KINDS if isinstance(layer, kind))
-            expected = kind._conv_forward(layer, x.detach(), weight, bias)
-    except RuntimeError:  # shapes or types do not fit
-        return False
-    if expected.shape != y.shape or not _close(y.detach(), expected):
-        return False
-    PRODUCTS.add(layer)
-    return True
-
-
-def _close(y: Tensor, expected: Tensor) -> bool:
-    size, off = expected.abs().max(), (y - expected).abs().max()
-    return bool(off <= torch.finfo(y.dtype).eps ** 0.5 * size) or not bool(size.isfinite())
 
 
 def supported(layer: nn.Module) -> bool:

@@ -239,8 +239,10 @@ def _independent(output: Tensor, name: str) -> Output:
 
 
 def _diagonal(scale: Output, start: int, stop: int) -> Float[Tensor, "r n t y"]:
-    rows = torch.eye(scale.shape[-1], dtype=scale.dtype, device=scale.device)[start:stop]
-    return rows[:, None, None, :] * scale
+    columns = scale.new_zeros(stop - start, *scale.shape)
+    here = torch.arange(start, stop, device=scale.device)
+    columns[here - start, ..., here] = scale[..., start:stop].movedim(-1, 0)
+    return columns
 
 
 def _require_tensor(y: object) -> None:

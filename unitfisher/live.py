@@ -1,7 +1,8 @@
 """Two hooks on a model: between them a pass in training is watched, if its Monitor wants that.
 
-Passes in eval mode, without gradients, inside ``torch.func``, in a compiler's trace, captured as a
-CUDA graph or in a recomputation during backward are no training passes.
+Passes in eval mode, without gradients, inside ``torch.func``, in a compiler's trace, without
+numbers (on the meta device, of fake tensors), captured as a CUDA graph or in a recomputation during
+backward are no training passes.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from unitfisher.calls import Seen
 from unitfisher.capture import Hook, capture
 from unitfisher.chain import Chain
+from unitfisher.passes import device_of
 
+WITHOUT_NUMBERS = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
 STANDING: WeakSet["Live"] = WeakSet()  # on models
 
 
@@ -49,10 +52,8 @@ class Live:
         self.chain = Chain()
         self._watched: tuple[ExitStack, Seen, Wanted] | None = None
         self.model = model
-        self._handles = [
-            model.register_forward_pre_hook(Hook(self._before)),
-            model.register_forward_hook(Hook(self._after), always_call=True),
-        ]
+        self._last = model.register_forward_hook(Hook(self._after), always_call=True)
+        self._handles = [model.register_forward_pre_hook(Hook(self._before)), self._last]
         STANDING.add(self)
 
     def remove(self) -> None:
@@ -68,9 +69,15 @@ class Live:
         self._drop()  # a pass that was interrupted
         wanted = self.begin() if _trains(model) else None
         if wanted is not None:
+            self._come_last(model._forward_hooks)
             stack = ExitStack()
             watched = capture(self.layers, follow=not self.chain.links)
             self._watched = stack, stack.enter_context(watched), wanted
+
+    def _come_last(self, hooks: dict[int, Callable[..., Any]]) -> None:
+        """Stand behind hooks that were registered later: they may change the output."""
+        if next(reversed(hooks)) != self._last.id:
+            hooks[self._last.id] = hooks.pop(self._last.id)
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         if self._watched is None or model is not self.model:
@@ -96,5 +103,7 @@ def _trains(model: nn.Module) -> bool:
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and torch._C._current_graph_task_id() == -1
+        and not any(torch._C._get_dispatch_mode(mode) for mode in WITHOUT_NUMBERS)
+        and device_of(model).type != "meta"
         and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )

@@ -5,7 +5,7 @@ the graph is left for the user's backward.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from unitfisher.calls import Call, Seen, all_finite
+from unitfisher.calls import Call, Seen, Unfit, all_finite
 from unitfisher.capture import capture
 from unitfisher.cascade import ELEMENTWISE, Cascade, operation
 from unitfisher.cases import UnitCases
@@ -27,6 +27,7 @@ from unitfisher.errors import (
     columns,
     columns_together,
 )
+from unitfisher.forms import OTHER_FORM
 from unitfisher.layers import LayerSelectionError, UncoveredLayersWarning
 from unitfisher.likelihoods import Classes, Output, OutputError
 from unitfisher.memory import AMPLE, within
@@ -43,6 +44,10 @@ class NonFiniteError(FloatingPointError):
 
 class EmptyBatchError(OutputError):
     """There is no case to observe."""
+
+
+class UnseenLayersError(LayerSelectionError):
+    """A pass shows nothing of the observed layers; another one may."""
 
 
 class Gradient(NamedTuple):
@@ -75,7 +80,7 @@ class Observer:
     chance: Chance
     output: Pick = None
     planner: Planner | None = None
-    left_out: set[str] = field(default_factory=set)  # layers that are no product
+    unfit: set[tuple[str, Unfit]] = field(default_factory=set)  # layers that were named so
 
     def observe(self, result: Any, seen: Seen, targets: Tensor | None) -> dict[str, Observation]:
         """Turn a pass into the cases of every layer that took part in it.
@@ -95,7 +100,8 @@ class Observer:
             raise EmptyBatchError(f"the batch is empty: the output has shape {tuple(output.shape)}")
         z = self.estimator.likelihood.arrange(output.detach())
         z = z.float() if z.element_size() < 4 else z  # small probabilities keep digits
-        edges = _edges(output, seen, self.left_out)
+        edges = _edges(output, seen)
+        self._name_unfit(seen)
         sound = self._sound(z)
         drawable = torch.where(sound, z, 0.0)  # labels, whatever comes of it
         with self._planned(seen, z):
@@ -135,6 +141,17 @@ class Observer:
                 g, g0 = observed[name].gradient(observed[name].errors(by_call))
                 gradients[name] = Gradient(g, None if self.layers[name].bias is None else g0)
         return {name: folded.cases() for name, folded in foldings.items()}, gradients
+
+    def _name_unfit(self, seen: Seen) -> None:
+        """Say once which layers are left out."""
+        new = dict(seen.unfit.items() - self.unfit)
+        self.unfit.update(new.items())
+        for told in _told(new):
+            warnings.warn(
+                f"not observed: {told}, or choose layers=... without them",
+                UncoveredLayersWarning,
+                stacklevel=2,
+            )
 
     def _sound(self, z: Output) -> Bool[Tensor, "n t y"]:
         """Which logits may be: all finite ones, and -inf of a class that cannot be."""
@@ -182,67 +199,68 @@ def observe_now(
         return observer.observe(result, seen, targets)
 
 
-def _edges(output: Tensor, seen: Seen, left_out: set[str]) -> list[GradientEdge]:
+def _edges(output: Tensor, seen: Seen) -> list[GradientEdge]:
     """Return where errors arrive, for every call; the model's output must have a graph to all.
 
-    Calls without a graph, or of layers that are no product, are forgotten, unless there are no
-    others.
+    Calls without a graph, or of layers that are unfit, are forgotten, unless there are no others.
     """
+    _note_endings(seen)
     if not seen.calls:
-        raise LayerSelectionError(
-            "none of the observed layers was called in this forward pass (compiled code calls no "
-            "hooks: attach to the model that was compiled, and run that. Calls inside vmap are not "
-            "seen)"
+        _require_fit(seen)
+        raise UnseenLayersError(
+            "none of the observed layers was called in this forward pass (it took another way; or "
+            "they are compiled, and compiled code calls no hooks: attach to the model that was "
+            "compiled, and run that. Calls inside vmap are not seen)"
         )
+    frozen = not any(p.requires_grad for call in seen.calls for p in _parameters(call))
     if not output.requires_grad:
+        if frozen:
+            raise UnseenLayersError("the observed layers are frozen, and there is no graph to them")
         raise OutputError("the model's output has no graph: does forward detach it?")
     with_graph = [call for call in seen.calls if call.edge is not None]
     if not with_graph:
-        raise LayerSelectionError(
+        kind = UnseenLayersError if frozen else LayerSelectionError
+        raise kind(
             f"layer {seen.calls[0].layer!r} ran without a graph (no_grad, frozen with frozen "
             f"inputs, or reentrant checkpointing), so no error reaches it: leave it out with "
             f"layers=..., or use torch.utils.checkpoint(use_reentrant=False)"
         )
-    products = [call for call in with_graph if _is_product(call)]
-    if not products:
-        raise LayerSelectionError(
-            f"no layer is left to observe: {_of_other_form(with_graph)}, {OTHER_FORM}"
-        )
-    _name_left_out([call for call in with_graph if not _is_product(call)], left_out)
-    if len(products) < len(seen.calls):
-        seen.calls, seen.row = products, []
-    return [call.edge for call in products if call.edge is not None]
+    fit = [call for call in with_graph if call.layer not in seen.unfit]
+    if not fit:
+        _require_fit(seen)
+    if len(fit) < len(seen.calls):
+        seen.calls, seen.row = fit, []
+    return [call.edge for call in fit if call.edge is not None]
 
 
-OTHER_FORM = (
-    "whose forward returns something else than their weight times their input, and bias (it pads, "
-    "scales, normalises, or ends in a nonlinearity): errors there say nothing of the weight. Give "
-    "the product a module of its own"
-)
+def _parameters(call: Call) -> list[Tensor]:
+    return [p for p in call.module._parameters.values() if p is not None]
 
 
-def _is_product(call: Call) -> bool:
+def _note_endings(seen: Seen) -> None:
     """A forward of its own may end in a nonlinearity that has changed no number yet."""
-    own = not type(call.module).__module__.startswith("torch.nn.modules.")
-    ends_otherwise = own and call.edge is not None and operation(call.edge.node) in ELEMENTWISE
-    return call.is_product and not ends_otherwise
+    for call in seen.calls:
+        own = not type(call.module).__module__.startswith("torch.nn.modules.")
+        if own and call.edge is not None and operation(call.edge.node) in ELEMENTWISE:
+            seen.unfit[call.layer] = Unfit(type(call.module).__name__, OTHER_FORM)
 
 
-def _of_other_form(calls: Sequence[Call]) -> str:
-    kinds = {call.layer: type(call.module).__name__ for call in calls}
-    return "layers " + ", ".join(f"{layer!r} ({kind})" for layer, kind in kinds.items())
+def _require_fit(seen: Seen) -> None:
+    """Refuse a pass whose layers are all unfit; another pass may show more of some."""
+    if not seen.unfit:
+        return
+    always = all(of.why == OTHER_FORM for of in seen.unfit.values())
+    told = "; ".join(_told(seen.unfit))
+    raise (LayerSelectionError if always else UnseenLayersError)(
+        f"no layer is left to observe: {told}"
+    )
 
 
-def _name_left_out(calls: Sequence[Call], named: set[str]) -> None:
-    """Say once which layers are left out."""
-    new = [call for call in calls if call.layer not in named]
-    if new:
-        named.update(call.layer for call in new)
-        warnings.warn(
-            f"not observed: {_of_other_form(new)}, {OTHER_FORM}, or choose layers=... without them",
-            UncoveredLayersWarning,
-            stacklevel=2,
-        )
+def _told(unfit: Mapping[str, Unfit]) -> Iterator[str]:
+    """Say of which layers of what kind it is that they are unfit for what reason."""
+    for why in dict.fromkeys(of.why for of in unfit.values()):
+        named = (f"{layer!r} ({of.kind})" for layer, of in unfit.items() if of.why == why)
+        yield f"layers {', '.join(named)}, {why}"
 
 
 def _by_layer(

@@ -4,7 +4,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
-from typing import Any
+from threading import Lock
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +119,7 @@ def kept(model: nn.Module) -> Iterator[None]:
 
 def _overlaps(buffer: Tensor) -> bool:
     """Say whether several numbers share a place (``expand``): nothing can be written to these."""
-    return torch._debug_has_internal_overlap(buffer) == 1
+    return buffer.layout is torch.strided and torch._debug_has_internal_overlap(buffer) == 1
 
 
 def pick_output(result: Any, pick: Pick) -> Tensor:
@@ -193,16 +194,42 @@ def device_of(model: nn.Module) -> torch.device:
 @contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
     """Compute without autocast, reduced-precision products or a graph of our own."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    asked = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        exact = torch.autocast(device.type, enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), exact:
-            yield
-    finally:
-        for backend, precision in zip(backends, asked, strict=True):
-            backend.fp32_precision = "none"  # as torch.backends.fp32_precision says
-            if backend.fp32_precision != precision:
-                backend.fp32_precision = precision
+    exact = torch.autocast(device.type, enabled=False)
+    with IEEE, torch.inference_mode(False), torch.no_grad(), exact:
+        yield
+
+
+class Ieee:
+    """Products without reduced precision, as long as any thread is inside: flags are all threads'.
+
+    They are left as they were when the first one came in.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside = Lock(), 0
+        self.asked: list[str] = []
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.asked = [backend.fp32_precision for backend in _backends()]
+                for backend in _backends():
+                    backend.fp32_precision = "ieee"
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside:
+                return
+            for backend, precision in zip(_backends(), self.asked, strict=True):
+                backend.fp32_precision = "none"  # as torch.backends.fp32_precision says
+                if backend.fp32_precision != precision:
+                    backend.fp32_precision = precision
+
+
+IEEE: Final = Ieee()
+
+
+def _backends() -> tuple[Any, Any]:
+    return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
