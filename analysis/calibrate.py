@@ -21,6 +21,7 @@ from benchmark_timing import Candidate, Effort, interleave
 
 from unitfisher import costs
 from unitfisher.cases import UnitCases
+from unitfisher.condensed import Condensed
 from unitfisher.costs import ROUTES, Rates, Sizes, admissible, iterations, seconds
 from unitfisher.experiments import scripts
 from unitfisher.gram import solve_grams
@@ -137,7 +138,7 @@ def heavy_cases(n: int, d: int, u: int) -> UnitCases:
 
 def solving(cases: UnitCases, route: str, damping: float) -> Run:
     def run() -> object:
-        fresh = UnitCases(cases.a, cases.delta, cases.samples, None, route)
+        fresh = Condensed(UnitCases(cases.a, cases.delta, cases.samples), route)
         with exactly(torch.device("cpu")):
             return [Theory.of(m, damped) for _, m, damped in fresh.damped_parts(damping)]
 

@@ -12,6 +12,7 @@ import unitfisher.blocks
 from unitfisher import Monitor
 from unitfisher.blocks import Block
 from unitfisher.cases import UnitCases
+from unitfisher.condensed import Condensed
 from unitfisher.memory import within
 from unitfisher.solvers import SingularFisherError
 from unitfisher.theory import theory
@@ -47,7 +48,7 @@ def assert_same(found, expected):
             value, got = getattr(m, field.name), getattr(found[name], field.name)
             if isinstance(value, Tensor):
                 assert_close(got, value, equal_nan=True, **TOL)
-            elif field.name not in ("cases", "block", "gradient"):
+            elif field.name not in ("alone", "block", "gradient"):
                 assert got == value, field.name
 
 
@@ -120,7 +121,8 @@ def test_a_singular_unit_is_named_also_in_a_later_part():
     a = torch.randn(1, 20, 1, 3, generator=chance, dtype=torch.float64)
     delta = torch.randn(1, 20, 1, 4, generator=chance, dtype=torch.float64)
     delta[:, 3:, :, 2] = 0.0  # as many weighted cases as inputs
-    alone = Block(("fc",), (torch.tensor([5, 6, 7, 8]),), UnitCases(a, delta, 20), finite=True)
+    cases, units = UnitCases(a, delta, 20), torch.tensor([5, 6, 7, 8])
+    alone = Block(("fc",), (units,), cases, Condensed(cases), finite=True)
     with pytest.raises(SingularFisherError, match="unit 7 in layer 'fc'"), within(1):
         theory(alone, 0.0, None)
 

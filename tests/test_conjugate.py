@@ -1,7 +1,5 @@
 """Many cases: conjugate gradients give what Cholesky gives, and leave to it what they cannot."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from unitfisher import Monitor, conjugate, gram
+from unitfisher.condensed import Condensed
 from unitfisher.conjugate import solve_by_iterations
 from unitfisher.gram import System, solve_grams
 from unitfisher.memory import within
@@ -139,7 +138,7 @@ def test_a_monitor_iterates_where_there_are_many_cases(damping):
         direct = monitor.measure(x, y)["0"]
     with Monitor(model, layers="0", damping=damping) as monitor:
         found = monitor.measure(x, y)["0"]
-    assert found.cases.route == "rows"
+    assert found.route == "rows"
     assert 0 < found.residual.max() <= conjugate.ROUNDING * conjugate.ENOUGH
     assert found.converged.all()
     assert direct.residual.eq(0).all()
@@ -154,10 +153,9 @@ def test_parts_of_the_units_share_one_gram_matrix():
     model, x = convolution()
     monitor = Monitor(model, layers="0")
     cases = monitor.measure(x)["0"].cases
-    whole = replace(cases)
-    ((_, together),) = whole.parts()
+    ((_, together),) = Condensed(cases).parts()
     with within(2 * 64 * (72 + 36)):  # of two units
-        apart = [m for _, m in replace(cases).parts()]
+        apart = [m for _, m in Condensed(cases).parts()]
     assert [len(m.c) for m in apart] == [2, 2]
     assert all(isinstance(m, UnitRows) for m in apart)
     assert apart[0].gram is apart[1].gram

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unitfisher import Monitor
 from unitfisher.cases import UnitCases
+from unitfisher.condensed import Condensed
 from unitfisher.costs import DAMPED, ROUTES, Sizes, admissible, iterations, route_of, seconds
 from unitfisher.memory import within
 from unitfisher.observer import Gradient
@@ -43,7 +44,7 @@ def drawn(draw) -> Drawn:
         delta[..., 2] = 0.0  # dead
     damping = draw(st.sampled_from([DAMPED, 1e-4, 1e-2]))
     route = draw(st.sampled_from(admissible(Sizes(n, D, U), damping)))
-    cases = UnitCases(a[None, :, None], delta, n, None, route)
+    cases = UnitCases(a[None, :, None], delta, n)
     return Drawn(cases, damping, route, normal(generator, U, D + 1))
 
 
@@ -58,9 +59,10 @@ def fishers(cases: UnitCases, damping: float) -> np.ndarray:
 
 @given(of=drawn())
 def test_every_route_gives_what_the_dense_fisher_gives(of):
-    ((_, m, damped),) = of.cases.damped_parts(of.damping)
+    held = Condensed(of.cases, of.route)
+    ((_, m, damped),) = held.damped_parts(of.damping)
     found, steps = Theory.of(m, damped), unit_steps(damped, Gradient(of.g[:, :D], of.g[:, D]))
-    assert of.cases.route == of.route
+    assert held.route == of.route
     assert bool(found.converged.all())
     for unit, F in enumerate(fishers(of.cases, of.damping)):
         if of.cases.dead[unit]:

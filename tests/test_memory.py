@@ -208,8 +208,8 @@ def test_the_plan_says_what_is_done_and_stands_in_the_record(tmp_path):
     for n in (16, 16, 3):
         model(torch.randn(n, *IMAGES[1:]))
         for of in monitor.plan.layers:
-            cases = monitor.latest[of.layer].cases
-            assert (of.sizes, of.route) == (cases.sizes, cases.route)
+            found = monitor.latest[of.layer]
+            assert (of.sizes, of.route) == (found.cases.sizes, found.route)
     table = monitor.to_pandas("plan")
     assert table["step"].tolist() == [0, 0, 0, 2, 2, 2]
     assert table["cases"].tolist() == [16 * 64, 16 * 36, 16, 3 * 64, 3 * 36, 3]

@@ -23,6 +23,7 @@ from unitfisher import (
     per_sample_gradients,
     unit_fisher,
 )
+from unitfisher.condensed import sums
 
 
 def network() -> nn.Sequential:
@@ -497,7 +498,7 @@ def test_a_bias_that_is_not_trained_leaves_the_weights_to_be_corrected():
     monitor = Monitor(model, every=1)
     a_step(model, normal(8, 4))
     steps = monitor.natural_gradient()
-    A = monitor.latest["2"].cases.sums().damped(1e-3).A
+    A = sums(monitor.latest["2"].cases).damped(1e-3).A
     assert_close(
         steps["2"].dw.double(), torch.linalg.solve(A, model[2].weight.grad.double()), **LOOSE
     )

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import unitfisher.operator
 from unitfisher import Monitor, NonFiniteError, SingularFisherError, UnitStatistics, unit_fisher
 from unitfisher.cases import UnitCases
+from unitfisher.condensed import Condensed
 from unitfisher.operator import UnitFisherOperator, unit_fisher_operator
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
@@ -451,7 +452,8 @@ def test_inputs_without_weight_cost_no_digits_however_far_they_lie():
 
 
 def with_cases(measured: UnitStatistics, a: Tensor, delta: Tensor) -> UnitStatistics:
-    return replace(measured, cases=UnitCases(a, delta, measured.cases.samples))
+    held = Condensed(UnitCases(a, delta, measured.cases.samples))
+    return replace(measured, alone=replace(measured.alone, cases=held.cases, held=held))
 
 
 # Singular, dead and misused

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import unitfisher.condensed
 import unitfisher.plan
 import unitfisher.products
 from unitfisher import Monitor, UnconvergedWarning
 from unitfisher.cases import UnitCases
+from unitfisher.condensed import Condensed
 from unitfisher.solvers import SingularFisherError
 from unitfisher.theorems import bias_shift_correction, damping_share, unit_natural_gradient
 
@@ -35,8 +37,8 @@ def layer(
 
 
 def both(cases: UnitCases, damping: float):
-    ((_, _, iterated),) = replace(cases, solver="iterative").damped_parts(damping)
-    ((_, _, solved),) = replace(cases, solver="direct").damped_parts(damping)
+    ((_, _, iterated),) = Condensed(cases, "iterative").damped_parts(damping)
+    ((_, _, solved),) = Condensed(cases, "direct").damped_parts(damping)
     assert type(iterated) is not type(solved)
     return iterated, solved
 
@@ -127,7 +129,8 @@ def test_an_input_that_is_constant_where_a_unit_has_errors_makes_it_singular(sol
     cases = layer(0)
     delta, a = cases.delta.clone(), cases.a.clone()
     delta[:, 40:, :, 2], a[:, :40, :, 0] = 0.0, value
-    ((_, _, m),) = UnitCases(a.to(dtype), delta.to(dtype), N, solver=solver).damped_parts(0.0)
+    cases = UnitCases(a.to(dtype), delta.to(dtype), N)
+    ((_, _, m),) = Condensed(cases, solver).damped_parts(0.0)
     with pytest.raises(SingularFisherError, match="unit 2 "):
         m.fit  # noqa: B018
 
@@ -143,18 +146,18 @@ def test_a_monitor_iterates_where_that_was_planned(monkeypatch):
     model, x = convolution()
     with Monitor(model, layers="0", solver="direct") as monitor:
         direct = monitor.measure(x)["0"]
-    assert direct.cases.route == "sums"
+    assert direct.route == "sums"
     monkeypatch.setattr(unitfisher.plan, "route_of", lambda *_: "products")
     with Monitor(model, layers="0") as monitor:
         found = monitor.measure(x)["0"]
-        assert found.cases.route == "products"
+        assert found.route == "products"
         assert_close(found.k, direct.k, **TOL)
         assert_close(found.s, direct.s, **TOL)
         assert found.converged.all()
         assert 0 < found.residual.max() <= 1e-9
         assert direct.residual.eq(0).all()
         assert_close(found.damped(0.1).s, direct.damped(0.1).s, **TOL)
-    monkeypatch.setattr(UnitCases, "per_part", 2)
+    monkeypatch.setattr(unitfisher.condensed, "units_together", lambda *_: 2)
     with Monitor(model, layers="0") as monitor:
         assert_close(monitor.measure(x)["0"].k, direct.k, **TOL)
 
@@ -163,7 +166,7 @@ def test_a_monitor_iterates_where_that_was_planned(monkeypatch):
 def test_cholesky_solves_what_would_take_too_many_iterations(seed, damping):
     cases = layer(seed, groups=2, spread=2.0, mean=3.0)
     _, solved = both(cases, damping)
-    ((_, _, iterated),) = replace(cases, solver="iterative").damped_parts(damping)
+    ((_, _, iterated),) = Condensed(cases, "iterative").damped_parts(damping)
     impatient = replace(iterated, patience=1)
     assert (replace(iterated, patience=None).residual > 0).all()
     assert impatient.residual.eq(0).any()

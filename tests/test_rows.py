@@ -5,8 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import unitfisher.condensed
 from unitfisher import Monitor, UnitStatistics, bias_shift_correction
 from unitfisher.cases import UnitCases
+from unitfisher.condensed import Condensed
 from unitfisher.fisher import materialised
 
 TOL = {"rtol": 1e-9, "atol": 1e-12}
@@ -96,10 +98,10 @@ def test_as_many_rows_as_cases_are_all_of_them():
 @pytest.mark.parametrize("solver", ["rows", "sums", "products"])
 def test_units_of_groups_may_be_taken_one_at_a_time(solver, monkeypatch):
     a, delta = normal(2, 20, 1, 3), normal(1, 20, 1, 6)
-    cases = UnitCases(a, delta, 20, solver=solver).drawn(18, torch.Generator())
-    ((_, _, together),) = cases.damped_parts(1e-2)
-    monkeypatch.setattr(UnitCases, "per_part", 1)
-    apart = [bias_shift_correction(damped) for *_, damped in cases.damped_parts(1e-2)]
+    held = Condensed(UnitCases(a, delta, 20).drawn(18, torch.Generator()), solver)
+    ((_, _, together),) = held.damped_parts(1e-2)
+    monkeypatch.setattr(unitfisher.condensed, "units_together", lambda *_: 1)
+    apart = [bias_shift_correction(damped) for *_, damped in held.damped_parts(1e-2)]
     assert len(apart) == 6
     for found, expected in zip(
         zip(*apart, strict=True), bias_shift_correction(together), strict=True

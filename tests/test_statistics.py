@@ -15,8 +15,8 @@ from torch.linalg import vector_norm
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+import unitfisher.condensed
 from unitfisher import Gaussian, Monitor, SingularFisherError, UnitStatistics
-from unitfisher.cases import UnitCases
 from unitfisher.memory import within
 
 all_sharings = pytest.mark.parametrize("sharing", ["expand", "joint", "reduce"])
@@ -297,16 +297,16 @@ def test_damping_afterwards_equals_measuring_at_that_damping(setting, sharing):
 def test_parts_of_the_units_give_what_all_at_once_give(monkeypatch, setting, sharing):
     y = labels(setting)
     whole = measured(setting, y, sharing=sharing)
-    monkeypatch.setattr(UnitCases, "per_part", 3)  # and one is left
+    monkeypatch.setattr(unitfisher.condensed, "units_together", lambda *_: 3)  # and one is left
     assert_same(measured(setting, y, sharing=sharing), whole)
 
 
 @pytest.mark.parametrize("name", ["more-cases-than-inputs", "fewer-cases", "groups"])
 def test_memory_decides_how_many_units_are_taken_at_a_time(name):
-    cases = measured(SETTINGS[name]).cases
-    assert len(list(cases.parts())) == 1
+    held = measured(SETTINGS[name]).alone.held
+    assert len(list(held.parts())) == 1
     with within(1):
-        assert len(list(cases.parts())) == 4
+        assert len(list(held.parts())) == 4
 
 
 @each_sharing

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
+import unitfisher.condensed
 from unitfisher import MemoryBudgetError, Monitor
-from unitfisher.cases import UnitCases
 from unitfisher.observer import NonFiniteError
 from unitfisher.operator import unit_fisher_operator
 
@@ -59,9 +59,9 @@ def test_units_in_parts_stream_as_all_together(monkeypatch):
     model, x, _ = prepared("mlp")
     monitor = Monitor(model)
     whole = monitor.measure([x])["2"]
-    monkeypatch.setattr(UnitCases, "per_part", 2)
+    monkeypatch.setattr(unitfisher.condensed, "units_together", lambda *_: 2)
     parts = monitor.measure([x[:100], x[100:]])["2"]
-    assert len(list(parts.cases.parts())) == 3
+    assert len(list(parts.alone.held.parts())) == 3
     for name in ("c", "s", "k", "mean_q", "n_eff", "damping_share"):
         assert_close(getattr(parts, name), getattr(whole, name), **TOL)
     assert_close(parts.natural_gradient(*gradient()), whole.natural_gradient(*gradient()), **TOL)
@@ -148,7 +148,7 @@ def test_a_units_operator_is_that_of_one_batch(of, monkeypatch):
     monitor = Monitor(model)
     whole = unit_fisher_operator(monitor.measure(x)["0"], unit=2).dense()
     assert_close(unit_fisher_operator(monitor.measure([x])["0"], unit=2).dense(), whole, **TOL)
-    monkeypatch.setattr(UnitCases, "per_part", 3)
+    monkeypatch.setattr(unitfisher.condensed, "units_together", lambda *_: 3)
     found = unit_fisher_operator(monitor.measure([x[:50], x[50:]])["0"], unit=2)
     assert_close(found.dense(), whole, **TOL)
     assert_close(found.solve(whole[0]), whole.new_tensor([1.0] + [0.0] * (len(whole) - 1)), **TOL)

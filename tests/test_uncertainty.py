@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from unitfisher import Monitor, Run, UnitMoments, UnitStatistics, bias_shift_correction
 from unitfisher.blocks import Block
 from unitfisher.cases import UnitCases
+from unitfisher.condensed import Condensed
 from unitfisher.memory import within
 from unitfisher.theory import theory
 from unitfisher.uncertainty import _influence, variance_of_sum
@@ -57,7 +58,9 @@ def drawn(model: nn.Module, x: Tensor, rows: int | None = None, **options) -> di
             whole, received=whole.a[:, part], delta=whole.delta[:, part], samples=len(x)
         )
         cases = cases if rows is None else cases.drawn(rows, chance)
-        found.append(theory(Block(("0",), (units,), cases, finite=True), 1e-3, None).theory)
+        found.append(
+            theory(Block(("0",), (units,), cases, Condensed(cases), finite=True), 1e-3, None).theory
+        )
     return {name: torch.stack([one[name] for one in found]) for name in found[0]}
 
 
@@ -121,7 +124,7 @@ def test_cases_drawn_with_one_column_each_have_an_error_that_is_no_less_than_the
 
 def test_memory_that_units_and_samples_may_take_does_not_change_the_errors():
     cases = measured(*convolutional(), fisher="rademacher", samples=2)["0"].cases
-    block = Block(("0",), (torch.arange(cases.units),), cases, finite=True)
+    block = Block(("0",), (torch.arange(cases.units),), cases, Condensed(cases), finite=True)
     together = theory(block, 1e-3, None).theory
     with within(1):
         apart = theory(replace(block, cases=replace(cases)), 1e-3, None).theory
@@ -130,7 +133,7 @@ def test_memory_that_units_and_samples_may_take_does_not_change_the_errors():
 
 
 def errors_of(cases: UnitCases) -> dict[str, Tensor]:
-    block = Block(("0",), (torch.arange(cases.units),), cases, finite=True)
+    block = Block(("0",), (torch.arange(cases.units),), cases, Condensed(cases), finite=True)
     found = theory(block, 1e-3, None).theory
     return {name: found[name] for name in ERRORS}
 
@@ -230,7 +233,7 @@ def test_influences_are_the_derivatives_by_D(batch, damping):
     s, k = bias_shift_correction(UnitMoments.of(batch.a, D).damped(damping))
     of_s, of_k = (torch.autograd.grad(x.sum(), D, retain_graph=True)[0] for x in (s, k))
     cases = UnitCases(batch.a[None, :, None], batch.D.sqrt()[None, :, None], len(batch.a))
-    ((_, m, damped),) = cases.damped_parts(damping)
+    ((_, m, damped),) = Condensed(cases).damped_parts(damping)
     found = _influence(cases, m, damped)
     assert_close(found.s, of_s, **TOL)
     assert_close(found.k, of_k, **TOL)

@@ -11,13 +11,14 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from unitfisher.cases import UnitCases
-from unitfisher.costs import DAMPED, layers_together
+from unitfisher.condensed import Condensed
+from unitfisher.costs import DAMPED, layers_together, route_of
 from unitfisher.incoming import Incoming
 from unitfisher.memory import workspace
 from unitfisher.observer import Gradient, Observation
 from unitfisher.patches import unfolded
 from unitfisher.solvers import SingularFisherError
-from unitfisher.streaming import Cases, Streamed
+from unitfisher.streaming import Cases, Held, Streamed
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Block:
     layers: tuple[str, ...]
     units: tuple[Int[Tensor, " u"], ...]  # which of each layer's
     cases: Cases
+    held: Held  # of them
     finite: bool
 
     def split(self, x: Shaped[Tensor, "u ..."]) -> Sequence[Tensor]:
@@ -46,15 +48,25 @@ class Block:
 
     def damped(self, damping: float) -> "Block":
         """Solve from sums instead of more rows than inputs, if damping will not make up for it."""
-        cases = self.cases
-        if damping >= DAMPED or not isinstance(cases, UnitCases) or cases.rows <= cases.inputs:
+        held = self.held
+        if damping >= DAMPED or not isinstance(held, Condensed) or held.route != "rows":
             return self
-        return replace(self, cases=replace(cases, solver="sums")) if cases.route == "rows" else self
+        few = held.cases.rows <= held.cases.inputs
+        return self if few else replace(self, held=Condensed(held.cases, "sums"))
 
-    def split_cases(self) -> Sequence[Cases]:
-        if isinstance(self.cases, UnitCases) and len(self.layers) > 1:
-            return self.cases.by_group()
-        return [self.cases]
+    def apart(self) -> Sequence["Block"]:
+        """Each layer as a block of its own."""
+        if not isinstance(self.held, Condensed) or len(self.layers) == 1:
+            return [self]
+        of_layers = zip(self.layers, self.units, self.held.cases.by_group(), strict=True)
+        return [
+            Block((layer,), (units,), cases, Condensed(cases, self.held.solver), self.finite)
+            for layer, units, cases in of_layers
+        ]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.cases.tensors, *self.held.tensors]
 
     def named(self, error: SingularFisherError, part: slice) -> SingularFisherError:
         """Say of which layer and unit an error is that occurred in this part of the units."""
@@ -73,14 +85,13 @@ def blocks(
         form = _form(of)
         alike.setdefault(name if form is None else (form, name in biased), []).append(name)
     for names in alike.values():
-        cases = [observations[name].cases for name in names]
-        most = _together(cases[0]) if len(names) > 1 else 1
+        most = _together(observations[names[0]]) if len(names) > 1 else 1
         for start in range(0, len(names), most):
-            part = slice(start, start + most)
-            named, joined = tuple(names[part]), _joined(cases[part])
-            every = torch.arange(joined.units // len(named), device=joined.mean.device)
+            named = tuple(names[start : start + most])
+            cases, held = _held([observations[name] for name in named])
+            every = torch.arange(cases.units // len(named), device=cases.mean.device)
             chosen = tuple(units.get(name, every).to(every.device) for name in named)
-            yield Block(named, chosen, joined, observations[names[0]].fault is None)
+            yield Block(named, chosen, cases, held, observations[names[0]].fault is None)
 
 
 def joined_gradients(gradients: Iterable[Gradient | None]) -> Gradient | None:
@@ -112,23 +123,32 @@ def _form(of: Observation | Streamed) -> object:
     return received.shape, received.dtype, delta.device, delta.shape, delta.dtype, counts, given
 
 
-def _together(cases: Cases) -> int:
-    assert isinstance(cases, UnitCases)
+def _together(of: Observation | Streamed) -> int:
+    assert isinstance(of, Observation)
+    cases = of.cases
     activations = cases.received.shape.numel() * cases.received.dtype.itemsize
     copied = 4 * (activations + cases.delta.nbytes)
-    most = layers_together(cases.sizes, cases.route)
+    most = layers_together(cases.sizes, route_of(cases.sizes, of.solver))
     return max(1, min(most, workspace() // copied))
 
 
-def _joined(cases: Sequence[Cases]) -> Cases:
-    if len(cases) == 1:
-        return cases[0]
-    several = [each for each in cases if isinstance(each, UnitCases)]
+def _held(observed: Sequence[Observation | Streamed]) -> tuple[Cases, Held]:
+    """Return the cases of layers of one form, and what is held of them."""
+    first = observed[0]
+    if isinstance(first, Streamed):
+        return first.cases, first.held
+    cases = _joined([of.cases for of in observed if isinstance(of, Observation)])
+    return cases, Condensed(cases, first.solver)
+
+
+def _joined(several: Sequence[UnitCases]) -> UnitCases:
+    if len(several) == 1:
+        return several[0]
     a = torch.cat([unfolded(each.received) for each in several])
     delta = torch.cat([each.delta for each in several], -1)
     given = [each.incoming for each in several if each.incoming is not None]
     means = [
-        (mean.expand(u, -1), trace.expand(u)) for mean, trace in given for u in [cases[0].units]
+        (mean.expand(u, -1), trace.expand(u)) for mean, trace in given for u in [several[0].units]
     ]
     incoming = Incoming(*map(torch.cat, zip(*means, strict=True))) if given else None
     return replace(several[0], received=a, delta=delta, incoming=incoming)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from unitfisher.cases import UnitCases
 from unitfisher.errors import Estimator
+from unitfisher.joint import JointGradients
 from unitfisher.layers import Layers, LayerSelectionError, match, supported
 from unitfisher.likelihoods import Likelihood, likelihood_of
 from unitfisher.memory import workspace
@@ -90,13 +91,13 @@ def materialised(cases: UnitCases, *, biased: bool) -> Float[Tensor, "u e e"]:
 def _root(cases: UnitCases, *, biased: bool) -> Float[Tensor, "u n e"]:
     """Return each unit's rows Z with Zᵀ Z = F."""
     rows: Tensor
-    if cases.delta.shape[2] == 1:
+    if not cases.joint:
         a = cases.a.squeeze(2)
         a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if biased else a
         weight = (cases.D / cases.samples).sqrt().to(a.dtype).T
         rows = weight.unflatten(0, (len(a), -1)).unsqueeze(-1) * a.unsqueeze(1)
         return rows.flatten(0, 1)
-    G, S, _ = cases.joined_gradients(torch.zeros_like(cases.mean))
+    G, S, _ = JointGradients.of(cases, torch.zeros_like(cases.mean))
     rows = (torch.cat([G, S.unsqueeze(-1)], -1) if biased else G) / cases.samples**0.5
     return rows.to(cases.received.dtype).transpose(0, 1)
 

@@ -109,7 +109,7 @@ class Instrument:
             cases = of.cases
             if planner.rows is not None:
                 cases = cases.drawn(planner.rows, self.observer.chance.on(cases.delta.device))
-            prepared[name] = replace(of, cases=replace(cases, solver=planner.solver_of(name)))
+            prepared[name] = replace(of, cases=cases, solver=planner.solver_of(name))
         return prepared
 
     def _make_room(self) -> None:

@@ -75,13 +75,13 @@ class Measurement:
     def forget_solved(self) -> None:
         """Make room for another measurement: what was solved can be solved again."""
         for measured in self.known.values():
-            measured.block.cases.forget()
-            measured.cases.forget()
+            measured.block.held.forget()
+            measured.alone.held.forget()
 
     @property
     def tensors(self) -> list[Tensor]:
         """What is held."""
-        pending = [t for of in (self.observations or {}).values() for t in of.cases.tensors]
+        pending = [t for of in (self.observations or {}).values() for t in of.tensors]
         return pending + [t for of in self.known.values() for t in tensors_of(of)]
 
     @property

@@ -68,6 +68,11 @@ class Observation:
     means: UnitMeans  # of the units' outputs
     gradient: Gradient | None
     fault: str | None  # where NaN or infinity was found first
+    solver: str = "auto"  # of the cases' systems
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return self.cases.tensors
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from unitfisher.cases import UnitCases
 from unitfisher.choices import require_damping
+from unitfisher.condensed import Condensed
 from unitfisher.observer import NonFiniteError
 from unitfisher.products import UnitProducts
+from unitfisher.rounds import Rounds
 from unitfisher.solvers import SingularFisherError
 from unitfisher.statistics import UnitStatistics
-from unitfisher.streaming import UnitSums
+from unitfisher.streaming import Parts
 from unitfisher.sums import UnitMoments
 
 if TYPE_CHECKING:
@@ -209,20 +211,20 @@ def unit_fisher_operator(
     if unit not in units:
         known = ", ".join(map(str, units[:16])) + ", ..." * (len(units) > 16)
         raise ValueError(f"layer {measured.layer!r} measured units {known}; not unit {unit}")
-    cases, i = measured.cases, units.index(unit)
-    if isinstance(cases, UnitCases):
-        R, mu, c = _centred(cases, i, measured.biased)
+    held, i = measured.alone.held, units.index(unit)
+    if isinstance(held, Condensed):
+        R, mu, c = _centred(held.cases, i, measured.biased)
     else:
-        R, mu, c = _rooted(cases, i, measured.biased)
+        R, mu, c = _rooted(held, i, measured.biased)
     ridge = damping * ((R**2).sum() + c * (mu @ mu)) / len(mu)
     return UnitFisherOperator(measured.layer, unit, measured.biased, R, mu, c, ridge)
 
 
 def _rooted(
-    cases: UnitSums, i: int, biased: bool
+    held: Parts | Rounds, i: int, biased: bool
 ) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"], Float64[Tensor, ""]]:
     """Return R, μ and c from sums over a data set, R a square root of their matrix."""
-    m, own = next((m, i - (part.start or 0)) for part, m in cases.parts() if i in _range(part, m))
+    m, own = next((m, i - (part.start or 0)) for part, m in held.parts() if i in _range(part, m))
     V = _matrix(m, own, biased)
     squares, vectors = torch.linalg.eigh(V)
     R = (squares.clamp_min(0).sqrt() * vectors).T

@@ -62,7 +62,7 @@ class UnitStatistics:
     bias_shift_share_gradient: Float[Tensor, " u"]
     bias_shift_share_natural: Float[Tensor, " u"]
     biased: bool
-    cases: Cases = field(repr=False)
+    alone: Block = field(repr=False)  # this layer as a block of its own
     block: Block = field(repr=False)  # the layers that were measured together with it
     gradient: Gradient | None = field(repr=False)  # of ln p by targets, or the loss's from .grad
 
@@ -102,9 +102,8 @@ class UnitStatistics:
         return replace(self, damping=damping, **found.theory)
 
     @property
-    def alone(self) -> Block:
-        """This layer as a block of its own."""
-        return Block((self.layer,), (self.units,), self.cases, self.finite)
+    def cases(self) -> Cases:
+        return self.alone.cases
 
 
 class Measured(NamedTuple):
@@ -139,7 +138,7 @@ def statistics(
         spare -= _kept(block, spare)
         parted["mean"] = block.split_shared(cases.mean)
         parted["mean_share"] = block.split_shared(mean_share(cases.mean, cases.trace_variance))
-        for i, (layer, own) in enumerate(zip(block.layers, block.split_cases(), strict=True)):
+        for i, (layer, own) in enumerate(zip(block.layers, block.apart(), strict=True)):
             means = observations[layer].means
             every = layer not in units
             measured[layer] = UnitStatistics(
@@ -147,13 +146,13 @@ def statistics(
                 step=step,
                 units=block.units[i],
                 damping=damping,
-                route=cases.route,
+                route=block.held.route,
                 output_mean=means.mean if every else means.mean[block.units[i]],
                 output_var=means.var if every else means.var[block.units[i]],
                 nonlinearity=means.nonlinearity,
                 finite=block.finite,
                 biased=layer in biased,
-                cases=own,
+                alone=own,
                 block=block,
                 gradient=gradients[layer],
                 **{key: x[i] for key, x in parted.items()},
@@ -191,9 +190,9 @@ def with_gradients(
 
 def _kept(block: Block, spare: int) -> int:
     """Return the bytes of what was solved, or forget it if it takes more than there are."""
-    if spare > 0 and (solved := bytes_of(block.cases.tensors)) <= spare:
+    if spare > 0 and (solved := bytes_of(block.tensors)) <= spare:
         return solved
-    block.cases.forget()
+    block.held.forget()
     return 0
 
 
@@ -202,8 +201,8 @@ def tensors_of(measured: UnitStatistics) -> list[Tensor]:
     own = [getattr(measured, f.name) for f in fields(measured)]
     kept: list[object] = [
         *own,
-        *measured.cases.tensors,
-        *measured.block.cases.tensors,
+        *measured.alone.tensors,
+        *measured.block.tensors,
         *(measured.gradient or ()),
     ]
     return [t for t in kept if isinstance(t, Tensor)]

@@ -28,7 +28,7 @@ def natural_gradient(block: Block, damping: float, gradient: Gradient) -> LayerS
         dw = block.cases.mean.new_full((block.cases.units, block.cases.inputs), torch.nan)
         return LayerStep(dw, None if gradient.g0 is None else dw[:, 0])
     steps = []
-    for part, _, damped in block.cases.damped_parts(damping):
+    for part, _, damped in block.held.damped_parts(damping):
         try:
             steps.append(unit_steps(damped, gradient.of_units(part)))
         except SingularFisherError as error:

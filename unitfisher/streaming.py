@@ -7,12 +7,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unitfisher.cases import UnitCases
+from unitfisher.condensed import Condensed, split, sums
 from unitfisher.loader import Batches
 from unitfisher.memory import within
 from unitfisher.moments import Part
 from unitfisher.observer import Gradient, Observation
 from unitfisher.outputs import UnitMeans
-from unitfisher.products import UnitProducts
 from unitfisher.rounds import Rounds, solve_together
 from unitfisher.sums import UnitMoments
 from unitfisher.uncertainty import variance_of_sum
@@ -26,12 +26,12 @@ class Parts:
 
     @classmethod
     def of(cls, cases: UnitCases) -> "Parts":
-        return cls([(part, cases.of_units(part).sums()) for part in cases.split()])
+        return cls([(part, sums(cases.of_units(part))) for part in split(cases, "sums")])
 
     def add(self, cases: UnitCases) -> None:
         """Add a batch, about the origins that the first one chose; part after part in place."""
         for i, (part, m) in enumerate(self.held):
-            self.held[i] = part, m + cases.of_units(part).sums(m.origin)
+            self.held[i] = part, m + sums(cases.of_units(part), m.origin)
 
     route = "sums"
 
@@ -53,7 +53,6 @@ class Parts:
 class UnitSums:
     """What `UnitCases` says of a layer, as sums over batches: cases are not kept."""
 
-    held: Parts | Rounds
     mean: Float[Tensor, "*g d"]
     trace_variance: Float[Tensor, "*g"]
     weight: Float[Tensor, " u"]  # Σ D
@@ -63,15 +62,14 @@ class UnitSums:
     count: int  # of positions
 
     @classmethod
-    def of(cls, held: Parts | Rounds, cases: UnitCases) -> "UnitSums":
-        """Begin with a batch that is held already."""
+    def of(cls, cases: UnitCases) -> "UnitSums":
+        """Begin with a batch."""
         D = cases.D
         moments = cases.mean, cases.trace_variance, D.sum(0), (D**2).sum(0)
-        return cls(held, *moments, variance_of_sum(cases), cases.samples, _count(cases))
+        return cls(*moments, variance_of_sum(cases), cases.samples, _count(cases))
 
     def add(self, cases: UnitCases) -> None:
         """Add a batch."""
-        self.held.add(cases)
         total = self.count + _count(cases)
         q, shift = _count(cases) / total, cases.mean - self.mean
         variance = (1 - q) * self.trace_variance + q * cases.trace_variance
@@ -81,21 +79,6 @@ class UnitSums:
         self.weight_squared = self.weight_squared + (cases.D**2).sum(0)
         self.variance = self.variance + variance_of_sum(cases)
         self.samples, self.count = self.samples + cases.samples, total
-
-    def parts(self) -> Iterator[tuple[slice, UnitMoments | UnitProducts]]:
-        return self.held.parts()
-
-    def damped_parts(self, damping: float) -> Iterator[Part]:
-        return self.held.damped_parts(damping)
-
-    def forget(self) -> None:
-        """Drop what was solved; it is solved again when it is asked for."""
-        self.held.forget()
-
-    @property
-    def route(self) -> str:
-        """How systems are solved: from "sums", or in "passes" over the loader."""
-        return self.held.route
 
     @property
     def units(self) -> int:
@@ -115,11 +98,11 @@ class UnitSums:
 
     @property
     def tensors(self) -> list[Tensor]:
-        known = self.mean, self.trace_variance, self.weight, self.weight_squared, self.variance
-        return [*known, *self.held.tensors]
+        return [t for t in vars(self).values() if isinstance(t, Tensor)]
 
 
 Cases = UnitCases | UnitSums
+Held = Condensed | Parts | Rounds
 
 
 @dataclass
@@ -127,26 +110,33 @@ class Streamed:
     """What all batches say of one layer; as `Observation` for one pass."""
 
     cases: UnitSums
+    held: Parts | Rounds
     means: UnitMeans
     gradient: Gradient | None
     fault: str | None
 
     @classmethod
     def of(cls, batches: Batches, layer: str, first: Observation) -> "Streamed":
-        cases = replace(first.cases, solver="sums")
+        cases = replace(first.cases)  # what is formed of them goes with this copy
         passing = layer in batches.planner.passing
         held = Rounds.of(batches, layer, cases) if passing else Parts.of(cases)
-        return cls(UnitSums.of(held, cases), first.means, first.gradient, first.fault)
+        return cls(UnitSums.of(cases), held, first.means, first.gradient, first.fault)
 
     def add(self, other: Observation) -> None:
         """Add a batch; after one with NaN or infinity nothing counts any more."""
         self.fault = self.fault or other.fault
         if self.fault:
             return
-        self.cases.add(replace(other.cases, solver="sums"))
+        cases = replace(other.cases)  # as above
+        self.held.add(cases)
+        self.cases.add(cases)
         self.means = self.means.joined(other.means)
         share = other.cases.samples / self.cases.samples
         self.gradient = _averaged(self.gradient, other.gradient, share)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.cases.tensors, *self.held.tensors]
 
 
 def observe_all(batches: Batches, damping: float) -> dict[str, Streamed]:
@@ -165,7 +155,7 @@ def observe_all(batches: Batches, damping: float) -> dict[str, Streamed]:
                     total[name].add(one)
                 else:
                     total[name] = Streamed.of(batches, name, one)
-    several = [(of.cases.held, of.gradient) for of in total.values() if not of.fault]
+    several = [(of.held, of.gradient) for of in total.values() if not of.fault]
     passing = [(held, gradient) for held, gradient in several if isinstance(held, Rounds)]
     if passing:
         solve_together(passing, damping)

@@ -72,7 +72,7 @@ def theory(block: Block, damping: float, gradient: Gradient | None) -> Found:
         natural = None if gradient is None else natural_gradient(block, damping, gradient)
         return Found({**unknown._asdict(), **errors._asdict(), **angles._asdict()}, natural)
     parts, steps = [], []
-    for part, m, damped in cases.damped_parts(damping):
+    for part, m, damped in block.held.damped_parts(damping):
         try:
             if gradient is None:
                 angles = Angles.unknown(m.c)

@@ -43,7 +43,7 @@ class StandardErrors(NamedTuple):
         if (unknown := _unknown(cases)) is not None:
             return cls.alike(unknown, m.mu_q)
         found = cls.of_c(variance_of_sum(cases).sqrt() / cases.samples, m)
-        if cases.delta.shape[2] > 1:
+        if cases.joint:
             return found
         weight = torch.where(m.alive, cases.samples * m.c, torch.nan)
         found = found._replace(mean_q_error=_variance_of_mean(cases, m).sqrt() / weight[:, None])

@@ -1,0 +1,162 @@
+"""The cases of a layer, condensed to moments of as many units at a time as memory allows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from unitfisher.cases import UnitCases
+from unitfisher.costs import route_of, units_together
+from unitfisher.joint import JointGradients
+from unitfisher.moments import Moments, Part
+from unitfisher.products import UnitProducts
+from unitfisher.rows import UnitRows
+from unitfisher.sums import UnitMoments
+from unitfisher.weighted import Weighted
+
+
+class SharedRows(NamedTuple):
+    """Cases about their mean, and their products."""
+
+    about: Float[Tensor, "g n d"]
+    gram: Float[Tensor, "g n n"]
+
+    @classmethod
+    def of(cls, cases: UnitCases) -> "SharedRows":
+        about = cases.a.squeeze(2).double() - cases.center.unsqueeze(1)
+        return cls(about, about @ about.mT)
+
+
+@dataclass
+class Condensed:
+    """What is formed of a layer's cases, and kept until it is told to forget."""
+
+    cases: UnitCases
+    solver: str = "auto"
+    moments: Moments | None = field(default=None, init=False)  # of all units, where these fit
+    solved: dict[float, Moments] = field(default_factory=dict, init=False)  # at the newest damping
+    shared: SharedRows | None = field(default=None, init=False)  # of all units that see the same
+
+    @cached_property
+    def route(self) -> str:
+        """How systems are solved: "rows" or "sums", by Cholesky, or "products", by iteration."""
+        return route_of(self.cases.sizes, self.solver)
+
+    def parts(self) -> Iterator[tuple[slice, Moments]]:
+        """Yield the moments of part after part of the units, as memory allows."""
+        for part in split(self.cases, self.route):
+            if part != slice(None):
+                yield part, self._formed(self.cases.of_units(part))
+                continue
+            if self.moments is None:
+                self.moments = self._formed(self.cases)
+            yield part, self.moments
+
+    def damped_parts(self, damping: float) -> Iterator[Part]:
+        """Yield the same also damped; what was solved at the newest damping is kept."""
+        for part, m in self.parts():
+            if part != slice(None):
+                yield Part(part, m, m.damped(damping))
+                continue
+            if damping not in self.solved:
+                self.solved = {damping: m.damped(damping)}
+            yield Part(part, m, self.solved[damping])
+
+    def forget(self) -> None:
+        """Drop what was solved or unfolded; it is formed again when it is asked for."""
+        self.moments, self.solved, self.shared = None, {}, None
+        self.cases.forget()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is kept beside the cases."""
+        formed = [vars(m) for m in [self.moments, *self.solved.values()] if m is not None]
+        return [t for t in tree_leaves([formed, self.shared]) if isinstance(t, Tensor)]
+
+    def _formed(self, cases: UnitCases) -> Moments:
+        route = route_of(cases.sizes, self.solver)
+        if route == "sums":
+            return sums(cases)
+        if route == "rows":
+            rows = _joint_rows(cases) if cases.joint else _rows(cases, self._shared_by(cases))
+            return replace(rows, iterates=self.solver != "direct")
+        # as many iterations as cost what second moments cost; then these, for who needs them
+        patience = None if self.solver == "iterative" else max(20, cases.inputs // 4)
+        return replace(_products(cases), patience=patience)
+
+    def _shared_by(self, cases: UnitCases) -> SharedRows:
+        """As long as all units see the same, once."""
+        if cases.received is not self.cases.received:
+            return SharedRows.of(cases)
+        if self.shared is None:
+            self.shared = SharedRows.of(cases)
+        return self.shared
+
+
+def split(cases: UnitCases, route: str) -> list[slice]:
+    """Choose which units to treat together; the whole is one part that has no bounds."""
+    units, together = cases.units, units_together(cases.sizes, route)
+    if together >= units:
+        return [slice(None)]
+    return [slice(start, start + together) for start in range(0, units, together)]
+
+
+def sums(cases: UnitCases, origin: Float[Tensor, "*u d"] | None = None) -> UnitMoments:
+    """Form the second moments of all units at once, u·d² numbers, about an origin near them."""
+    if cases.joint:
+        return _joint_sums(cases, cases.rounded_mean if origin is None else origin)
+    a = cases.a.squeeze(2)
+    origin = _mean_q(cases) if origin is None else origin  # each unit's own: exactly centred
+    m = UnitMoments.of(
+        a.squeeze(0) if len(a) == 1 else a,
+        cases.D,
+        origin=origin.to(a.dtype),
+        samples=cases.samples,
+    )
+    return replace(m, sum_a=(cases.mean - m.origin) * m.cases)
+
+
+def _mean_q(cases: UnitCases) -> Float[Tensor, "u d"]:
+    """E_q(a) in the precision of the activations."""
+    q = cases.q.to(cases.a.dtype).T
+    origin = cases.origin.unsqueeze(1)
+    about = cases.a.squeeze(2) - origin
+    mean = q.reshape(len(about), -1, q.shape[1]) @ about
+    return (origin + mean).flatten(0, 1)
+
+
+def _joint_sums(cases: UnitCases, origin: Float[Tensor, "*g d"]) -> UnitMoments:
+    G, S, fed = JointGradients.of(cases, origin)
+    m = UnitMoments.of_gradients(
+        *(G, S, cases.mean - origin),
+        origin=torch.zeros_like(origin),  # G is about the origin already
+        samples=cases.samples,
+        eps=torch.finfo(cases.received.dtype).eps,
+    )
+    return replace(m, origin=origin, fed=fed)
+
+
+def _rows(cases: UnitCases, shared: SharedRows) -> UnitRows:
+    w = cases.q.sqrt().T.contiguous()
+    return UnitRows.of(cases.weight / cases.samples, cases.center, *shared, w, w, cases.fed)
+
+
+def _joint_rows(cases: UnitCases) -> UnitRows:
+    G, S, fed = JointGradients.of(cases, cases.mean)
+    total = (S**2).sum(0)
+    scale = torch.where(total > 0, total, 1.0).rsqrt()[:, None]
+    about, w = G.transpose(0, 1), S.T * scale
+    center = cases.mean.expand(cases.units, -1)  # every unit is its own group
+    rows = about, about @ about.mT, scale.expand_as(w), w
+    return UnitRows.of(total / cases.samples, center, *rows, fed)
+
+
+def _products(cases: UnitCases) -> UnitProducts:
+    weighted = Weighted.of(cases.a.squeeze(2), cases.D, cases.origin, cases.weight)
+    c = cases.weight / cases.samples
+    return UnitProducts.of(c, cases.center, cases.origin, cases.fed, weighted)

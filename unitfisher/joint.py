@@ -1,0 +1,47 @@
+"""Gradients of cases with several positions, which are summed before they are squared."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unitfisher.cases import UnitCases
+from unitfisher.patches import in_pieces
+from unitfisher.solvers import dot
+
+
+class JointGradients(NamedTuple):
+    """One per case and column, its positions summed."""
+
+    weights: Float[Tensor, "r u d"]  # Σ_t δ (a - origin)
+    bias: Float[Tensor, "r u"]  # Σ_t δ
+    fed: Float[Tensor, " u"]  # Σ ‖Σ_t δ a‖², see `moments.fed`
+
+    @classmethod
+    def of(cls, cases: UnitCases, origin: Float[Tensor, "*g d"]) -> "JointGradients":
+        """Join the positions of each case and column, about an origin.
+
+        Products are formed in the precision of the activations, about a point near their mean.
+        """
+        groups, (columns, count, _, units) = cases.groups, cases.delta.shape
+        delta = cases.delta.to(cases.received.dtype).unflatten(-1, (groups, -1)).movedim(2, -1)
+        shape = columns, count, groups, units // groups, cases.inputs
+        G = cases.delta.new_empty(shape, dtype=torch.float64)
+        for piece, a in in_pieces(cases.for_one_pass):
+            about = (a - cases.origin[:, None, None]).transpose(0, 1)  # m g t d
+            G[:, piece] = delta[:, piece] @ about  # of r m g v t
+        G, S = G.flatten(2, 3).flatten(0, 1), cases.joint_errors.flatten(0, 1)
+        G.addcmul_(S.unsqueeze(-1), origin - cases.rounded_mean, value=-1)
+        return cls(G, S, _fed(G, S, origin, torch.finfo(cases.received.dtype).eps))
+
+
+def _fed(
+    G: Float[Tensor, "r u d"], S: Float[Tensor, "r u"], origin: Float[Tensor, "*g d"], eps: float
+) -> Float[Tensor, " u"]:
+    """Σ ‖Σ_t δ a‖² from gradients about an origin; 0 where only rounding has left something."""
+    along = torch.einsum("rud,ud->ru", G, origin.expand(G.shape[1:]))
+    constant = S**2 * dot(origin, origin)
+    total = (torch.linalg.vector_norm(G, dim=-1) ** 2 + 2 * S * along + constant).sum(0)
+    left = max((64 * eps) ** 2, 64 * torch.finfo(G.dtype).eps) * constant.sum(0)
+    return torch.where(total > left, total, 0.0)
