@@ -10,7 +10,15 @@ from networks import CLASSES, NETWORKS, Answers, loss_of, mlp
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from unitfisher import Monitor, Run, UncoveredLayersWarning
+from unitfisher import (
+    LayerSelectionError,
+    Monitor,
+    Run,
+    UncoveredLayersWarning,
+    UnitMoments,
+    bias_shift_correction,
+    unit_natural_gradient,
+)
 from unitfisher.schedule import Overhead
 
 EXACTLY = {"rtol": 0, "atol": 0}
@@ -194,9 +202,97 @@ def test_errors_of_rows_whose_samples_are_not_known_are_not_told():
     for options in ({}, {"rows": 9}):
         monitor = Monitor(model, fisher="mc", samples=3, **options)
         found = monitor.measure(x)
-        assert found["experts.0"].c_error.isfinite().all()  # no more rows than samples
-        assert found["experts.1"].c_error.isnan().all()
+        assert all(found[f"experts.{i}"].c_error.isnan().all() for i in range(2))
+        assert found["head"].c_error.isfinite().all()
         monitor.detach()
+
+
+class Sparse(nn.Module):
+    """Calls a layer, or does not, as the first number of its input says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block, self.head = (nn.Linear(4, d) for d in (4, 4, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        return self.head(h + self.block(h) if (x[:, 0] > 0).any() else h)
+
+
+def sparse_batches() -> list[Tensor]:
+    """Three of which the second comes to no block."""
+    batches = list(normal(20, 4).double().split([6, 9, 5]))
+    for batch, sign in zip(batches, (1, -1, 1), strict=True):
+        batch[:, 0] = sign
+    return batches
+
+
+def expected_of_blocks(model: nn.Module, batches: list[Tensor], damping: float) -> UnitMoments:
+    """Moments of the block over all samples, of which only some have come to it."""
+    own = [batch for batch in batches if batch[0, 0] > 0]
+    D = torch.cat([squared_errors(model, "block", batch) for batch in own])
+    a = torch.cat([model.first(batch).detach().tanh() for batch in own])
+    return UnitMoments.of(a, D, samples=sum(map(len, batches))).damped(damping)
+
+
+def test_a_loader_averages_over_all_samples_whatever_layers_they_come_to():
+    torch.manual_seed(0)
+    model, batches = Sparse().double(), sparse_batches()
+    labels = [torch.arange(len(batch)) % CLASSES for batch in batches]
+    with Monitor(model, "block") as monitor:
+        found = monitor.measure(list(zip(batches, labels, strict=True)))["block"]
+    m = expected_of_blocks(model, batches, found.damping)
+    s, k = bias_shift_correction(m)
+    assert_close(found.c, m.c, rtol=1e-10, atol=0)
+    assert_close(found.s, s, rtol=1e-8, atol=0)
+    assert_close(found.k, k, rtol=1e-8, atol=1e-10)
+    model.zero_grad()
+    log_p = torch.cat([model(batch).log_softmax(-1) for batch in batches])
+    log_p[torch.arange(20), torch.cat(labels)].mean().backward()
+    dw, dw0 = unit_natural_gradient(m, model.block.weight.grad, model.block.bias.grad)
+    with Monitor(model, "block") as monitor:
+        monitor.measure(list(zip(batches, labels, strict=True)))
+        step = monitor.natural_gradient()["block"]
+    assert_close(step.dw, dw, rtol=1e-7, atol=1e-9)
+    assert_close(step.dw0, dw0, rtol=1e-7, atol=1e-9)
+
+
+def test_a_window_averages_over_all_samples_whatever_layers_they_come_to():
+    torch.manual_seed(0)
+    model, batches = Sparse().double(), sparse_batches()
+    before = normal(8, 4).double().abs()
+    for layers in ("block", None):
+        monitor = Monitor(model, layers, every=1, window=3)
+        model(before)
+        model(batches[0])
+        with pytest.warns(UncoveredLayersWarning, match="called"):
+            model(batches[1])
+        model(batches[2])
+        state = monitor.state_dict()
+        monitor.detach()
+        again = Monitor(model, layers, every=1, window=3)
+        again.load_state_dict(state)
+        for held, kept in zip(again._instrument.window.newest, batches, strict=True):
+            assert held.samples == len(kept)
+        found = monitor.latest["block"]
+        m = expected_of_blocks(model, batches, found.damping)
+        assert_close(found.c, m.c, rtol=1e-10, atol=0)
+        assert_close(found.k, bias_shift_correction(m)[1], rtol=1e-8, atol=1e-10)
+        again.detach()
+
+
+def test_a_loader_may_have_batches_that_show_nothing():
+    torch.manual_seed(0)
+    model, (first, between, last) = Sparse().double(), sparse_batches()
+    with Monitor(model) as monitor:
+        expected = monitor.measure([first, last])["head"].c
+        found = monitor.measure([first, first[:0], last])["head"].c
+    assert_close(found, expected, **EXACTLY)
+    with (
+        Monitor(model, "block") as monitor,
+        pytest.raises(LayerSelectionError, match="none of the observed layers"),
+    ):
+        monitor.measure([between, between])
 
 
 def squared_errors(model: nn.Module, layer: str, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from networks import CLASSES
 from pandas.testing import assert_frame_equal
 from strategies import normal, seeds
 from test_memory import peak
+from test_monitor import Sparse, sparse_batches
 from test_streaming import NETS, batches, gradient, prepared
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -391,3 +392,12 @@ def test_memory_does_not_grow_with_the_batches():
     model, x, y = prepared("mlp")
     held = [measured(model, [(x, y)] * n).memory_usage()["latest"] for n in (2, 5)]
     assert held[0] == held[1]
+
+
+@pytest.mark.parametrize("layers", ["block", None])
+def test_batches_that_come_to_no_such_layer_count_with_their_samples(layers):
+    torch.manual_seed(0)
+    model, loader = Sparse().double(), sparse_batches()
+    found, expected = (measured(model, loader, way, layers=layers) for way in (every, none))
+    assert_same(found, expected)
+    assert routes(found)["block"] == "passes"

@@ -33,7 +33,7 @@ class UnitCases:
     replicates: int = 0  # the last so many columns are estimates of D that average; 0: exact
     population: int = 0  # of how many cases these are drawn; 0: they are all
     sample: Int[Tensor, " m"] | None = None  # of which each case is; None: as many in a row of each
-    in_order: bool = True  # else it is not known of which
+    in_order: bool = True  # samples come first; else it is not known of which a case is
     whole: "UnitCases | None" = None  # of whose units these are some
 
     @property
@@ -70,11 +70,6 @@ class UnitCases:
     def shared(self) -> bool:
         """Whether a sample has several cases, whose errors were drawn for together."""
         return self._population > self.samples
-
-    @property
-    def attributed(self) -> bool:
-        """Whether it is known of which sample a case is: not where time comes first."""
-        return self.in_order or not self.shared
 
     @property
     def _population(self) -> int:
@@ -188,7 +183,7 @@ class UnitCases:
         received = self.for_one_pass
         chosen = torch.randperm(count, generator=generator, device=generator.device)[:rows]
         chosen = chosen.to(self.delta.device)
-        asked = self.replicates > 1 and self.shared and self.attributed
+        asked = self.replicates > 1 and self.shared and self.in_order
         return replace(
             self,
             received=received.at(chosen) if isinstance(received, Patches) else received[:, chosen],
@@ -199,6 +194,8 @@ class UnitCases:
         )
 
     def of_units(self, part: slice) -> "UnitCases":
+        if part == slice(None):
+            return self
         received, incoming = self.received, self.incoming
         if self.groups > 1:  # keep only the groups of these units, one each
             received = self.a.repeat_interleave(self.units // self.groups, 0)[part]

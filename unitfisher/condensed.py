@@ -79,10 +79,9 @@ class Condensed:
         return [t for t in tree_leaves([formed, self.shared]) if isinstance(t, Tensor)]
 
     def _formed(self, cases: UnitCases) -> Moments:
-        route = route_of(cases.sizes, self.solver)
-        if route == "sums":
+        if self.route == "sums":
             return sums(cases)
-        if route == "rows":
+        if self.route == "rows":
             rows = _joint_rows(cases) if cases.joint else _rows(cases, self._shared_by(cases))
             return replace(rows, iterates=self.solver != "direct")
         # as many iterations as cost what second moments cost; then these, for who needs them

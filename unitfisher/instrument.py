@@ -73,6 +73,8 @@ class Instrument:
                 return
             except UnseenLayersError as error:
                 self._say_once(f"a training pass is not measured: {error}")
+                if error.samples:
+                    self.window.pass_by(error.samples)
                 return
             finally:
                 seen.forget_gradients()

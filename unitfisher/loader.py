@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from unitfisher.cases import UnitCases
 from unitfisher.memory import within
-from unitfisher.observer import Observation, Observer, observe_now
+from unitfisher.observer import NothingObservedError, Observation, Observer, observe_now
 from unitfisher.passes import Chance, device_of, exactly
 from unitfisher.plan import MemoryBudgetError, Planner
 
@@ -46,17 +46,22 @@ class Batches:
     def __post_init__(self) -> None:
         self._ours, self._global = self.observer.chance.state(), torch.get_rng_state()
         self._seen: list[dict[str, Checksum]] = []
+        self._nothing = NothingObservedError()  # the newest pass in which nothing was observed
+        self.samples = 0  # of all batches that were read for the first time
 
     def once(self) -> Iterator[dict[str, Observation]]:
         """Read for the first time.
 
         Raises:
-            ValueError: There is no batch.
+            ValueError: There is no batch, or nothing to observe in any.
             MemoryBudgetError: These layers would take too much, or would have to be read again.
         """
-        batches, planner = iter(self.loader), self.planner
+        batches, planner, shown = iter(self.loader), self.planner, False
         for batch in batches:
             observations = self._observed(batch, self.observer, graded=True)
+            one = next(iter(observations.values()), None)
+            self.samples += self._nothing.samples if one is None else one.cases.samples
+            shown = shown or one is not None
             if planner.passing and batches is self.loader:
                 raise MemoryBudgetError(_used_up(planner.passing))
             passing = planner.passing & observations.keys()
@@ -65,6 +70,8 @@ class Batches:
             observations.clear()  # before there are those of the next batch
         if not self._seen:
             raise ValueError("the loader yields no batch (an iterator that was used up?)")
+        if not shown:
+            raise self._nothing
 
     def again(self, layers: Collection[str]) -> Iterator[dict[str, UnitCases]]:
         """Read what layers see whose systems are solved by passing over the loader.
@@ -105,7 +112,11 @@ class Batches:
     def _observed(self, batch: Any, observer: Observer, graded: bool) -> dict[str, Observation]:
         batch = tree_map_only(Tensor, lambda t: t.to(device_of(self.model)), batch)
         inputs, targets = _inputs_and_targets(batch)
-        return observe_now(self.model, inputs, observer, targets if graded else None)
+        try:
+            return observe_now(self.model, inputs, observer, targets if graded else None)
+        except NothingObservedError as nothing:
+            self._nothing = nothing
+            return {}
 
 
 def _inputs_and_targets(batch: Any) -> tuple[Any, Tensor | None]:

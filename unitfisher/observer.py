@@ -42,12 +42,18 @@ class NonFiniteError(FloatingPointError):
     """Activations, logits or errors hold NaN or infinity."""
 
 
-class EmptyBatchError(OutputError):
+class NothingObservedError(ValueError):
+    """A pass shows nothing; another one may."""
+
+    samples = 0  # that went another way
+
+
+class EmptyBatchError(NothingObservedError, OutputError):
     """There is no case to observe."""
 
 
-class UnseenLayersError(LayerSelectionError):
-    """A pass shows nothing of the observed layers; another one may."""
+class UnseenLayersError(NothingObservedError, LayerSelectionError):
+    """Errors reach none of the observed layers."""
 
 
 class Gradient(NamedTuple):
@@ -55,6 +61,13 @@ class Gradient(NamedTuple):
 
     g: Float[Tensor, "u *d"]
     g0: Float[Tensor, " u"] | None  # None for a layer without bias
+
+    def times(self, factor: float) -> "Gradient":
+        return Gradient(factor * self.g, None if self.g0 is None else factor * self.g0)
+
+    def plus(self, other: "Gradient") -> "Gradient":
+        g0 = None if self.g0 is None or other.g0 is None else self.g0 + other.g0
+        return Gradient(self.g + other.g, g0)
 
     def of_units(self, part: slice) -> "Gradient":
         return Gradient(self.g[part], None if self.g0 is None else self.g0[part])
@@ -105,7 +118,11 @@ class Observer:
             raise EmptyBatchError(f"the batch is empty: the output has shape {tuple(output.shape)}")
         z = self.estimator.likelihood.arrange(output.detach())
         z = z.float() if z.element_size() < 4 else z  # small probabilities keep digits
-        edges = _edges(output, seen)
+        try:
+            edges = _edges(output, seen)
+        except UnseenLayersError as error:
+            error.samples = 0 if seen.calls else len(z)
+            raise
         self._name_unfit(seen)
         sound = self._sound(z)
         drawable = torch.where(sound, z, 0.0)  # labels, whatever comes of it

@@ -174,7 +174,7 @@ class Planner:
             first = self.newest is None or not self.newest.known
             self.newest, self._asked = self._within_budget(shapes, column), asked
             layers = self.newest.layers if self.summed else ()
-            self.passing = frozenset(of.layer for of in layers if of.route == "passes")
+            self.passing |= {of.layer for of in layers if of.route == "passes"}
             self.settled = True  # what the first batch has begun the others go on with
             if first:
                 self._tell()

@@ -129,6 +129,10 @@ class Rounds:
         start.add(cases)
         return start
 
+    def out_of(self, samples: int) -> None:
+        """Average over so many samples, of which only some have come here."""
+        self.samples = samples
+
     def add(self, cases: UnitCases) -> None:
         """Add a batch.
 

@@ -33,6 +33,11 @@ class Parts:
         for i, (part, m) in enumerate(self.held):
             self.held[i] = part, m + sums(cases.of_units(part), m.origin)
 
+    def out_of(self, samples: int) -> None:
+        """Average over so many samples, of which only some have come here."""
+        count = self.held[0][1].samples.new_tensor(samples)
+        self.held = [(part, replace(m, samples=count)) for part, m in self.held]
+
     route = "sums"
 
     def parts(self) -> Iterator[tuple[slice, UnitMoments]]:
@@ -134,6 +139,13 @@ class Streamed:
         share = other.cases.samples / self.cases.samples
         self.gradient = _averaged(self.gradient, other.gradient, share)
 
+    def out_of(self, samples: int) -> None:
+        """Average over all samples of all batches: some may not have come to this layer."""
+        own, self.cases.samples = self.cases.samples, samples
+        if own < samples:
+            self.held.out_of(samples)
+            self.gradient = self.gradient and self.gradient.times(own / samples)
+
     @property
     def tensors(self) -> list[Tensor]:
         return [*self.cases.tensors, *self.held.tensors]
@@ -155,6 +167,8 @@ def observe_all(batches: Batches, damping: float) -> dict[str, Streamed]:
                     total[name].add(one)
                 else:
                     total[name] = Streamed.of(batches, name, one)
+    for of in total.values():
+        of.out_of(batches.samples)
     several = [(of.held, of.gradient) for of in total.values() if not of.fault]
     passing = [(held, gradient) for held, gradient in several if isinstance(held, Rounds)]
     if passing:
@@ -169,5 +183,4 @@ def _count(cases: UnitCases) -> int:
 def _averaged(g: Gradient | None, other: Gradient | None, q: float) -> Gradient | None:
     if g is None or other is None:
         return None
-    g0 = None if g.g0 is None or other.g0 is None else (1 - q) * g.g0 + q * other.g0
-    return Gradient((1 - q) * g.g + q * other.g, g0)
+    return g.times(1 - q).plus(other.times(q))

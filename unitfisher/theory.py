@@ -90,7 +90,7 @@ def theory(block: Block, damping: float, gradient: Gradient | None) -> Found:
 
 def _errors(cases: Cases, part: slice, m: Moments, damped: Moments) -> StandardErrors:
     if isinstance(cases, UnitCases):
-        own = cases if part == slice(None) else cases.of_units(part)  # which may copy activations
+        own = cases.of_units(part)
         return StandardErrors.of(own, m, damped)
     if not cases.variance.any():
         return StandardErrors.alike(0.0, m.mu_q)

@@ -68,7 +68,7 @@ class StandardErrors(NamedTuple):
 
 def _unknown(cases: UnitCases) -> float | None:
     """Return the error where nothing is drawn, or what was drawn cannot tell; None where it can."""
-    if cases.replicates > 1 and not cases.attributed:
+    if cases.replicates > 1 and not cases.in_order:
         return torch.nan
     if cases.replicates > 1 or cases.population:
         return None

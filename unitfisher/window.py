@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -13,7 +14,14 @@ from unitfisher.cases import UnitCases
 from unitfisher.observer import Observation
 from unitfisher.patches import unfolded
 
-State = dict[str, list[tuple[Tensor, Tensor, int, int, bool]]]
+State = list[tuple[int, dict[str, tuple[Tensor, Tensor, int, bool]]]]
+
+
+class Batch(NamedTuple):
+    """The cases of each layer that a batch has come to."""
+
+    samples: int
+    cases: dict[str, UnitCases]
 
 
 class Window:
@@ -21,52 +29,54 @@ class Window:
 
     def __init__(self, batches: int) -> None:
         self.batches = batches
-        self.newest: dict[str, deque[UnitCases]] = {}
+        self.newest: deque[Batch] = deque(maxlen=batches)
 
     def pooled(self, observations: Mapping[str, Observation]) -> dict[str, Observation]:
         """Take a batch in and return its observations with the cases of all that are held.
 
         A batch with NaN or infinity is returned as it is and not held.
         """
-        if self.batches == 1:
+        if self.batches == 1 or any(of.fault for of in observations.values()):
             return dict(observations)
-        return {name: self._with_earlier(name, of) for name, of in observations.items()}
+        cases = {name: of.cases for name, of in observations.items()}
+        self.newest.append(Batch(next(iter(cases.values())).samples, cases))
+        return {name: replace(of, cases=self._joined(name)) for name, of in observations.items()}
+
+    def pass_by(self, samples: int) -> None:
+        """Count a batch that has come to no layer."""
+        self.newest.append(Batch(samples, {}))
 
     def state(self) -> State:
-        return {
-            name: [
-                (
-                    unfolded(cases.received),
-                    *(cases.delta, cases.samples, cases.replicates, cases.in_order),
-                )
-                for cases in held
-            ]
-            for name, held in self.newest.items()
-        }
+        return [
+            (
+                batch.samples,
+                {
+                    name: (unfolded(of.received), of.delta, of.replicates, of.in_order)
+                    for name, of in batch.cases.items()
+                },
+            )
+            for batch in self.newest
+        ]
 
     def load(self, state: State) -> None:
-        self.newest = {
-            name: deque(
-                (
-                    UnitCases(a, delta, samples, replicates=k, in_order=all(in_order))
-                    for a, delta, samples, k, *in_order in held
-                ),
-                self.batches,
-            )
-            for name, held in state.items()
-        }
+        self.newest.clear()
+        for samples, held in state:
+            cases = {
+                name: UnitCases(a, delta, samples, replicates=k, in_order=in_order)
+                for name, (a, delta, k, in_order) in held.items()
+            }
+            self.newest.append(Batch(samples, cases))
 
     @property
     def tensors(self) -> list[Tensor]:
-        held = [cases for batches in self.newest.values() for cases in batches]
-        return [t for cases in held for t in cases.tensors]
+        return [t for batch in self.newest for of in batch.cases.values() for t in of.tensors]
 
-    def _with_earlier(self, name: str, observation: Observation) -> Observation:
-        if observation.fault is not None:
-            return observation
-        held = self.newest.setdefault(name, deque(maxlen=self.batches))
-        held.append(observation.cases)
-        return replace(observation, cases=joined(list(held)))
+    def _joined(self, name: str) -> UnitCases:
+        """Join a layer's cases; batches that have not come to it count with their samples."""
+        whole = joined([batch.cases[name] for batch in self.newest if name in batch.cases])
+        samples = sum(batch.samples for batch in self.newest)
+        share = whole.samples / samples
+        return whole if share == 1 else replace(whole, delta=whole.delta * share**0.5)
 
 
 def joined(batches: Sequence[UnitCases]) -> UnitCases:
@@ -94,7 +104,7 @@ def joined(batches: Sequence[UnitCases]) -> UnitCases:
 def _of_samples(batches: Sequence[UnitCases]) -> Int[Tensor, " m"] | None:
     """Number samples through; None where all have as many cases, or nobody will ask."""
     lengths = {cases.delta.shape[1] / cases.samples for cases in batches}
-    asked = batches[0].replicates > 1 and all(cases.attributed for cases in batches)
+    asked = batches[0].replicates > 1 and all(cases.in_order for cases in batches)
     if len(lengths) == 1 or not asked:
         return None
     before = accumulate((cases.samples for cases in batches), initial=0)
