@@ -18,7 +18,7 @@ from test_monitor import a_step, measured_steps, normal, seeded
 from torch import Tensor, nn
 
 import unitfisher
-from unitfisher import Monitor, Run
+from unitfisher import LayerSelectionError, Monitor, Run
 
 COLUMNS = {
     "residual",
@@ -109,9 +109,12 @@ def test_a_state_of_another_record_takes_no_rows_from_this_one(tmp_path):
 
 
 def test_two_monitors_of_one_record_go_back_together(tmp_path):
-    models = [mlp(), mlp()]
+    models, (first, *others) = [mlp(), mlp()], SIZES
     with Run(tmp_path) as run:
-        monitors = [Monitor(model, every=1, record=run) for model in models]
+        monitors = [
+            Monitor(model, layers, every=1, record=run)
+            for model, layers in zip(models, (first, others), strict=True)
+        ]
         for model in 2 * models:
             model(normal(8, 4))
         states = [monitor.state_dict() for monitor in monitors]
@@ -121,6 +124,19 @@ def test_two_monitors_of_one_record_go_back_together(tmp_path):
         for monitor, state in zip(monitors, states, strict=True):
             monitor.load_state_dict(state)
         assert_frame_equal(run.read(), expected)
+
+
+def test_a_run_takes_layers_of_one_name_from_one_model_at_a_time(tmp_path):
+    first, *others = SIZES
+    with Run(tmp_path) as run:
+        monitor = Monitor(mlp(), record=run)
+        with pytest.raises(LayerSelectionError, match=f"layers of the names '{first}' are written"):
+            Monitor(mlp(), first, record=run)
+        monitor.detach()
+        standing = Monitor(mlp(), first, record=run), Monitor(mlp(), others, record=run)
+        assert run.folder == tmp_path
+        for each in standing:
+            each.detach()
 
 
 def test_a_record_says_how_its_rows_were_measured(tmp_path):
@@ -281,7 +297,7 @@ ENDINGS = """
 import os, signal, sys
 import torch
 from torch import nn
-from unitfisher import Monitor, Run
+from unitfisher import LayerSelectionError, Monitor, Run
 
 folder, x = sys.argv[1], torch.ones(8, 4)
 

@@ -68,6 +68,16 @@ def require_unobserved(chosen: Mapping[str, nn.Module]) -> None:
         )
 
 
+def require_told_apart(chosen: Mapping[str, nn.Module], record: object) -> None:
+    """Refuse a run in which layers of the same names are written: rows tell only names."""
+    written = {name for live in STANDING if live.run and live.run is record for name in live.layers}
+    if both := [name for name in chosen if name in written]:
+        raise LayerSelectionError(
+            f"layers of the names {', '.join(map(repr, both))} are written to this run by another "
+            f"Monitor, and its rows could not be told from these: give each model a run of its own"
+        )
+
+
 def name_tied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     """Say which layers share their weight with other modules: a Fisher is of one layer's calls."""
     owners: dict[nn.Parameter, list[str]] = {}

@@ -85,8 +85,9 @@ class Categorical:
         if output.dim() not in (2, 3) or output.shape[-1] < 2:
             raise OutputError(
                 f"likelihood 'categorical' takes logits (n, C) or (n, T, C) with at least two "
-                f"classes, got {tuple(output.shape)}; bring the classes last with "
-                f"output=lambda z: ..., or choose 'bernoulli' or 'gaussian'"
+                f"classes, got {tuple(output.shape)}; bring the classes last, and all positions "
+                f"into one axis, with output=lambda z: z.movedim(1, -1).flatten(1, -2), or choose "
+                f"'bernoulli' or 'gaussian'"
             )
         return output if output.dim() == 3 else output.unsqueeze(1)
 

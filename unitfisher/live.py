@@ -17,6 +17,7 @@ from unitfisher.calls import Seen
 from unitfisher.capture import Hook, capture
 from unitfisher.chain import Chain
 from unitfisher.passes import device_of
+from unitfisher.record import Run
 
 WITHOUT_NUMBERS = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
 STANDING: WeakSet["Live"] = WeakSet()  # on models
@@ -39,6 +40,7 @@ class Live:
         layers: What is watched in them.
         begin: Called at every training pass; says what is wanted of it, None for nothing.
         end: Called when a wanted pass has ended, with what was seen and what forward returned.
+        run: To which what is wanted goes, where others may write to it, too.
     """
 
     def __init__(
@@ -47,8 +49,9 @@ class Live:
         layers: Mapping[str, nn.Module],
         begin: Callable[[], Wanted | None],
         end: Callable[[Seen, Any, Wanted], None],
+        run: Run | None = None,
     ) -> None:
-        self.layers, self.begin, self.end = layers, begin, end
+        self.layers, self.begin, self.end, self.run = layers, begin, end, run
         self.chain = Chain()
         self._watched: tuple[ExitStack, Seen, Wanted] | None = None
         self.model = model

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from unitfisher.attachment import (
     name_tied,
     name_uncovered,
+    require_told_apart,
     require_unobserved,
     sample_units,
     unwrapped,
@@ -170,6 +171,7 @@ class Monitor:
         estimator, planner = self.options.estimator(), self.options.planner()
         chosen = select(self.model, layers)
         require_unobserved(chosen)
+        require_told_apart(chosen, record)
         if layers is None:
             name_uncovered(self.model, chosen)
         name_tied(self.model, chosen)
@@ -180,7 +182,7 @@ class Monitor:
         observer = Observer(chosen, estimator, sampled, Chance(seed), output, planner)
         self._instrument = Instrument(self.model, self.options, observer, self._history)
         self._schedule, self._paused = self.options.schedule(), False
-        self._live = Live(self.model, chosen, self._begin, self._end)
+        self._live = Live(self.model, chosen, self._begin, self._end, self._history.run)
         self._close = weakref.finalize(self, self._history.close)
         self._close.atexit = False  # a run that closes at exit asks for what is held
 
