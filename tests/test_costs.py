@@ -11,12 +11,14 @@ from reference import quantities
 from strategies import normal, seeds
 from torch import Tensor, nn
 
+import unitfisher.condensed
 from unitfisher import Monitor
 from unitfisher.cases import UnitCases
 from unitfisher.condensed import Condensed
 from unitfisher.costs import DAMPED, ROUTES, Sizes, admissible, iterations, route_of, seconds
 from unitfisher.memory import within
 from unitfisher.observer import Gradient
+from unitfisher.rows import UnitRows
 from unitfisher.steps import unit_steps
 from unitfisher.theory import Theory
 
@@ -132,3 +134,14 @@ def test_less_damping_afterwards_is_solved_by_a_route_that_bears_it():
         undamped = monitor.measure(x)["0"]
     assert (damped.route, undamped.route) == ("rows", "sums")
     torch.testing.assert_close(damped.damped(0.0).k, undamped.k, rtol=1e-6, atol=1e-6)
+
+
+def test_all_parts_of_a_layer_go_the_way_that_is_told(monkeypatch):
+    monkeypatch.setattr(unitfisher.condensed, "units_together", lambda *_: 3)
+    monkeypatch.setattr(
+        unitfisher.condensed, "route_of", lambda sizes, _: "rows" if sizes.units == U else "sums"
+    )
+    generator = torch.Generator().manual_seed(0)
+    held = Condensed(UnitCases(normal(generator, 1, 9, 1, D), normal(generator, 1, 9, 1, U), 9))
+    assert [type(m) for _, m in held.parts()] == [UnitRows, UnitRows]
+    assert held.route == "rows"

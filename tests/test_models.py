@@ -457,6 +457,13 @@ def test_logits_without_any_class_are_told():
         Monitor(model).measure(normal(8, 4))
 
 
+@pytest.mark.parametrize("spoil", [torch.nan, torch.inf])
+def test_logits_that_no_layer_has_spoiled_are_told(spoil):
+    model = Masking(spoil)
+    with pytest.raises(FloatingPointError, match="the logits after the last layer"):
+        Monitor(model).measure(normal(8, 4))
+
+
 def test_a_buffer_of_numbers_that_share_their_place_is_left_alone():
     model = network()
     model.register_buffer("prior", torch.zeros(1).expand(3))

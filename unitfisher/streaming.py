@@ -143,8 +143,7 @@ class Streamed:
         """Average over all samples of all batches: some may not have come to this layer."""
         own, self.cases.samples = self.cases.samples, samples
         if own < samples:
-            self.held.out_of(samples)
-            self.gradient = self.gradient and self.gradient.times(own / samples)
+            self.held.out_of(samples)  # of the gradient only the direction is asked for
 
     @property
     def tensors(self) -> list[Tensor]:
