@@ -1,5 +1,6 @@
 """A budget of memory holds, by the profiler's count, or is refused before anything is allocated."""
 
+import gc
 import logging
 from collections.abc import Callable
 
@@ -48,8 +49,12 @@ per_setting = pytest.mark.parametrize(("make", "size", "options"), SETTINGS.valu
 
 def peak(run: Callable[[], object]) -> tuple[int, int]:
     """The most bytes that torch held beyond those at the start, and those held at the end."""
-    with profile(profile_memory=True) as seen:  # of autograd: its events are read when asked for
-        result = run()
+    gc.disable()  # or what earlier tests have left would be freed in the midst of it
+    try:
+        with profile(profile_memory=True) as seen:  # of autograd: events are read when asked for
+            result = run()
+    finally:
+        gc.enable()
     events = [e for e in seen.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
