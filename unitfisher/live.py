@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from unitfisher.calls import Seen
 from unitfisher.capture import Hook, capture
 from unitfisher.chain import Chain
-from unitfisher.passes import device_of
 from unitfisher.record import Run
 
 WITHOUT_NUMBERS = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
@@ -70,12 +69,17 @@ class Live:
         if model is not self.model:
             return  # a replica, in a thread of its own
         self._drop()  # a pass that was interrupted
-        wanted = self.begin() if _trains(model) else None
+        wanted = self.begin() if _trains(model) and self._has_numbers() else None
         if wanted is not None:
             self._come_last(model._forward_hooks)
             stack = ExitStack()
             watched = capture(self.layers, follow=not self.chain.links)
             self._watched = stack, stack.enter_context(watched), wanted
+
+    def _has_numbers(self) -> bool:
+        """Look at one weight: to find the model's device takes longer than all else here."""
+        weight = next(iter(self.layers.values()))._parameters.get("weight")
+        return weight is None or not weight.is_meta
 
     def _come_last(self, hooks: dict[int, Callable[..., Any]]) -> None:
         """Stand behind hooks that were registered later: they may change the output."""
@@ -107,6 +111,5 @@ def _trains(model: nn.Module) -> bool:
         and torch._C._get_tracing_state() is None
         and torch._C._current_graph_task_id() == -1
         and not any(torch._C._get_dispatch_mode(mode) for mode in WITHOUT_NUMBERS)
-        and device_of(model).type != "meta"
         and not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
