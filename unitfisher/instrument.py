@@ -13,16 +13,15 @@ from unitfisher.layers import UncoveredLayersWarning
 from unitfisher.loader import Batches
 from unitfisher.measurement import Measurement, Observations
 from unitfisher.observer import (
-    EmptyBatchError,
     Observation,
     Observer,
-    UnseenLayersError,
     observe_now,
     require_finite,
 )
 from unitfisher.options import Options
 from unitfisher.passes import device_of, exactly, kept
 from unitfisher.plan import Plan, Planner
+from unitfisher.reach import EmptyBatchError, UnseenLayersError
 from unitfisher.statistics import bytes_of
 from unitfisher.streaming import observe_all
 from unitfisher.window import Window

@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_map_only
 
 from unitfisher.cases import UnitCases
 from unitfisher.memory import within
-from unitfisher.observer import NothingObservedError, Observation, Observer, observe_now
+from unitfisher.observer import Observation, Observer, observe_now
 from unitfisher.passes import Chance, device_of, exactly
 from unitfisher.plan import MemoryBudgetError, Planner
+from unitfisher.reach import NothingObservedError
 
 SAME = 1e-5  # relative, of sums over a batch that a device may add up in another order
 WAYS_OUT = "observe fewer units (units=...), leave layers out (layers=...), allow more \

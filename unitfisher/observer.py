@@ -5,7 +5,7 @@ the graph is left for the user's backward.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from unitfisher.calls import Call, Seen, Unfit, all_finite
 from unitfisher.capture import capture
-from unitfisher.cascade import ELEMENTWISE, Cascade, operation
+from unitfisher.cascade import Cascade
 from unitfisher.cases import UnitCases
 from unitfisher.chain import Chain
 from unitfisher.errors import (
@@ -27,33 +27,19 @@ from unitfisher.errors import (
     columns,
     columns_together,
 )
-from unitfisher.forms import OTHER_FORM
-from unitfisher.layers import LayerSelectionError, UncoveredLayersWarning
-from unitfisher.likelihoods import Classes, Output, OutputError
+from unitfisher.layers import UncoveredLayersWarning
+from unitfisher.likelihoods import Classes, Output
 from unitfisher.memory import AMPLE, within
 from unitfisher.observed import Folding, Observed
 from unitfisher.outputs import UnitMeans
 from unitfisher.passes import Chance, Pick, arguments, eagerly, pick_output, undisturbed
 from unitfisher.plan import Planner
+from unitfisher.reach import EmptyBatchError, UnseenLayersError, edges, told
 from unitfisher.shapes import shapes_of
 
 
 class NonFiniteError(FloatingPointError):
     """Activations, logits or errors hold NaN or infinity."""
-
-
-class NothingObservedError(ValueError):
-    """A pass shows nothing; another one may."""
-
-    samples = 0  # that went another way
-
-
-class EmptyBatchError(NothingObservedError, OutputError):
-    """There is no case to observe."""
-
-
-class UnseenLayersError(NothingObservedError, LayerSelectionError):
-    """Errors reach none of the observed layers."""
 
 
 class Gradient(NamedTuple):
@@ -119,7 +105,7 @@ class Observer:
         z = self.estimator.likelihood.arrange(output.detach())
         z = z.float() if z.element_size() < 4 else z  # small probabilities keep digits
         try:
-            edges = _edges(output, seen)
+            arriving = edges(output, seen)
         except UnseenLayersError as error:
             error.samples = 0 if seen.calls else len(z)
             raise
@@ -127,7 +113,7 @@ class Observer:
         sound = self._sound(z)
         drawable = torch.where(sound, z, 0.0)  # labels, whatever comes of it
         with self._planned(seen, z):
-            cases, gradients = self._sent_back(output, drawable, edges, seen, targets)
+            cases, gradients = self._sent_back(output, drawable, arriving, seen, targets)
         means, faults = seen.means(), _faults(seen, z.masked_fill(sound, 0.0), cases)
         return {
             name: Observation(cases[name], means[name], gradients.get(name), faults.get(name))
@@ -168,9 +154,9 @@ class Observer:
         """Say once which layers are left out."""
         new = dict(seen.unfit.items() - self.unfit)
         self.unfit.update(new.items())
-        for told in _told(new):
+        for layers in told(new):
             warnings.warn(
-                f"not observed: {told}, or choose layers=... without them",
+                f"not observed: {layers}, or choose layers=... without them",
                 UncoveredLayersWarning,
                 stacklevel=2,
             )
@@ -219,70 +205,6 @@ def observe_now(
             result = model(*args, **kwargs)
         Chain().settle(seen, result)
         return observer.observe(result, seen, targets)
-
-
-def _edges(output: Tensor, seen: Seen) -> list[GradientEdge]:
-    """Return where errors arrive, for every call; the model's output must have a graph to all.
-
-    Calls without a graph, or of layers that are unfit, are forgotten, unless there are no others.
-    """
-    _note_endings(seen)
-    if not seen.calls:
-        _require_fit(seen)
-        raise UnseenLayersError(
-            "none of the observed layers was called in this forward pass (it took another way; or "
-            "they are compiled, and compiled code calls no hooks: attach to the model that was "
-            "compiled, and run that. Calls inside vmap are not seen)"
-        )
-    frozen = not any(p.requires_grad for call in seen.calls for p in _parameters(call))
-    if not output.requires_grad:
-        if frozen:
-            raise UnseenLayersError("the observed layers are frozen, and there is no graph to them")
-        raise OutputError("the model's output has no graph: does forward detach it?")
-    with_graph = [call for call in seen.calls if call.edge is not None]
-    if not with_graph:
-        kind = UnseenLayersError if frozen else LayerSelectionError
-        raise kind(
-            f"layer {seen.calls[0].layer!r} ran without a graph (no_grad, frozen with frozen "
-            f"inputs, or reentrant checkpointing), so no error reaches it: leave it out with "
-            f"layers=..., or use torch.utils.checkpoint(use_reentrant=False)"
-        )
-    fit = [call for call in with_graph if call.layer not in seen.unfit]
-    if not fit:
-        _require_fit(seen)
-    if len(fit) < len(seen.calls):
-        seen.calls, seen.row = fit, []
-    return [call.edge for call in fit if call.edge is not None]
-
-
-def _parameters(call: Call) -> list[Tensor]:
-    return [p for p in call.module._parameters.values() if p is not None]
-
-
-def _note_endings(seen: Seen) -> None:
-    """A forward of its own may end in a nonlinearity that has changed no number yet."""
-    for call in seen.calls:
-        own = not type(call.module).__module__.startswith("torch.nn.modules.")
-        if own and call.edge is not None and operation(call.edge.node) in ELEMENTWISE:
-            seen.unfit[call.layer] = Unfit(type(call.module).__name__, OTHER_FORM)
-
-
-def _require_fit(seen: Seen) -> None:
-    """Refuse a pass whose layers are all unfit; another pass may show more of some."""
-    if not seen.unfit:
-        return
-    always = all(of.why == OTHER_FORM for of in seen.unfit.values())
-    told = "; ".join(_told(seen.unfit))
-    raise (LayerSelectionError if always else UnseenLayersError)(
-        f"no layer is left to observe: {told}"
-    )
-
-
-def _told(unfit: Mapping[str, Unfit]) -> Iterator[str]:
-    """Say of which layers of what kind it is that they are unfit for what reason."""
-    for why in dict.fromkeys(of.why for of in unfit.values()):
-        named = (f"{layer!r} ({of.kind})" for layer, of in unfit.items() if of.why == why)
-        yield f"layers {', '.join(named)}, {why}"
 
 
 def _by_layer(
