@@ -97,7 +97,8 @@ class Monitor:
             inputs); "auto": iterative for many cases of many inputs, wide convolutions above all.
             Over a loader both are Cholesky, but "direct" refuses layers whose sums do not fit.
         units: Observe a fixed random sample of this many units per layer; None: all.
-        output: Picks the logits from what forward returns: index, key, attribute or callable.
+        output: Picks the logits from what forward returns: index, key, attribute or callable. They
+            are (n, C), or (n, T, C) with a label at each of T positions.
         on_nonfinite: "raise", or "record": a pass with NaN or infinity is kept as such.
         memory: Bytes, or text as "2 GiB", that a measurement may hold at one time, beside the pass
             that it measures; what is recorded without a ``record`` is not counted. None: what it
@@ -214,7 +215,10 @@ class Monitor:
         return self._instrument.plan
 
     def measure(self, inputs: Any, targets: Tensor | None = None) -> dict[str, UnitStatistics]:
-        """Measure now on this input, in eval mode, and leave the model exactly as it was.
+        """Measure now on this input, in eval mode.
+
+        The model's modes, buffers and gradients and torch's random state are left as they were;
+        what a forward keeps in plain attributes is not.
 
         Args:
             inputs: The model's input, a tuple of its arguments or a mapping of keyword arguments;
