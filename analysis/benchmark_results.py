@@ -7,6 +7,7 @@ from benchmark_rows import Kind, Row
 from benchmark_scaling import Growth
 from benchmark_timing import Ratio
 
+Names = tuple[str, str, str, float | None, float | None, str]  # the first fields of a `Result`
 Verdict = Literal["stretch", "met", "missed", "disturbed", "failed", ""]
 UNITS: dict[Kind, str] = {
     "turns": "× plain",
@@ -43,9 +44,14 @@ class Result:
 
 def timed(row: Row, ratio: Ratio, note: str = "") -> Result:
     """A row whose value is a ratio of times."""
+    return compared(_names(row), ratio, judge(row, ratio.value), note)
+
+
+def compared(names: Names, ratio: Ratio, verdict: Verdict, note: str = "") -> Result:
+    """A line of that ratio, which is no verdict where it was disturbed."""
     return Result(
-        *_names(row),
-        verdict="disturbed" if ratio.disturbed else judge(row, ratio.value),
+        *names,
+        verdict="disturbed" if ratio.disturbed else verdict,
         value=ratio.value,
         low=ratio.low,
         high=ratio.high,
@@ -88,5 +94,5 @@ def judged(value: float, bar: float | None, *, more: bool) -> Verdict:
     return "met" if value == bar or (value > bar) == more else "missed"
 
 
-def _names(row: Row) -> tuple[str, str, str, float | None, float | None, str]:
+def _names(row: Row) -> Names:
     return row.key, row.title, row.case.title, row.bar, row.stretch, UNITS[row.kind]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from benchmark_results import Result, judged
+from benchmark_results import Result, compared, judged
 from benchmark_timing import PLAIN, Candidate, Effort, faster, interleave
 from benchmark_trainers import CIFAR, MNIST, Config, opened, random_data, rated, timed
 from torch import Tensor
@@ -23,23 +23,9 @@ def of_ensemble(config: Config) -> list[Result]:
         ready = {name: Candidate.warmed(run) for name, run in ways.items()}
         ratio = faster(interleave(ready, Effort(config.seconds)), "ensemble", PLAIN)
     bar = 2.0 if config.device == "cpu" else 30.0
-    result = Result(
-        "ensemble",
-        "15 networks as an ensemble against one after the other, a step",
-        "MNIST, n = 64",
-        bar,
-        None,
-        "× faster",
-        "disturbed" if ratio.disturbed else judged(ratio.value, bar, more=True),
-        value=ratio.value,
-        low=ratio.low,
-        high=ratio.high,
-        ms=ratio.ms,
-        plain_ms=ratio.of_ms,
-        rounds=ratio.rounds,
-        discarded=ratio.discarded,
-    )
-    return [result]
+    title = "15 networks as an ensemble against one after the other, a step"
+    names = "ensemble", title, "MNIST, n = 64", bar, None, "× faster"
+    return [compared(names, ratio, judged(ratio.value, bar, more=True))]
 
 
 def one_after_the_other(preset: Preset, data: Dataset) -> Callable[[], None]:

@@ -21,7 +21,8 @@ from unitfisher.errors import Estimator
 from unitfisher.layers import select
 from unitfisher.likelihoods import likelihood_of
 from unitfisher.observer import Observer
-from unitfisher.passes import Chance, device_of, exactly
+from unitfisher.passes import Chance, device_of
+from unitfisher.precision import exactly
 
 
 def idle_hooks(at: Setting) -> Run:

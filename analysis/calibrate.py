@@ -25,7 +25,7 @@ from unitfisher.condensed import Condensed
 from unitfisher.costs import ROUTES, Rates, Sizes, admissible, iterations, seconds
 from unitfisher.experiments import scripts
 from unitfisher.gram import solve_grams
-from unitfisher.passes import exactly
+from unitfisher.precision import exactly
 from unitfisher.provenance import device
 from unitfisher.theory import Theory
 

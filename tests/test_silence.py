@@ -24,7 +24,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from unitfisher import Monitor, NonFiniteError
-from unitfisher.passes import exactly
+from unitfisher.precision import exactly
 
 STEPS = 50
 OPTIMIZERS = {

@@ -13,8 +13,9 @@ from unitfisher.layers import Layers, LayerSelectionError, match, supported
 from unitfisher.likelihoods import Likelihood, likelihood_of
 from unitfisher.memory import workspace
 from unitfisher.observer import Observer, observe_now, require_finite
-from unitfisher.passes import Chance, Pick, device_of, exactly
+from unitfisher.passes import Chance, Pick, device_of
 from unitfisher.per_sample import unit_fisher_per_sample
+from unitfisher.precision import exactly
 
 
 def unit_fisher(

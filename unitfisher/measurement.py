@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from unitfisher.memory import within
 from unitfisher.observer import Gradient, Observation
-from unitfisher.passes import exactly
 from unitfisher.plan import Plan
+from unitfisher.precision import exactly
 from unitfisher.statistics import UnitStatistics, statistics, tensors_of, with_gradients
 from unitfisher.steps import LayerStep
 from unitfisher.streaming import Streamed

@@ -4,8 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
-from threading import Lock
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -189,47 +188,3 @@ def _contents(result: Any) -> str:
 
 def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-@contextmanager
-def exactly(device: torch.device) -> Iterator[None]:
-    """Compute without autocast, reduced-precision products or a graph of our own."""
-    exact = torch.autocast(device.type, enabled=False)
-    with IEEE, torch.inference_mode(False), torch.no_grad(), exact:
-        yield
-
-
-class Ieee:
-    """Products without reduced precision, as long as any thread is inside: flags are all threads'.
-
-    They are left as they were when the first one came in.
-    """
-
-    def __init__(self) -> None:
-        self.lock, self.inside = Lock(), 0
-        self.asked: list[str] = []
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if not self.inside:
-                self.asked = [backend.fp32_precision for backend in _backends()]
-                for backend in _backends():
-                    backend.fp32_precision = "ieee"
-            self.inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.inside -= 1
-            if self.inside:
-                return
-            for backend, precision in zip(_backends(), self.asked, strict=True):
-                backend.fp32_precision = "none"  # as torch.backends.fp32_precision says
-                if backend.fp32_precision != precision:
-                    backend.fp32_precision = precision
-
-
-IEEE: Final = Ieee()
-
-
-def _backends() -> tuple[Any, Any]:
-    return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
