@@ -7,10 +7,9 @@ import pickle
 import random
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial
-from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from unitfisher import Monitor, NonFiniteError
-from unitfisher.precision import exactly
 
 STEPS = 50
 OPTIMIZERS = {
@@ -536,66 +534,3 @@ def test_measuring_between_forward_and_backward_leaves_the_gradients_bit_identic
             monitor.measure(x)
         loss.backward()
     assert identical(content(watched), content(alone))
-
-
-MATRIX_PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-
-
-def precisions() -> list[str]:
-    return [torch.get_float32_matmul_precision(), *(m.fp32_precision for m in MATRIX_PRODUCTS)]
-
-
-@pytest.fixture(params=["highest", "high", "medium"])
-def asked(request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    torch.set_float32_matmul_precision(request.param)
-    yield precisions()
-    torch.set_float32_matmul_precision("highest")
-
-
-def test_the_precision_of_matrix_products_is_left_as_it_was(asked):
-    model, x = mlp(), torch.randn(6, 4)
-    monitor = Monitor(model, every=1)
-    model(x)
-    monitor.measure(x)
-    assert precisions() == asked
-
-
-def test_the_precision_of_matrix_products_follows_what_is_said_of_all_later():
-    backends = torch.backends
-    asked = backends.fp32_precision
-    try:
-        backends.fp32_precision = "tf32"
-        for product in MATRIX_PRODUCTS:
-            product.fp32_precision = "none"  # nothing of its own
-        Monitor(mlp()).measure(torch.randn(6, 4))
-        backends.fp32_precision = "ieee"
-        assert {m.fp32_precision for m in MATRIX_PRODUCTS} == {"ieee"}
-    finally:
-        backends.fp32_precision = asked
-
-
-def test_the_precision_is_that_of_before_when_the_last_of_several_threads_has_measured(asked):
-    inside, first_left, found = Event(), Event(), list[str]()
-
-    def second() -> None:
-        with exactly(torch.device("cpu")):
-            inside.set()
-            first_left.wait(10)
-            found.extend(m.fp32_precision for m in MATRIX_PRODUCTS)
-
-    thread = Thread(target=second)
-    with exactly(torch.device("cpu")):
-        thread.start()
-        inside.wait(10)
-    first_left.set()
-    thread.join()
-    assert found == ["ieee", "ieee"]
-    assert precisions() == asked
-
-
-def test_an_error_leaves_the_precision_and_the_gradient_mode_as_they_were(asked):
-    model = mlp()
-    Monitor(model, every=1)
-    with pytest.raises(NonFiniteError):
-        model(torch.full((5, 4), torch.nan))
-    assert (precisions(), torch.is_grad_enabled()) == (asked, True)
