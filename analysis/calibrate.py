@@ -98,7 +98,7 @@ def factor_rates(effort: Effort) -> tuple[float, float]:
 def systems(n: int, u: int) -> Run:
     a = torch.randn(n, n, dtype=torch.float64)
     v, epsilon = torch.rand(u, n, dtype=torch.float64), torch.ones(u, dtype=torch.float64)
-    rhs = torch.randn(u, n, 2, dtype=torch.float64)
+    rhs = torch.randn(u, 2, n, dtype=torch.float64)
     return partial(solve_grams, a @ a.mT / n, v, epsilon, rhs)
 
 

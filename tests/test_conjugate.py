@@ -36,12 +36,12 @@ def systems(draw, shares: tuple[float, ...] = (1e-8, 1e-4, 1.0)) -> System:
     K = a @ a.mT / a.shape[-1]
     largest = torch.linalg.eigvalsh(K).amax() * (v**2).amax(1)
     epsilon = largest * draw(st.sampled_from(shares))
-    return System(K, v, epsilon, normal(generator, U, N, 2), *2 * [torch.zeros_like(v)])
+    return System(K, v, epsilon, normal(generator, U, 2, N), *2 * [torch.zeros_like(v)])
 
 
 def assert_solved(found: conjugate.Iterated, system: System) -> None:
     expected = solve_grams(*system).Y
-    size = torch.linalg.vector_norm(expected, dim=1, keepdim=True)
+    size = torch.linalg.vector_norm(expected, dim=-1, keepdim=True)
     assert_close(found.Y / size, expected / size, rtol=0, atol=1e-7)
     assert (found.residual <= conjugate.ROUNDING * conjugate.ENOUGH).all()
 
@@ -64,7 +64,7 @@ def benign() -> System:
     generator = torch.Generator().manual_seed(3)
     a = normal(generator, 1, N, 4 * N)
     v = 1 + torch.rand(U, N, generator=generator, dtype=torch.float64)
-    rhs = normal(generator, U, N, 2)
+    rhs = normal(generator, U, 2, N)
     return System(a @ a.mT / a.shape[-1], v, torch.full_like(v[:, 0], 0.1), rhs, 0 * v, 0 * v)
 
 

@@ -55,7 +55,7 @@ def system(
     share = torch.rand(u, generator=generator, dtype=torch.float64) / 2
     first = a[..., 0].repeat_interleave(u // groups, 0) / n**0.5
     x = share[:, None] ** 0.5 * v * first
-    return System(K, v, epsilon, normal(generator, u, n, r), x, torch.zeros_like(x))
+    return System(K, v, epsilon, normal(generator, u, r, n), x, torch.zeros_like(x))
 
 
 @st.composite
@@ -113,7 +113,7 @@ def succeeded(child: int) -> bool:
 
 def assert_solves(found: GramSolution, s: System, rtol: float) -> None:
     for unit, y in enumerate(found.Y):
-        expected = np.linalg.solve(matrix(s, unit).numpy(), s.rhs[unit].numpy())
+        expected = np.linalg.solve(matrix(s, unit).numpy(), s.rhs[unit].T.numpy()).T
         assert np.linalg.norm(y.numpy() - expected) <= rtol * np.linalg.norm(expected)
 
 
@@ -180,7 +180,7 @@ def test_both_routes_draw_the_line_of_singular_at_the_same_pivot():
     K = torch.ones(1, 2, 2, dtype=torch.float64)
     epsilon = torch.tensor([2.0**-44, 2.0**-46, 2.0**-48], dtype=torch.float64)
     one, none = torch.ones(3, 2, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
-    s = System(K, one, epsilon, normal(Generator(), 3, 2, 1), none, none)
+    s = System(K, one, epsilon, normal(Generator(), 3, 1, 2), none, none)
     assert by_torch(*s).regular.tolist() == [True, True, False]
     assert solve_grams(*s).regular.tolist() == [True, True, False]
 
@@ -190,7 +190,7 @@ def test_both_routes_draw_the_line_of_singular_at_the_same_pivot():
 def test_what_is_subtracted_leaves_nothing_but_rounding(solve, off):
     K, one = torch.tensor([[[4.0, 0.0], [0.0, 1.0]]]).double(), torch.ones(1, 2).double()
     x = torch.tensor([[2 * (1 - off), 0.0]], dtype=torch.float64)  # whose square is K's first entry
-    rhs, none = one.unsqueeze(-1), torch.zeros_like(one)
+    rhs, none = one.unsqueeze(1), torch.zeros_like(one)
     assert not solve(K, one, none[:, 0], rhs, x, none).regular
     assert solve(K, one, none[:, 0] + 1e-6, rhs, x, none).regular
 

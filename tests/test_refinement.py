@@ -46,7 +46,7 @@ def systems(draw) -> System:
     K = a @ a.mT
     largest = torch.linalg.eigvalsh(K).amax() * (v**2).amax(1)
     epsilon = largest * draw(st.sampled_from([1e-8, 1e-4, 1.0]))
-    return System(K, v, epsilon, normal(generator, U, N, 3), *2 * [torch.zeros_like(v)])
+    return System(K, v, epsilon, normal(generator, U, 3, N), *2 * [torch.zeros_like(v)])
 
 
 def benign(condition: float = 1e3) -> System:
@@ -55,11 +55,11 @@ def benign(condition: float = 1e3) -> System:
     v = 1 + torch.rand(U, N, generator=generator, dtype=torch.float64)
     K = a @ a.mT
     epsilon = torch.linalg.eigvalsh(K).amax().expand(U) / condition
-    return System(K, v, epsilon.contiguous(), normal(generator, U, N, 2), 0 * v, 0 * v)
+    return System(K, v, epsilon.contiguous(), normal(generator, U, 2, N), 0 * v, 0 * v)
 
 
 def assert_equal_solutions(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    size = torch.linalg.vector_norm(expected, dim=1, keepdim=True)
+    size = torch.linalg.vector_norm(expected, dim=-1, keepdim=True)
     assert_close(found / size, expected / size, rtol=0, atol=tolerance)
 
 

@@ -106,7 +106,8 @@ class UnitCases:
     @cached_property
     def D(self) -> Float[Tensor, "m u"]:
         """Σ_r (Σ_t δ)²: how much a case weighs for a unit."""
-        return (self.joint_errors**2).sum(0)
+        errors = self.joint_errors
+        return errors[0].square() if len(errors) == 1 else errors.square().sum(0)
 
     @cached_property
     def weight(self) -> Float[Tensor, " u"]:

@@ -28,7 +28,7 @@ class SharedRows(NamedTuple):
 
     @classmethod
     def of(cls, cases: UnitCases) -> "SharedRows":
-        about = cases.a.squeeze(2).double() - cases.center.unsqueeze(1)
+        about = cases.a.squeeze(2) - cases.center.unsqueeze(1)
         return cls(about, about @ about.mT)
 
 
@@ -141,7 +141,7 @@ def _joint_sums(cases: UnitCases, origin: Float[Tensor, "*g d"]) -> UnitMoments:
 
 
 def _rows(cases: UnitCases, shared: SharedRows) -> UnitRows:
-    w = cases.q.sqrt().T.contiguous()
+    w = cases.q.sqrt_().T.contiguous()
     return UnitRows.of(cases.weight / cases.samples, cases.center, *shared, w, w, cases.fed)
 
 

@@ -26,7 +26,7 @@ LOOK = 4  # iterations between two looks at who is still busy
 class Iterated(NamedTuple):
     """Solutions, and the residual relative to the right-hand side: 0 where solved directly."""
 
-    Y: Float64[Tensor, "u n r"]
+    Y: Float64[Tensor, "u r n"]
     residual: Float64[Tensor, " u"]
 
 
@@ -49,7 +49,7 @@ def solve_by_iterations(
     K: Float64[Tensor, "g n n"],
     v: Float64[Tensor, "u n"],
     epsilon: Float64[Tensor, " u"],
-    rhs: Float64[Tensor, "u n r"],
+    rhs: Float64[Tensor, "u r n"],
 ) -> Iterated:
     """Solve (diag(v_u) K diag(v_u) + ε_u I) Y_u = rhs_u, ε > 0, with one K for each group of units.
 
@@ -69,18 +69,18 @@ def _of_group(
     K: Float64[Tensor, "n n"],
     v: Float64[Tensor, "u n"],
     epsilon: Float64[Tensor, " u"],
-    rhs: Float64[Tensor, "u n r"],
+    rhs: Float64[Tensor, "u r n"],
 ) -> Iterated:
     scaled, root = Scaled.of(K, v, epsilon)
-    b = (rhs / root.unsqueeze(-1)).mT
+    b = rhs / root.unsqueeze(1)
     size = torch.linalg.vector_norm(b, dim=-1, keepdim=True)
     b = (b / torch.where(size > 0, size, 1.0)).flatten(0, 1)
     inverse = mean_inverse(scaled, K)
-    scaled = scaled.at(torch.arange(len(b), device=b.device) // rhs.shape[-1])
+    scaled = scaled.at(torch.arange(len(b), device=b.device) // rhs.shape[1])
     x = _iterate(K, inverse, scaled, b)
     residual = torch.linalg.vector_norm(b - scaled.times(x, K), dim=-1)
-    Y = x.view_as(size.expand(-1, -1, len(K))) * size / root.unsqueeze(1)
-    return Iterated(Y.mT, residual.view(rhs.shape[0], -1).amax(1))
+    Y = x.view_as(rhs) * size / root.unsqueeze(1)
+    return Iterated(Y, residual.view(len(rhs), -1).amax(1))
 
 
 def _iterate(

@@ -7,15 +7,15 @@ gradient's share do, and belong beside the damping share and n_eff.
 from jaxtyping import Float
 from torch import Tensor
 
-from unitfisher.solvers import dot
+from unitfisher.solvers import squared
 
 
 def mean_share(
     mean: Float[Tensor, "*u d"], trace_variance: Float[Tensor, "*u"]
 ) -> Float[Tensor, "*u"]:
     """‖mean‖² / (‖mean‖² + trace of the variance): how much of the second moment is the mean."""
-    squared = dot(mean, mean)
-    return squared / (squared + trace_variance)
+    of_mean = squared(mean)
+    return of_mean / (of_mean + trace_variance)
 
 
 def cosine(

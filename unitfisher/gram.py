@@ -20,7 +20,7 @@ from unitfisher.solvers import factored, outer, rounding, substituted
 class GramSolution(NamedTuple):
     """Solutions, and which units' matrices have an inverse; NaN for the others."""
 
-    Y: Float64[Tensor, "u n r"]
+    Y: Float64[Tensor, "u r n"]
     regular: Bool[Tensor, " u"]
 
 
@@ -30,7 +30,7 @@ class System(NamedTuple):
     K: Float[Tensor, "g n n"]
     v: Float[Tensor, "u n"]
     epsilon: Float[Tensor, " u"]
-    rhs: Float[Tensor, "u n r"]
+    rhs: Float[Tensor, "u r n"]
     x: Float[Tensor, "u n"]
     noise: Float[Tensor, "u n"]
 
@@ -59,7 +59,7 @@ def solve_grams(
     K: Float[Tensor, "*g n n"],
     v: Float[Tensor, "u n"],
     epsilon: Float[Tensor, " u"],
-    rhs: Float[Tensor, "u n r"],
+    rhs: Float[Tensor, "u r n"],
     x: Float[Tensor, "u n"] | None = None,
     noise: Float[Tensor, "u n"] | None = None,
 ) -> GramSolution:
@@ -70,7 +70,7 @@ def solve_grams(
     that it began as, before x xᵀ was subtracted, and than the noise, which says how wrong that
     entry is to begin with.
     """
-    u, n, _ = rhs.shape
+    u, _, n = rhs.shape
     groups = len(K) if K.dim() == 3 else 1
     if u % groups:
         raise ValueError(f"{u} units cannot share {groups} Gram matrices evenly")
@@ -83,12 +83,12 @@ def solve_grams(
 
 
 def solve_others(
-    Y: Float64[Tensor, "u n r"],
+    Y: Float64[Tensor, "u r n"],
     units: Bool[Tensor, " u"],
     K: Float64[Tensor, "g n n"],
     v: Float64[Tensor, "u n"],
     epsilon: Float64[Tensor, " u"],
-    rhs: Float64[Tensor, "u n r"],
+    rhs: Float64[Tensor, "u r n"],
 ) -> Bool[Tensor, " u"]:
     """Solve these units' systems after another way could not, into Y; return who is regular."""
     regular, chosen = torch.ones_like(units), units.nonzero().flatten()
@@ -124,10 +124,10 @@ class Scaled(NamedTuple):
 
 
 def _by_kernel(kernel: Kernel, system: System) -> GramSolution:
-    (K, v, epsilon, rhs, x, noise), (u, n, r) = system, system.rhs.shape
+    (K, v, epsilon, rhs, x, noise), (u, r, n) = system, system.rhs.shape
     own = epsilon[:, None].expand(u, n)
     given = [each.contiguous() for each in (K, v, own, rhs, x, noise)]
-    found = GramSolution(given[3].new_empty(u, n, r), rhs.new_empty(u, dtype=torch.bool))
+    found = GramSolution(given[3].new_empty(u, r, n), rhs.new_empty(u, dtype=torch.bool))
     pointers = [each.data_ptr() for each in (*given, found.Y)]
     task = Task(*pointers, None, found.regular.data_ptr(), u, n, r, system.group, False, 0)
     native.run(kernel, task, u * n**2 * (n // 3 + 4 * r))
@@ -135,7 +135,7 @@ def _by_kernel(kernel: Kernel, system: System) -> GramSolution:
 
 
 def _by_torch(system: System) -> GramSolution:
-    u, n, _ = system.rhs.shape
+    u, _, n = system.rhs.shape
     units = max(1, workspace() // (24 * max(1, n) ** 2))
     parts = (slice(start, start + units) for start in range(0, max(1, u), units))
     found = [_part_by_torch(system.of_units(part)) for part in parts]
@@ -149,5 +149,5 @@ def _part_by_torch(part: System) -> GramSolution:
     matrix = weighted - outer(x, x)
     matrix.diagonal(dim1=-2, dim2=-1).add_(epsilon[:, None])
     L, regular = factored(matrix, noise + rounding(torch.float64) * diagonal)
-    Y = torch.where(regular[:, None, None], substituted(L, rhs), torch.nan)
+    Y = torch.where(regular[:, None, None], substituted(L, rhs.mT).mT, torch.nan)
     return GramSolution(Y, regular)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unitfisher.cases import UnitCases
 from unitfisher.patches import in_pieces
-from unitfisher.solvers import dot
+from unitfisher.solvers import squared
 
 
 class JointGradients(NamedTuple):
@@ -41,7 +41,7 @@ def _fed(
 ) -> Float[Tensor, " u"]:
     """Σ ‖Σ_t δ a‖² from gradients about an origin; 0 where only rounding has left something."""
     along = torch.einsum("rud,ud->ru", G, origin.expand(G.shape[1:]))
-    constant = S**2 * dot(origin, origin)
-    total = (torch.linalg.vector_norm(G, dim=-1) ** 2 + 2 * S * along + constant).sum(0)
+    constant = S**2 * squared(origin)
+    total = (squared(G) + 2 * S * along + constant).sum(0)
     left = max((64 * eps) ** 2, 64 * torch.finfo(G.dtype).eps) * constant.sum(0)
     return torch.where(total > left, total, 0.0)

@@ -1,12 +1,16 @@
 """How many bytes a measurement may take at one time, and how many a piece of its work."""
 
+import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
+
 DEFAULT = 4 * 2**30
 AMPLE = 192 * 2**20  # larger pieces of work are no faster
+HEEDED = 31 * 2**20  # bytes; of blocks from 32 MiB on glibc learns nothing
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", re.IGNORECASE)
 
@@ -26,6 +30,16 @@ def within(size: int) -> Iterator[None]:
         yield
     finally:
         _workspace.reset(before)
+
+
+@functools.cache
+def retain_freed() -> None:
+    """Let the process keep the memory that a measurement frees, for the next one.
+
+    glibc hands it back to the system, to be mapped and cleared anew each time, unless it has seen
+    larger blocks freed (mallopt(3), M_MMAP_THRESHOLD): this one nobody touches.
+    """
+    torch.empty(HEEDED, dtype=torch.uint8)
 
 
 def bytes_in(memory: object) -> int:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unitfisher.choices import require_damping
-from unitfisher.solvers import dot
+from unitfisher.solvers import dot, squared
 
 
 class ConstantFit(NamedTuple):
@@ -121,8 +121,8 @@ def fed(a: Float[Tensor, "g m d"], D: Float[Tensor, "m u"]) -> Float[Tensor, " u
 
     Then its A is 0, where of means and variances rounding would leave something.
     """
-    squares = torch.linalg.vector_norm(a.detach(), dim=-1).to(D.dtype) ** 2
-    return torch.einsum("gm,mgv->gv", squares, D.detach().unflatten(-1, (len(a), -1))).flatten()
+    squares = squared(a.detach()).to(D.dtype).unsqueeze(1)
+    return (squares @ D.detach().unflatten(-1, (len(a), -1)).movedim(1, 0)).flatten()
 
 
 def least_pivots(

@@ -36,6 +36,7 @@ from unitfisher.layers import Layers, select
 from unitfisher.likelihoods import Likelihood
 from unitfisher.live import Live, Wanted
 from unitfisher.loader import is_loader
+from unitfisher.memory import retain_freed
 from unitfisher.observer import Observer
 from unitfisher.options import Options
 from unitfisher.passes import Chance, Pick
@@ -184,6 +185,7 @@ class Monitor:
         self._instrument = Instrument(self.model, self.options, observer, self._history)
         self._schedule, self._paused = self.options.schedule(), False
         self._live = Live(self.model, chosen, self._begin, self._end, self._history.run)
+        retain_freed()
         self._close = weakref.finalize(self, self._history.close)
         self._close.atexit = False  # a run that closes at exit asks for what is held
 

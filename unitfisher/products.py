@@ -23,11 +23,11 @@ from unitfisher.moments import (
 )
 from unitfisher.solvers import (
     SingularFisherError,
-    dot,
     factored,
     require_regular,
     rounding,
     roundings,
+    squared,
     substituted,
 )
 from unitfisher.weighted import CaseProducts, Solution, Solving, Weighted
@@ -68,7 +68,7 @@ class UnitProducts:
     ) -> "UnitProducts":
         """Take cases as they are, without damping."""
         mean = cases.mean()
-        trace = cases.squares() - dot(mean, mean)
+        trace = cases.squares() - squared(mean)
         return cls(c, center, origin, mean, trace, torch.zeros_like(c), fed, cases)
 
     @cached_property
@@ -90,7 +90,7 @@ class UnitProducts:
 
     @cached_property
     def mu_q_squared(self) -> Float[Tensor, " u"]:
-        return dot(self.mu_q, self.mu_q)
+        return squared(self.mu_q)
 
     def damped(self, damping: float) -> "UnitProducts":
         """Damp the weight block."""

@@ -13,7 +13,7 @@ from unitfisher import native
 from unitfisher.costs import REFINED
 from unitfisher.gram import GramSolution, Scaled, Task, solve_others
 from unitfisher.native import Kernel
-from unitfisher.solvers import outer
+from unitfisher.solvers import outer, substituted
 
 MANY_UNITS = 16  # that share the products, and fill vectors
 ENOUGH = 1e-12  # of the relative residual
@@ -31,7 +31,7 @@ def solve_refined(
     K: Float64[Tensor, "g n n"],
     v: Float64[Tensor, "u n"],
     epsilon: Float64[Tensor, " u"],
-    rhs: Float64[Tensor, "u n r"],
+    rhs: Float64[Tensor, "u r n"],
 ) -> GramSolution:
     """Solve (diag(v_u) K diag(v_u) + ε_u I) Y_u = rhs_u, ε > 0, with one K for each group of units.
 
@@ -55,13 +55,13 @@ def _of_part(
     root: Float64[Tensor, " n"],
     v: Float64[Tensor, "u n"],
     epsilon: Float64[Tensor, " u"],
-    rhs: Float64[Tensor, "u n r"],
-) -> tuple[Float64[Tensor, "u n r"], Bool[Tensor, " u"]]:
+    rhs: Float64[Tensor, "u r n"],
+) -> tuple[Float64[Tensor, "u r n"], Bool[Tensor, " u"]]:
     """Return solutions, and of which units."""
     scaled, divisor = Scaled.of(K, v, epsilon)
     factors = Factors(correlation, (scaled.t * root).float(), scaled.own.float())
-    b = (rhs / divisor.unsqueeze(-1)).mT.flatten(0, 1)
-    scaled = scaled.at(torch.arange(len(b), device=b.device) // rhs.shape[-1])
+    b = (rhs / divisor.unsqueeze(1)).flatten(0, 1)
+    scaled = scaled.at(torch.arange(len(b), device=b.device) // rhs.shape[1])
     left = size = torch.linalg.vector_norm(b, dim=-1, keepdim=True)
     y, done = factors.solve(b, size), size == 0
     for _ in range(STEPS):
@@ -72,7 +72,7 @@ def _of_part(
         done |= left * ratio <= ENOUGH * size  # what this step will have left
         if bool((done | ~(ratio <= SLOW)).all()):
             break
-    Y = y.unflatten(0, (len(v), -1)).mT / divisor.unsqueeze(-1)
+    Y = y.view_as(rhs) / divisor.unsqueeze(1)
     return Y, done.view(len(v), -1).all(1)
 
 
@@ -94,12 +94,12 @@ class Factors:
     ) -> Float64[Tensor, "w n"]:
         """Solve for right-hand sides of that size, as many to each unit; NaN without a factor."""
         size = torch.where(size > 0, size, 1.0)
-        rhs = (b / size).float().unflatten(0, (len(self.given[1]), -1)).mT.contiguous()
+        rhs = (b / size).float().unflatten(0, (len(self.given[1]), -1))
         Y = self._by_torch(rhs) if self.kernel is None else self._by_kernel(self.kernel, rhs)
-        return Y.mT.flatten(0, 1) * size
+        return Y.flatten(0, 1) * size
 
-    def _by_kernel(self, kernel: Kernel, rhs: Float32[Tensor, "u n r"]) -> Float32[Tensor, "u n r"]:
-        (K, t, own), (u, n, r), known = self.given, rhs.shape, self.L is not None
+    def _by_kernel(self, kernel: Kernel, rhs: Float32[Tensor, "u r n"]) -> Float32[Tensor, "u r n"]:
+        (K, t, own), (u, r, n), known = self.given, rhs.shape, self.L is not None
         if self.L is None:
             self.none = torch.zeros_like(t)
             self.regular = t.new_empty(u, dtype=torch.bool)
@@ -110,11 +110,9 @@ class Factors:
         native.run(kernel, task, u * n**2 * (4 * r + (0 if known else n // 3)))
         return Y
 
-    def _by_torch(self, rhs: Float32[Tensor, "u n r"]) -> Float32[Tensor, "u n r"]:
+    def _by_torch(self, rhs: Float32[Tensor, "u r n"]) -> Float32[Tensor, "u r n"]:
         if self.L is None:
             K, t, own = self.given
             self.L, info = torch.linalg.cholesky_ex(outer(t, t).mul_(K) + torch.diag_embed(own))
             self.L[info != 0] = torch.nan
-        y = torch.linalg.solve_triangular(self.L, rhs, upper=False)
-        Y: Tensor = torch.linalg.solve_triangular(self.L.mT, y, upper=True)
-        return Y
+        return substituted(self.L, rhs.mT).mT

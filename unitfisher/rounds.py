@@ -18,7 +18,7 @@ from unitfisher.loader import Batches, named
 from unitfisher.moments import Part
 from unitfisher.observer import Gradient
 from unitfisher.products import UnitProducts, name_unconverged
-from unitfisher.solvers import SingularFisherError, dot
+from unitfisher.solvers import SingularFisherError, squared
 from unitfisher.theorems import about_mu_q
 from unitfisher.weighted import Solution, Solving, Weighted
 
@@ -168,7 +168,7 @@ class Rounds:
             center=self.origin.double() + self.sum_a / self.cases,
             origin=self.origin,
             mean_about=mean,
-            trace_Var_q=self.sum_Dss / weight - dot(mean, mean),
+            trace_Var_q=self.sum_Dss / weight - squared(mean),
             ridge=torch.zeros_like(weight),
             fed=self.fed,
             cases=Passed(*known, self.sum_aa, mass),

@@ -17,7 +17,7 @@ from torch import Tensor
 from unitfisher import conjugate, refinement
 from unitfisher.gram import solve_grams
 from unitfisher.moments import ConstantFit, corrected_mean, damping_of
-from unitfisher.solvers import dot, require_regular
+from unitfisher.solvers import dot, require_regular, squared
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,10 @@ class UnitRows:
         """Take rows as they are, without damping."""
         groups = len(about)
         mean_rows = v.unflatten(0, (groups, -1)) * (about @ center.unsqueeze(-1)).mT
-        shares = (v * w).unflatten(0, (groups, -1))
-        shift_squared = dot(shares @ gram, shares)  # ‖μ_q - μ_p‖²
+        shift = (v * w).unflatten(0, (groups, -1)) @ about  # μ_q - μ_p
         squares = v.unflatten(0, (groups, -1)) ** 2 @ gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-        center_squared = dot(center, center).unsqueeze(-1)
-        mu_q_squared = (
-            center_squared + 2 * dot(mean_rows, w.unflatten(0, (groups, -1))) + shift_squared
-        )
+        trace_Var_q = squares.squeeze(-1) - squared(shift)
+        mu_q = shift.add_(center.unsqueeze(1)).flatten(0, 1)
         return cls(
             c=c,
             center=center,
@@ -71,9 +68,9 @@ class UnitRows:
             v=v,
             w=w,
             mean_rows=mean_rows.flatten(0, 1),
-            mu_q=(shares @ about).add_(center.unsqueeze(1)).flatten(0, 1),
-            mu_q_squared=mu_q_squared.flatten().clamp_min(0.0),
-            trace_Var_q=(squares.squeeze(-1) - shift_squared).flatten(),
+            mu_q=mu_q,
+            mu_q_squared=squared(mu_q),
+            trace_Var_q=trace_Var_q.flatten(),
             ridge=torch.zeros_like(c),
             fed=fed,
         )
@@ -150,15 +147,15 @@ class UnitRows:
         r = (1 + μ_pᵀ α) / e and e = 1 - (μ_q - μ_p)ᵀ α is what the fit leaves of the constant.
         """
         epsilon, (y, t, e, _) = self.epsilon, self._constant
-        center_squared = dot(self.center, self.center).unsqueeze(-1)
+        center_squared = squared(self.center).unsqueeze(-1)
         mean_squared = center_squared.expand(-1, len(self.c) // len(self.center)).flatten()
         h = dot(self.mean_rows, y)  # μ_pᵀ α
         b = (mean_squared - dot(self.mean_rows, t)) / epsilon  # μ_pᵀ β
         r = (1 + h) / e
         gain = r * (1 + h) + b
         alpha, alpha_beta = dot(y, self.w - epsilon[:, None] * y), dot(y, t)  # ‖α‖², αᵀ β
-        squared = epsilon * (r**2 * alpha + 2 * r * alpha_beta) + b - dot(t, t)  # ε ‖r α + β‖²
-        return ConstantFit(gain, r - 1, squared / gain)
+        size = epsilon * (r**2 * alpha + 2 * r * alpha_beta) + b - squared(t)  # ε ‖r α + β‖²
+        return ConstantFit(gain, r - 1, size / gain)
 
     @cached_property
     def _constant(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -173,11 +170,11 @@ class UnitRows:
 
     def _solve(self, *rhs: Float[Tensor, "u n"]) -> tuple[Sequence[Tensor], Float[Tensor, " u"]]:
         """Return (Z Zᵀ + ε I)⁻¹ rhs, from the one product that the units of a group share."""
-        system = self.gram, self.v, self.epsilon, torch.stack(rhs, -1)
+        system = self.gram, self.v, self.epsilon, torch.stack(rhs, 1)
         if self.iterates and conjugate.pays(self.gram, len(self.v)):
             Y, residual = conjugate.solve_by_iterations(*system)
-            return Y.unbind(-1), residual
+            return Y.unbind(1), residual
         pays = refinement.pays(self.gram, len(self.v))
         solved = refinement.solve_refined(*system) if pays else solve_grams(*system)
         require_regular(solved.regular)
-        return solved.Y.unbind(-1), torch.zeros_like(self.c)
+        return solved.Y.unbind(1), torch.zeros_like(self.c)

@@ -92,5 +92,11 @@ def dot(x: Float[Tensor, "*u d"], y: Float[Tensor, "*v d"]) -> Float[Tensor, "*w
     return (x * y).sum(-1)
 
 
+def squared(x: Float[Tensor, "*u d"]) -> Float[Tensor, "*u"]:
+    """‖x‖², without a copy of x."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return norm**2
+
+
 def outer(x: Float[Tensor, "u d"], y: Float[Tensor, "u d"]) -> Float[Tensor, "u d d"]:
     return x.unsqueeze(-1) * y.unsqueeze(-2)

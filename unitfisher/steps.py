@@ -11,7 +11,7 @@ from unitfisher.blocks import Block, together
 from unitfisher.diagnostics import cosine
 from unitfisher.moments import Moments
 from unitfisher.observer import Gradient
-from unitfisher.solvers import SingularFisherError, dot
+from unitfisher.solvers import SingularFisherError, dot, squared
 from unitfisher.theorems import unit_natural_gradient, weight_natural_gradient
 
 
@@ -77,9 +77,9 @@ class Angles(NamedTuple):
     def of(cls, mean: Float[Tensor, "g d"], gradient: Gradient, natural: LayerStep) -> "Angles":
         """Means are one for each of g groups of consecutive units."""
         g, dw = gradient.g.flatten(1).to(mean), natural.dw
-        gg, nn, gn = dot(g, g), dot(dw, dw), dot(g, dw)
+        gg, nn, gn = squared(g), squared(dw), dot(g, dw)
         mm, mg, mn = (
-            dot(mean, mean).repeat_interleave(len(g) // len(mean)),
+            squared(mean).repeat_interleave(len(g) // len(mean)),
             _with_mean(mean, g),
             _with_mean(mean, dw),
         )

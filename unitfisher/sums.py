@@ -274,10 +274,10 @@ class UnitMoments:
 
     def _solve(self, *rhs: Float[Tensor, "u d"]) -> tuple[Tensor, ...]:
         K, v, epsilon, mean, least = self._system
-        solved = solve_grams(K, v, epsilon, torch.stack(rhs, -1).to(K.dtype), mean, least)
+        solved = solve_grams(K, v, epsilon, torch.stack(rhs, 1).to(K.dtype), mean, least)
         require_regular(solved.regular)
         alive = self.alive[:, None]
-        return tuple(Y.to(x.dtype) * alive for Y, x in zip(solved.Y.unbind(-1), rhs, strict=True))
+        return tuple(Y.to(x.dtype) * alive for Y, x in zip(solved.Y.unbind(1), rhs, strict=True))
 
     @cached_property
     def _system(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:

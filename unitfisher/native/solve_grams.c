@@ -164,16 +164,16 @@ INLINE void gather(lanes *x, const Block *b, const real *from, int64_t r, int R)
     for (int64_t i = 0; i < T * b->panels * R; i++) x[i] = (lanes){};
     for (int64_t l = 0; l < b->units; l++)
         for (int64_t i = 0; i < b->n; i++)
-            EACH(c, 0, R) x[R * i + c][l] = from[(l * b->n + i) * r + c];
+            EACH(c, 0, R) x[R * i + c][l] = from[(l * r + c) * b->n + i];
 }
 
 INLINE void solve(const Block *b, const Task *t, int64_t column, int R) {
-    int64_t at = b->first * t->n * t->r + column;
+    int64_t at = (b->first * t->r + column) * t->n;
     gather(b->y, b, t->rhs + at, t->r, R);
     substitute(b, R);
-    for (int64_t l = 0; l < b->units; l++)
-        for (int64_t i = 0; i < b->n; i++, at += t->r) EACH(c, 0, R)
-            t->Y[at + c] = b->regular[l] ? b->y[R * i + c][l] : __builtin_nan("");
+    for (int64_t l = 0; l < b->units; l++, at += t->r * t->n)
+        for (int64_t i = 0; i < t->n; i++) EACH(c, 0, R)
+            t->Y[at + c * t->n + i] = b->regular[l] ? b->y[R * i + c][l] : __builtin_nan("");
 }
 
 static void factor_block(Block *b, const Task *t) {
