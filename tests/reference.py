@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 NUMPY_PADDING = {
     "zeros": "constant",
     "reflect": "reflect",
@@ -173,8 +174,21 @@ def frozen(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
 def parameter_gradient(scalar: Tensor, layer: nn.Module) -> Tensor:
     """Return each unit's gradient (u, d+1): flattened weight, then bias if there is one."""
     parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-    grads = torch.autograd.grad(scalar, parameters, retain_graph=True)
-    return torch.cat([grad.reshape(len(grad), -1) for grad in grads], dim=1)
+    weight, *bias = torch.autograd.grad(scalar, parameters, retain_graph=True)
+    rows = [weight_of_unit(layer, weight, i).flatten() for i in range(units_of(layer))]
+    return torch.cat([torch.stack(rows), *(grad.unsqueeze(1) for grad in bias)], dim=1)
+
+
+def units_of(layer: nn.Module) -> int:
+    return layer.out_channels if isinstance(layer, CONVOLUTIONS) else len(layer.weight)
+
+
+def weight_of_unit(layer: nn.Module, weight: Tensor, i: int) -> Tensor:
+    """Pick what a unit multiplies its inputs with; transposed weights have inputs first."""
+    if not isinstance(layer, TRANSPOSED):
+        return weight[i]
+    units, inputs = layer.out_channels // layer.groups, layer.in_channels // layer.groups
+    return weight[i // units * inputs :][:inputs, i % units]
 
 
 def outer(G: Tensor) -> Tensor:
@@ -235,6 +249,8 @@ def patches(layer: nn.Module, x: Tensor) -> Tensor:
     """Return what a unit sees at each position of one sample: (t, d), or (G, t, d) in groups."""
     if not isinstance(layer, CONVOLUTIONS):
         return x.reshape(-1, layer.in_features)
+    if isinstance(layer, TRANSPOSED):
+        return patches_of_transposed(layer, x)
     padded = pad(layer, x[0].numpy())
     channels = layer.in_channels // layer.groups
     first_channels = range(0, layer.in_channels, channels)
@@ -256,6 +272,21 @@ def patches_of_group(layer: nn.Module, x: np.ndarray) -> Tensor:
             row.append(x[(channel, *index)])
         rows.append(row)
     return torch.tensor(np.array(rows))
+
+
+def patches_of_transposed(layer: nn.Module, x: Tensor) -> Tensor:
+    """Send each input to position · stride + tap · dilation - padding, through each tap."""
+    out = layer(x).shape[2:]
+    a = torch.zeros(layer.in_channels, *out, *layer.kernel_size, dtype=x.dtype)
+    for position in product(*map(range, x.shape[2:])):
+        for tap in product(*map(range, layer.kernel_size)):
+            steps = zip(position, layer.stride, tap, layer.dilation, layer.padding, strict=True)
+            to = [p * s + t * d - padding for p, s, t, d, padding in steps]
+            if all(0 <= i < size for i, size in zip(to, out, strict=True)):
+                a[(slice(None), *to, *tap)] = x[(0, slice(None), *position)]
+    a = a.reshape(layer.groups, -1, out.numel(), len(a[0].flatten()) // out.numel())
+    a = a.transpose(1, 2).flatten(2)
+    return a[0] if layer.groups == 1 else a
 
 
 def pad(layer: nn.Module, x: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Layers with a forward of their own, and inputs without a dense batch: left out, by name."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +26,19 @@ def standardised(self: nn.Conv1d, x: Tensor) -> Tensor:
     return self._conv_forward(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
 
 
+def tiling(self: nn.Conv1d, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv1d(F.pad(x, (1, 1), mode="circular"), weight, bias)
+
+
+def tiled(layer: nn.Module) -> nn.Module:
+    layer._conv_forward = partial(tiling, layer)
+    return layer
+
+
+def cropped(self: nn.ConvTranspose1d, x: Tensor) -> Tensor:
+    return nn.ConvTranspose1d.forward(self, x)[..., 1:]
+
+
 def scaled(self: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x * 0.1, self.weight, self.bias)
 
@@ -42,6 +56,9 @@ OTHERWISE: dict[str, Callable[[], nn.Module]] = {
     "other-axis": lambda: subclass(nn.Linear, transposed, 6, 6),
     "padded": lambda: subclass(nn.Conv1d, padded_before, 6, 6, 3),
     "weight-standardised": lambda: subclass(nn.Conv1d, standardised, 6, 6, 1),
+    "tiling": lambda: type("Own", (nn.Conv1d,), {"_conv_forward": tiling})(6, 6, 3, padding=1),
+    "tiling-by-an-attribute": lambda: tiled(subclass(nn.Conv1d, nn.Conv1d.forward, 6, 6, 3)),
+    "cropped": lambda: subclass(nn.ConvTranspose1d, cropped, 6, 6, 3),
 }
 
 

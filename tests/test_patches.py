@@ -8,20 +8,22 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import TOL, normal, seeds
-from test_layers import CONVOLUTIONS, convolutions
+from test_kinds import CONVOLUTIONS, convolutions, transposed
 from torch import nn
 from torch.testing import assert_close
 
 from unitfisher import Monitor
+from unitfisher.capture import capture
 from unitfisher.incoming import Incoming
-from unitfisher.layers import incoming, padded
+from unitfisher.kinds import incoming
 from unitfisher.patches import Patches, in_pieces, unfolded
+from unitfisher.shapes import _folded
 
 
 @st.composite
 def patches(draw) -> Patches:
     layer, x = draw(st.sampled_from(list(CONVOLUTIONS)).flatmap(convolutions))
-    found = incoming(layer, x)
+    found = incoming(layer, x, layer(x).shape)
     return found.cases() if draw(st.booleans()) else found
 
 
@@ -31,7 +33,7 @@ def test_they_are_those_of_torch(generator, stride, dilation):
         normal(generator, 3, 4, 7, 6),
         nn.Conv2d(4, 2, (3, 2), stride=stride, dilation=dilation),
     )
-    found = unfolded(incoming(layer, x))
+    found = unfolded(incoming(layer, x, layer.double()(x).shape))
     expected = F.unfold(x, (3, 2), dilation=dilation, stride=stride).mT
     assert_close(found.squeeze(0), expected, rtol=0, atol=0)
 
@@ -66,11 +68,13 @@ def test_they_average_to_what_they_do_unfolded(x, cached):
     assert_close(tuple(found), tuple(Incoming.of(x.unfolded(), units)), **TOL)
 
 
-@pytest.mark.parametrize("axes", CONVOLUTIONS)
-@given(data=st.data())
-def test_what_they_hold_is_the_padded_input(axes, data):
-    layer, x = data.draw(convolutions(axes))
-    assert incoming(layer, x).view.untyped_storage().nbytes() == padded(layer, x.shape) * 8
+@given(case=st.sampled_from(list(CONVOLUTIONS)).flatmap(lambda n: convolutions(n) | transposed(n)))
+def test_what_they_will_hold_is_known_from_the_shapes(case):
+    layer, x = case
+    with capture({"layer": layer}) as seen:
+        y = layer(x)
+    held = incoming(layer, x, y.shape).view.untyped_storage().nbytes()
+    assert _folded(seen.calls[0], x.itemsize) == held
 
 
 @pytest.mark.parametrize("sharing", ["expand", "joint"])

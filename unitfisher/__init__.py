@@ -2,7 +2,7 @@
 
 from unitfisher.attachment import TiedWeightsWarning as TiedWeightsWarning
 from unitfisher.fisher import unit_fisher as unit_fisher
-from unitfisher.layers import LayerSelectionError as LayerSelectionError
+from unitfisher.kinds import LayerSelectionError as LayerSelectionError
 from unitfisher.layers import UncoveredLayersWarning as UncoveredLayersWarning
 from unitfisher.likelihoods import Bernoulli as Bernoulli
 from unitfisher.likelihoods import Categorical as Categorical

@@ -6,13 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from unitfisher.layers import (
-    PER_SAMPLE,
-    LayerSelectionError,
-    UncoveredLayersWarning,
-    parametric,
-    weight_shape,
-)
+from unitfisher.kinds import LayerSelectionError, weight_shape
+from unitfisher.layers import PER_SAMPLE, UncoveredLayersWarning, parametric
 from unitfisher.live import STANDING
 
 

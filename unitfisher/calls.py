@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from unitfisher.layers import LayerSelectionError, at_units
+from unitfisher.kinds import LayerSelectionError, at_units
 from unitfisher.outputs import Averages, Taken, UnitMeans, means
 
 

@@ -16,7 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 from unitfisher.calls import Call, Seen, Unfit, version_of
 from unitfisher.following import Follow
 from unitfisher.forms import SHAPELESS, unfit
-from unitfisher.layers import LayerSelectionError
+from unitfisher.kinds import LayerSelectionError
 
 
 class Hook:

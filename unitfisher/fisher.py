@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from unitfisher.cases import UnitCases
 from unitfisher.errors import Estimator
 from unitfisher.joint import JointGradients
-from unitfisher.layers import Layers, LayerSelectionError, match, supported
+from unitfisher.kinds import LayerSelectionError, supported
+from unitfisher.layers import Layers, match
 from unitfisher.likelihoods import Likelihood, likelihood_of
 from unitfisher.memory import workspace
 from unitfisher.observer import Observer, observe_now, require_finite
@@ -32,6 +33,8 @@ def unit_fisher(
     seed: int = 0,
 ) -> dict[str, Float[Tensor, "u e e"]]:
     """Materialise every unit's Fisher block, weights in ``weight[i].flatten()`` order, bias last.
+
+    Of transposed convolutions ``weight[:, i]``, of those in groups their part of it.
 
     The model runs in eval mode and is left as it was. A layer without bias gives (u, d, d). This
     takes u·(d+1)² numbers a layer, of the activations' precision; `Monitor` gives the theorems'

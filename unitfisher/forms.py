@@ -4,7 +4,6 @@ from typing import Any, Final
 from weakref import WeakSet
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 OTHER_FORM: Final = (
@@ -20,7 +19,11 @@ UNDECIDED: Final = (
 SHAPELESS: Final = (
     "that are called on sparse or nested tensors, or without a batch axis: give them dense batches"
 )
-KINDS: Final = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+KINDS: Final = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+METHODS: Final = {"forward", "_conv_forward"}  # that say what a layer does
 PRODUCTS: Final[WeakSet[nn.Module]] = WeakSet()  # with a forward of their own, seen to be one
 
 
@@ -33,9 +36,9 @@ def unfit(layer: nn.Module, x: Tensor, y: Tensor) -> str | None:
     axes = 2 + len(getattr(layer, "kernel_size", ()))
     if not (_is_dense(x) and _is_dense(y) and x.dim() >= axes):
         return SHAPELESS
-    usual = any(type(layer).forward is kind.forward for kind in KINDS)
+    usual = _is_usual(type(layer)) and METHODS.isdisjoint(vars(layer))
     weight = layer._parameters.get("weight")
-    if (usual and "forward" not in vars(layer)) or weight is None or not isinstance(layer, KINDS):
+    if usual or weight is None or not isinstance(layer, KINDS):
         return None
     known, x, y = layer in PRODUCTS, x.detach(), y.detach()
     if not known and not all(t.isfinite().all() and t.any() for t in (x, weight)):
@@ -50,18 +53,25 @@ def unfit(layer: nn.Module, x: Tensor, y: Tensor) -> str | None:
     return None if fits else OTHER_FORM
 
 
+def _is_usual(kind: type[nn.Module]) -> bool:
+    """Say whether layers of this class do what those of torch do."""
+    return any(
+        all(getattr(kind, name, None) is getattr(usual, name, None) for name in METHODS)
+        for usual in KINDS
+    )
+
+
 def _is_dense(x: Tensor) -> bool:
     return x.layout is torch.strided and not x.is_nested
 
 
 def _product(layer: nn.Module, x: Tensor, device: torch.device | str) -> Tensor:
     """Weight times input, and bias, as torch has it for this kind of layer."""
-    own = (layer._parameters.get(name) for name in ("weight", "bias"))
-    parameters: Any = (None if p is None else p.detach().to(device) for p in own)
-    if isinstance(layer, nn.Linear):
-        return F.linear(x.to(device), *parameters)
     kind: Any = next(kind for kind in KINDS if isinstance(layer, kind))
-    product: Tensor = kind._conv_forward(layer, x.to(device), *parameters)
+    bare, own = kind.__new__(kind), layer._parameters.items()
+    vars(bare).update({name: x for name, x in vars(layer).items() if name not in METHODS})
+    bare._parameters = {name: None if p is None else p.detach().to(device) for name, p in own}
+    product: Tensor = kind.forward(bare, x.to(device))
     return product
 
 

@@ -1,112 +1,20 @@
-"""Every supported layer kind, brought to one form, after which the mathematics is written once.
-
-Incoming activations become (g, n, t, d): groups, samples, positions that share the weights,
-inputs of a unit in the order of ``weight[i].flatten()``; those of a convolution stay `Patches`
-until they are asked for. What stands at the units (preactivation, error, output) becomes (n, t, u).
-A new kind joins with ``incoming.register`` and ``at_units.register``.
-"""
+"""Which of a model's layers are observed."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import singledispatch
-from math import prod
 
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from unitfisher.patches import Patches, Received
+from unitfisher.kinds import LayerSelectionError, supported
 
 Selection = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Layers = None | Selection | Sequence[Selection]
-Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-
-
-class LayerSelectionError(ValueError):
-    """The layers asked for cannot be observed; the message says which and what to do."""
 
 
 class UncoveredLayersWarning(UserWarning):
     """Modules with parameters that are not observed."""
-
-
-@singledispatch
-def incoming(layer: nn.Module, x: Tensor) -> Received:
-    """Return what the units of the layer see, each position a row; it may be a view of x."""
-    raise LayerSelectionError(f"{type(layer).__name__} has no form as units over shared inputs")
-
-
-@singledispatch
-def at_units(layer: nn.Module, y: Tensor) -> Float[Tensor, "n t u"]:
-    """Return a tensor of the layer's output shape with one column per unit."""
-    raise LayerSelectionError(f"{type(layer).__name__} has no form as units over shared inputs")
-
-
-@incoming.register
-def _(layer: nn.Linear, x: Tensor) -> Float[Tensor, "g n t d"]:
-    return x.reshape(1, x.shape[0], -1, x.shape[-1])  # len(x) costs as much as the rest
-
-
-@at_units.register
-def _(layer: nn.Linear, y: Tensor) -> Float[Tensor, "n t u"]:
-    return y.reshape(y.shape[0], -1, y.shape[-1])
-
-
-@incoming.register(nn.Conv1d)
-@incoming.register(nn.Conv2d)
-@incoming.register(nn.Conv3d)
-def _(layer: Conv, x: Tensor) -> Patches:
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
-    taps = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
-    for axis, (size, stride, dilation) in enumerate(taps, start=2):
-        x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    s = len(layer.kernel_size)
-    x = x.unflatten(1, (layer.groups, -1))  # n g c, s axes of positions, s axes of taps
-    return Patches(x.permute(1, 0, *range(3, 3 + s), 2, *range(3 + s, 3 + 2 * s)), axes=s)
-
-
-@at_units.register(nn.Conv1d)
-@at_units.register(nn.Conv2d)
-@at_units.register(nn.Conv3d)
-def _(layer: Conv, y: Tensor) -> Float[Tensor, "n t u"]:
-    return y.flatten(2).mT
-
-
-def padded(layer: nn.Module, shape: Sequence[int]) -> int:
-    """Count the numbers of a convolution's input of this shape, padding included."""
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    added = layer._reversed_padding_repeated_twice[::-1]
-    sides = zip(shape[2:], added[::2], added[1::2], strict=True)
-    return prod(shape[:2]) * prod(map(sum, sides))
-
-
-def weight_shape(layer: nn.Module) -> tuple[int, ...]:
-    """Return (units, ...) of a layer's weight.
-
-    One that is computed, by a parametrisation, is not asked for: that may change its state.
-    """
-    weight = layer._parameters.get("weight")
-    if weight is not None:
-        return tuple(weight.shape)
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
-
-
-def supported(layer: nn.Module) -> bool:
-    """Say whether the layer has a canonical form.
-
-    The output projection inside ``nn.MultiheadAttention`` looks like a linear layer but is never
-    called: attention reads its weight directly.
-    """
-    kind = incoming.dispatch(type(layer))
-    known = kind is not incoming.dispatch(nn.Module)
-    return known and not isinstance(layer, NonDynamicallyQuantizableLinear)
 
 
 def parametric(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -150,8 +58,8 @@ def match(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
             kinds = sorted({type(m).__name__ for _, m in parametric(model)})
             raise LayerSelectionError(
                 f"{type(model).__name__} has no trainable layer of a supported kind (Linear, "
-                f"Conv1d, Conv2d, Conv3d), only {', '.join(kinds) or 'modules without any'}. "
-                f"{PER_SAMPLE}"
+                f"convolutions, transposed ones), only "
+                f"{', '.join(kinds) or 'modules without any'}. {PER_SAMPLE}"
             )
         return chosen
     choices = _as_list(layers)

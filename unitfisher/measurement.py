@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from unitfisher.kinds import turned
 from unitfisher.memory import within
 from unitfisher.observer import Gradient, Observation
 from unitfisher.plan import Plan
@@ -64,13 +65,13 @@ class Measurement:
         if self.observations is None:
             with exactly(self.device), within(self.plan.workspace):
                 self.known, steps = with_gradients(self.known, gradients, self._spare)
-            return steps
+            return self._like_weights(steps)
         given: Any = {
             name: replace(of, gradient=gradients.get(name, of.gradient))
             for name, of in self.observations.items()
         }
         steps = self._solve(given, spare=0)
-        return {name: steps[name] for name in gradients}
+        return self._like_weights({name: steps[name] for name in gradients})
 
     def forget_solved(self) -> None:
         """Make room for another measurement: what was solved can be solved again."""
@@ -101,6 +102,13 @@ class Measurement:
         self.observations = None
         return steps
 
+    def _like_weights(self, steps: Mapping[str, LayerStep]) -> dict[str, LayerStep]:
+        """Turn them to the shapes of the weights; of some units there is one row each."""
+        return {
+            name: step if name in self.units else step.turned(self.layers[name])
+            for name, step in steps.items()
+        }
+
     def _gradients(self) -> Iterator[tuple[str, Gradient | None]]:
         """Copy the current ``.grad`` of the observed units; None where it is missing or half.
 
@@ -113,4 +121,5 @@ class Measurement:
             if g is None or (g0 is None and bias is not None and bias.requires_grad):
                 yield name, None
             else:
-                yield name, Gradient(g[of].clone(), None if g0 is None else g0[of].clone())
+                rows = turned(self.layers[name], g)
+                yield name, Gradient(rows[of].clone(), None if g0 is None else g0[of].clone())

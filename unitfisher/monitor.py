@@ -258,7 +258,8 @@ class Monitor:
         multiply by T. The angles and shares of a complete gradient join the newest measurement.
 
         Returns:
-            ``{layer: (dw, dw0)}`` in the shapes of weight and bias (rows of the observed units).
+            ``{layer: (dw, dw0)}`` in the shapes of weight and bias; with ``units=`` one row for
+            each unit that is observed.
 
         Raises:
             ValueError: Nothing was measured yet, or no observed layer has a gradient.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unitfisher.calls import Call
 from unitfisher.cases import UnitCases
-from unitfisher.layers import LayerSelectionError, at_units, incoming, weight_shape
+from unitfisher.kinds import LayerSelectionError, at_units, convolves, incoming, weight_shape
 from unitfisher.patches import Patches, Received, unfolded
 
 MANY = 2**18  # numbers: to convert them costs more than to look at their range
@@ -46,10 +46,12 @@ class Observed:
         """Never a mere view of what its owner may change; those of several calls are joined."""
         x = call.activations
         x = x if x.dtype == torch.float64 else x.float()
-        seen = incoming(self.layer, x)
+        seen = incoming(self.layer, x, call.shape)
         held = seen.view if isinstance(seen, Patches) else seen
         viewed = held.untyped_storage().data_ptr() == call.x.untyped_storage().data_ptr()
-        return incoming(self.layer, x.clone()) if viewed and len(self.calls) == 1 else seen
+        if viewed and len(self.calls) == 1:
+            return incoming(self.layer, x.clone(), call.shape)
+        return seen
 
     def errors(self, grads: Sequence[Tensor | None]) -> Float[Tensor, "r n t u"]:
         """Arrange a block of columns, (r, *output.shape) for each call.
@@ -108,7 +110,7 @@ def _end_to_end(calls: Sequence[Float[Tensor, "g _n _t d"]]) -> Float[Tensor, "g
 def stays_folded(calls: Sequence[Call], samples: int, units: Tensor | None) -> bool:
     """Say whether patches need not be unfolded to be brought to one form."""
     (call, *others), groups = calls, getattr(calls[0].module, "groups", 1)
-    patches = not isinstance(call.module, nn.Linear)
+    patches = convolves(call.module)
     return patches and not others and len(call.x) == samples and (groups == 1 or units is None)
 
 

@@ -27,6 +27,7 @@ from unitfisher.errors import (
     columns,
     columns_together,
 )
+from unitfisher.kinds import convolves
 from unitfisher.layers import UncoveredLayersWarning
 from unitfisher.likelihoods import Classes, Output
 from unitfisher.memory import AMPLE, within
@@ -189,7 +190,7 @@ class Observer:
 
     @property
     def _convolutional(self) -> bool:
-        return any(not isinstance(layer, nn.Linear) for layer in self.layers.values())
+        return any(map(convolves, self.layers.values()))
 
 
 def observe_now(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
 from unitfisher.errors import Estimator, columns
-from unitfisher.layers import LayerSelectionError
+from unitfisher.kinds import LayerSelectionError
 from unitfisher.likelihoods import Likelihood, OutputError, Residual, likelihood_of
 from unitfisher.passes import Chance, Pick, arguments, pick_output, undisturbed
 from unitfisher.sums import UnitMoments
@@ -128,7 +128,7 @@ def unit_fisher_per_sample(
     """Materialise the unit Fishers of any module's weights, bias last where it has one.
 
     Units lie along the first axis of each parameter called ``weight...``; along the second where
-    the layer's outputs do (transposed convolutions, embeddings).
+    the layer's outputs do (embeddings).
 
     Returns:
         Blocks under the layer's name; under ``layer.weight_name`` for a module of several.
@@ -171,9 +171,6 @@ def _blocks(G: Float[Tensor, "r n u d"], S: Float[Tensor, "r n u"] | None) -> Te
 def _units_first(module: nn.Module, G: Tensor) -> Float[Tensor, "r n u d"]:
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return G.transpose(2, 3)
-    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        G = G.unflatten(2, (module.groups, -1)).transpose(3, 4)  # r n groups out in taps
-        return G.flatten(4).flatten(2, 3)
     return G.flatten(3) if G.dim() > 3 else G.unsqueeze(3)
 
 

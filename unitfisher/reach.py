@@ -8,7 +8,7 @@ from torch.autograd.graph import GradientEdge
 from unitfisher.calls import Call, Seen, Unfit
 from unitfisher.cascade import ELEMENTWISE, operation
 from unitfisher.forms import OTHER_FORM
-from unitfisher.layers import LayerSelectionError
+from unitfisher.kinds import LayerSelectionError
 from unitfisher.likelihoods import OutputError
 
 

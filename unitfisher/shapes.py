@@ -8,12 +8,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from unitfisher.calls import Seen
+from unitfisher.calls import Call, Seen
 from unitfisher.costs import Sizes, engine
 from unitfisher.errors import Estimator
-from unitfisher.layers import at_units, padded, weight_shape
+from unitfisher.kinds import at_units, incoming, weight_shape
 from unitfisher.likelihoods import Output
 from unitfisher.observed import stays_folded
+from unitfisher.patches import Patches
 
 
 class Shape(NamedTuple):
@@ -113,12 +114,21 @@ def shapes_of(
             samples=samples,
             positions=positions,
             itemsize=itemsize,
-            folded=itemsize * padded(layers[name], calls[0].x.shape) if folded else 0,
+            folded=_folded(calls[0], itemsize) if folded else 0,
             columns=estimator.count(z) if several and sharing == "joint" else 0,
             averaged=sharing == "reduce",
             replicates=estimator.count(z) if estimator.replicates > 1 else 0,
         )
     return shapes
+
+
+def _folded(call: Call, itemsize: int) -> int:
+    """Count the bytes of a convolution's input, padded, as it is held for its patches."""
+    dtype = torch.float64 if itemsize == 8 else torch.float32
+    x = torch.empty(call.x.shape, dtype=dtype, device="meta")
+    patches = incoming(call.module, x, call.shape)
+    assert isinstance(patches, Patches)
+    return patches.view.untyped_storage().nbytes()
 
 
 def bare(layer: nn.Module, units: Int[Tensor, " u"] | None) -> Shape:

@@ -1,0 +1,277 @@
+"""Every layer kind against the reference: what its units see, and where errors stand."""
+
+import sys
+from math import prod
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import TOL, normal, seeds
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from unitfisher import LayerSelectionError, Monitor, unit_fisher
+from unitfisher.kinds import at_units, incoming, join, supported, turned
+from unitfisher.patches import unfolded
+from unitfisher.steps import LayerStep
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+any_sharing = st.sampled_from(["expand", "joint", "reduce"])
+
+
+class Case(NamedTuple):
+    """A layer and an input of two samples for it."""
+
+    layer: nn.Module
+    x: Tensor
+
+
+@st.composite
+def linear_layers(draw, leading: st.SearchStrategy) -> Case:
+    d, units, generator = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(seeds)
+    layer = nn.Linear(d, units, bias=draw(st.booleans()))
+    return Case(filled(layer, generator), normal(generator, 2, *draw(leading), d))
+
+
+@st.composite
+def convolutions(draw, axes: int) -> Case:
+    few = 2 if axes == 3 else 3
+    per_axis = st.lists(st.integers(1, few), min_size=axes, max_size=axes).map(tuple)
+    kernel, dilation, stride, margin = (draw(per_axis) for _ in range(4))
+    dilation = tuple(min(rate, 2) for rate in dilation)
+    size = [r * (k - 1) + m for r, k, m in zip(dilation, kernel, margin, strict=True)]
+    padding = draw(st.sampled_from(["same", "valid", "numbers"]))
+    if padding == "same":
+        stride = (1,) * axes
+    if padding == "numbers":
+        padding = tuple(draw(st.integers(0, min(2, length - 1))) for length in size)
+    groups, c_in, c_out = draw(st.sampled_from([(1, 2, 2), (2, 4, 2), (2, 2, 4), (3, 3, 3)]))
+    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    options |= {"padding_mode": mode, "bias": draw(st.booleans())}
+    generator = draw(seeds)
+    layer = CONVOLUTIONS[axes](c_in, c_out, kernel, **options)
+    return Case(filled(layer, generator), normal(generator, 2, c_in, *size))
+
+
+@st.composite
+def transposed(draw, axes: int) -> Case:
+    few = 2 if axes == 3 else 3
+    per_axis = st.lists(st.integers(1, few), min_size=axes, max_size=axes).map(tuple)
+    kernel, dilation, stride, size = (draw(per_axis) for _ in range(4))
+    dilation = tuple(min(rate, 2) for rate in dilation)
+    spans = zip(kernel, dilation, strict=True)
+    padding = tuple(draw(st.integers(0, rate * (taps - 1) // 2)) for taps, rate in spans)
+    steps = zip(stride, dilation, strict=True)
+    more = tuple(draw(st.integers(0, max(pair) - 1)) for pair in steps)
+    groups, c_in, c_out = draw(st.sampled_from([(1, 2, 3), (2, 4, 2), (2, 2, 4), (3, 3, 3)]))
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    options |= {"output_padding": more, "bias": draw(st.booleans())}
+    generator = draw(seeds)
+    layer = TRANSPOSED[axes](c_in, c_out, kernel, **options)
+    return Case(filled(layer, generator), normal(generator, 2, c_in, *size))
+
+
+def filled(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    for parameter in model.double().parameters():
+        parameter.data = normal(generator, *parameter.shape)
+    return model
+
+
+def classifier_on(case: Case) -> nn.Module:
+    width = prod(case.layer(case.x).shape[1:])
+    head = filled(nn.Linear(width, 3), torch.Generator().manual_seed(0))
+    head.weight.data /= width**0.5
+    return nn.Sequential(case.layer, nn.Tanh(), nn.Flatten(), head)
+
+
+def assert_units_give_the_output(layer: nn.Module, x: Tensor) -> None:
+    y = layer(x)
+    a = unfolded(incoming(layer, x, y.shape))
+    weight = turned(layer, layer.weight).flatten(1).unflatten(0, (len(a), -1))
+    net = torch.einsum("gntd,gvd->ntgv", a, weight).flatten(2)
+    bias = 0 if layer.bias is None else layer.bias
+    assert_close(net + bias, at_units(layer, y), **TOL)
+
+
+def assert_matches_reference(case: Case, sharing: str) -> None:
+    model = classifier_on(case)
+    found = unit_fisher(model, case.x, sharing=sharing)
+    for name in ("0", "3"):
+        assert_close(
+            found[name], reference.unit_fisher(model, name, case.x, sharing=sharing), **TOL
+        )
+
+
+# Canonical form
+
+
+@given(case=linear_layers(st.sampled_from([(), (1,), (3,), (2, 3)])))
+def test_rows_of_a_linear_layer_times_its_weights_are_its_output(case):
+    assert_units_give_the_output(*case)
+
+
+@pytest.mark.parametrize("axes", CONVOLUTIONS)
+@given(data=st.data())
+def test_patches_times_flattened_weights_are_the_convolution(axes, data):
+    assert_units_give_the_output(*data.draw(convolutions(axes)))
+
+
+@pytest.mark.parametrize("axes", TRANSPOSED)
+@given(data=st.data())
+def test_patches_times_turned_weights_are_the_transposed_convolution(axes, data):
+    layer, x = data.draw(transposed(axes))
+    assert_units_give_the_output(layer, x)
+    assert turned(layer, turned(layer, layer.weight)).equal(layer.weight)
+
+
+def test_the_size_that_a_call_asks_a_transposed_convolution_for_is_its_own():
+    layer, x = nn.ConvTranspose1d(1, 1, 2, stride=3), torch.ones(1, 1, 2)
+    for size in (5, 6, 7):
+        a = unfolded(incoming(layer, x, layer(x, output_size=[size]).shape))
+        assert a.sum(-1).flatten().tolist() == [*[0] * (size - 5), 1, 1, 0, 1, 1]
+
+
+def test_positions_and_units_of_a_convolution_keep_their_order():
+    layer, x = nn.Conv2d(2, 4, (1, 2), groups=2), torch.arange(12.0).reshape(1, 2, 2, 3)
+    y = torch.arange(16.0).reshape(1, 4, 2, 2)
+    a, y = unfolded(incoming(layer, x, y.shape)), at_units(layer, y)
+    assert a[0, 0].tolist() == [[0, 1], [1, 2], [3, 4], [4, 5]]
+    assert a[1, 0].tolist() == [[6, 7], [7, 8], [9, 10], [10, 11]]
+    assert y[0, :, 1].tolist() == [4, 5, 6, 7]
+
+
+# The Fisher of every kind against one backward pass per sample and class
+
+
+@given(case=linear_layers(st.sampled_from([(), (3,), (2, 3)])), sharing=any_sharing)
+def test_fisher_of_a_linear_layer_is_the_reference(case, sharing):
+    assert_matches_reference(case, sharing)
+
+
+@pytest.mark.parametrize("axes", CONVOLUTIONS)
+@given(data=st.data(), sharing=any_sharing)
+def test_fisher_of_a_convolution_is_the_reference(axes, data, sharing):
+    assert_matches_reference(data.draw(convolutions(axes)), sharing)
+
+
+@pytest.mark.parametrize("axes", TRANSPOSED)
+@given(data=st.data(), sharing=any_sharing)
+def test_fisher_of_a_transposed_convolution_is_the_reference(axes, data, sharing):
+    assert_matches_reference(data.draw(transposed(axes)), sharing)
+
+
+# Weights with units along another axis than the first
+
+
+class Conv1D(nn.Module):
+    """What GPT-2 has for linear layers: weight (inputs, units)."""
+
+    def __init__(self, units: int, inputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.empty(inputs, units)),
+            nn.Parameter(torch.empty(units)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(0, -2) @ self.weight + self.bias).unflatten(0, x.shape[:-1])
+
+
+@pytest.fixture
+def gpt2(monkeypatch: pytest.MonkeyPatch) -> type[nn.Module]:
+    """Its class, in the library's place, unless the library is there."""
+    monkeypatch.setitem(sys.modules, "transformers.pytorch_utils", SimpleNamespace(Conv1D=Conv1D))
+    return Conv1D
+
+
+def test_the_linear_layer_of_gpt2_is_one_with_its_weight_turned(gpt2):
+    generator = torch.Generator().manual_seed(0)
+    layer, x = filled(gpt2(3, 4), generator), normal(generator, 5, 2, 4)
+    assert supported(layer)
+    assert_units_give_the_output(layer, x)
+    plain = filled(nn.Linear(4, 3), generator)
+    plain.weight.data, plain.bias.data = layer.weight.T.detach(), layer.bias.detach()
+    models = [classifier_on(Case(each, x)) for each in (layer, plain)]
+    found, expected = (measured(model, x) for model in models)
+    assert_close(found.step.dw, expected.step.dw.T, **TOL)
+    assert_close((found.step.dw0, found.k), (expected.step.dw0, expected.k), **TOL)
+
+
+class Halves(nn.Module):
+    """A layer of one's own: inputs, and their halves, into two units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(2, 6)), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x / 2], -1) @ self.weight.T
+
+
+def test_a_kind_of_ones_own_can_join():
+    generator = torch.Generator().manual_seed(0)
+    layer, x = filled(Halves(), generator), normal(generator, 5, 3)
+    assert not supported(layer)
+    join([Halves], lambda layer, x, out: torch.cat([x, x / 2], -1)[None, :, None], at_units_of_rows)
+    assert_units_give_the_output(layer, x)
+    F = unit_fisher(classifier_on(Case(layer, x)), x, sharing="joint")["0"]
+    expected = reference.unit_fisher(classifier_on(Case(layer, x)), "0", x, sharing="joint")
+    assert_close(F, expected, **TOL)
+
+
+def at_units_of_rows(layer: nn.Module, y: Tensor) -> Tensor:
+    return y.unsqueeze(1)
+
+
+class Measured(NamedTuple):
+    """Of the first layer."""
+
+    k: Tensor
+    step: LayerStep
+
+
+def measured(model: nn.Module, x: Tensor, **options: object) -> Measured:
+    with Monitor(model, every=1, damping=1e-2, **options) as monitor:
+        model(x).square().sum(-1).mean().backward()
+        return Measured(monitor.latest["0"].k, monitor.natural_gradient()["0"])
+
+
+@pytest.mark.parametrize("axes", TRANSPOSED)
+def test_natural_gradients_of_transposed_convolutions_have_the_shape_of_their_weights(axes):
+    generator = torch.Generator().manual_seed(axes)
+    layer = filled(TRANSPOSED[axes](4, 6, 2, stride=2, groups=2), generator)
+    x = normal(generator, 6, 4, *[2] * axes)
+    model = classifier_on(Case(layer, x))
+    _, (dw, dw0) = measured(model, x, sharing="joint")
+    F = reference.unit_fisher(model, "0", x, sharing="joint")
+    for unit, own in enumerate(F):
+        d = len(own) - 1
+        ridge = 1e-2 * own[:d, :d].trace() / d * (torch.arange(d + 1) < d)
+        g = reference.weight_of_unit(layer, layer.weight.grad, unit).flatten()
+        step = torch.linalg.solve(own + ridge.diag(), torch.cat([g, layer.bias.grad[unit, None]]))
+        found = reference.weight_of_unit(layer, dw, unit).flatten()
+        assert_close(torch.cat([found, dw0[unit, None]]), step, rtol=1e-7, atol=1e-9)
+
+
+def test_of_some_units_there_is_one_row_each():
+    layer = nn.ConvTranspose2d(4, 6, 3, groups=2)
+    model, x = nn.Sequential(layer, nn.Flatten(), nn.Linear(6 * 16, 3)), torch.randn(5, 4, 2, 2)
+    _, whole = measured(model, x, sharing="joint")
+    model.zero_grad()
+    _, some = measured(model, x, sharing="joint", units=3)
+    rows = turned(layer, whole.dw)
+    assert some.dw.shape == (3, 2, 3, 3)
+    assert all(any(torch.allclose(own, row, rtol=1e-3) for row in rows) for own in some.dw)
+
+
+def test_layer_without_canonical_form_says_so():
+    layer, x = nn.LSTM(2, 2), torch.zeros(1, 2)
+    for form, given_to in ((incoming, (x, x.shape)), (at_units, (x,))):
+        with pytest.raises(LayerSelectionError, match="LSTM has no form"):
+            form(layer, *given_to)

@@ -1,0 +1,171 @@
+"""Every supported layer kind, brought to one form, after which the mathematics is written once.
+
+Incoming activations become (g, n, t, d): groups, samples, positions that share the weights,
+inputs of a unit in the order of its row of the weight, flattened; those of a convolution stay
+`Patches` until they are asked for. What stands at the units (preactivation, error, output) becomes
+(n, t, u). A new kind joins with `join`.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import singledispatch
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from unitfisher.patches import Patches, Received
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
+
+class LayerSelectionError(ValueError):
+    """The layers asked for cannot be observed; the message says which and what to do."""
+
+
+@singledispatch
+def incoming(layer: nn.Module, x: Tensor, out: torch.Size) -> Received:
+    """Return what the units of the layer see, each position a row; it may be a view of x.
+
+    Args:
+        layer: Of a supported kind.
+        x: What it receives.
+        out: The shape of what it returns.
+    """
+    raise LayerSelectionError(f"{type(layer).__name__} has no form as units over shared inputs")
+
+
+@singledispatch
+def at_units(layer: nn.Module, y: Tensor) -> Float[Tensor, "n t u"]:
+    """Return a tensor of the layer's output shape with one column per unit."""
+    raise LayerSelectionError(f"{type(layer).__name__} has no form as units over shared inputs")
+
+
+@singledispatch
+def turned(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Turn a tensor of the weight's shape so that units come first; or one so turned back."""
+    return weight
+
+
+def join(
+    kinds: Sequence[type[nn.Module]],
+    into: Callable[..., Received],
+    out_of: Callable[..., Tensor],
+    turn: Callable[..., Tensor] | None = None,
+) -> None:
+    """Let layers of these classes be observed, from now on.
+
+    Args:
+        kinds: Classes that have ``weight`` and ``bias``.
+        into: As `incoming`.
+        out_of: As `at_units`.
+        turn: As `turned`, where units do not lie along the weight's first axis.
+    """
+    for kind in kinds:
+        incoming.register(kind, into)
+        at_units.register(kind, out_of)
+        if turn is not None:
+            turned.register(kind, turn)
+
+
+def _into_linear(layer: nn.Module, x: Tensor, out: torch.Size) -> Float[Tensor, "g n t d"]:
+    return x.reshape(1, x.shape[0], -1, x.shape[-1])  # len(x) costs as much as the rest
+
+
+def _out_of_linear(layer: nn.Module, y: Tensor) -> Float[Tensor, "n t u"]:
+    return y.reshape(y.shape[0], -1, y.shape[-1])
+
+
+join([nn.Linear], _into_linear, _out_of_linear)
+
+
+def _into_convolution(layer: Conv, x: Tensor, out: torch.Size) -> Patches:
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
+    return _patches(layer, x, layer.stride)
+
+
+def _patches(layer: Conv | Transposed, x: Tensor, strides: Sequence[int]) -> Patches:
+    """Look at an input, padded, through the taps of each position."""
+    taps = zip(layer.kernel_size, strides, layer.dilation, strict=True)
+    for axis, (size, stride, dilation) in enumerate(taps, start=2):
+        x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    s = len(layer.kernel_size)
+    x = x.unflatten(1, (layer.groups, -1))  # n g c, s axes of positions, s axes of taps
+    return Patches(x.permute(1, 0, *range(3, 3 + s), 2, *range(3 + s, 3 + 2 * s)), axes=s)
+
+
+def _out_of_convolution(layer: Conv, y: Tensor) -> Float[Tensor, "n t u"]:
+    return y.flatten(2).mT
+
+
+join([nn.Conv1d, nn.Conv2d, nn.Conv3d], _into_convolution, _out_of_convolution)
+
+
+def _into_transposed(layer: Transposed, x: Tensor, out: torch.Size) -> Patches:
+    """Spread the input by the stride; positions from last to first, or taps would be reversed."""
+    strides: tuple[int, ...] = layer.stride
+    sizes = [(size - 1) * by + 1 for size, by in zip(x.shape[2:], strides, strict=True)]
+    spread, places = x.new_zeros(*x.shape[:2], *sizes), [slice(None, None, by) for by in strides]
+    spread[:, :, *places] = x.flip(*range(2, x.dim()))
+    margins: list[int] = []
+    for axis in reversed(range(len(strides))):
+        padding, taps = int(layer.padding[axis]), layer.kernel_size[axis]
+        before = out[2 + axis] + padding - sizes[axis]
+        margins += [before, layer.dilation[axis] * (taps - 1) - padding]
+    return _patches(layer, F.pad(spread, margins), [1] * len(strides))
+
+
+def _out_of_transposed(layer: Transposed, y: Tensor) -> Float[Tensor, "n t u"]:
+    return y.flip(*range(2, y.dim())).flatten(2).mT
+
+
+def _turned(layer: Transposed, weight: Tensor) -> Tensor:
+    return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+join(
+    [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d],
+    *(_into_transposed, _out_of_transposed, _turned),
+)
+
+
+def _join_gpt2() -> None:
+    """Let the linear layer of GPT-2 join, whose weight is (inputs, units), once it is imported."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    if library is not None and library.Conv1D not in turned.registry:
+        join([library.Conv1D], _into_linear, _out_of_linear, lambda layer, weight: weight.T)
+
+
+def convolves(layer: nn.Module) -> bool:
+    """Say whether what the units see is patches."""
+    return isinstance(layer, Conv | Transposed)
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Return (units, ...) of a layer's weight.
+
+    One that is computed, by a parametrisation, is not asked for: that may change its state.
+    """
+    weight = layer._parameters.get("weight")
+    if weight is not None:
+        return tuple(turned(layer, weight.detach()).shape)
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    assert isinstance(layer, Conv | Transposed)
+    return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
+
+
+def supported(layer: nn.Module) -> bool:
+    """Say whether the layer has a canonical form.
+
+    The output projection inside ``nn.MultiheadAttention`` looks like a linear layer but is never
+    called: attention reads its weight directly.
+    """
+    _join_gpt2()
+    kind = incoming.dispatch(type(layer))
+    known = kind is not incoming.dispatch(nn.Module)
+    return known and not isinstance(layer, NonDynamicallyQuantizableLinear)
