@@ -126,6 +126,16 @@ def test_every_unit_gets_its_own_solution(solve, s):
 
 
 @per_route
+@given(s=systems())
+def test_products_are_of_solutions_with_right_hand_sides_and_with_one_another(solve, s):
+    found = solve(*s)
+    others = torch.cat([s.rhs, found.Y], 1)
+    expected = torch.einsum("urn,usn->urs", found.Y, others)
+    size = found.Y.norm(dim=-1)[:, :, None] * others.norm(dim=-1)[:, None]
+    assert ((found.products - expected).abs() <= 1e-14 * size).all()
+
+
+@per_route
 def test_a_condition_of_1e8_costs_the_digits_it_must(solve):
     s = system(9, 65, 2, rank=20, ridge=1e-10)
     assert torch.linalg.cond(matrix(s, 0)) > 1e8

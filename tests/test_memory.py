@@ -2,6 +2,9 @@
 
 import gc
 import logging
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -250,3 +253,31 @@ def test_the_workspace_is_given_back():
     with within(17), within(5):
         assert workspace() == 5
     assert workspace() == before
+
+
+FAULTS = """
+import resource
+import torch
+from torch import nn
+from unitfisher import Monitor
+
+torch.set_num_threads(1)
+hidden = [nn.Linear(128, 128) for _ in range(7)]
+model = nn.Sequential(nn.Linear(784, 128), *hidden, nn.Linear(128, 10))
+monitor, x = Monitor(model, every=1), torch.randn(64, 784)
+
+def faults():
+    for _ in range(10):
+        model(x).logsumexp(-1).mean().backward()
+        monitor.natural_gradient()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+print((-faults() + faults()) // 10)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's way with freed memory")
+def test_a_measurement_takes_the_memory_that_the_one_before_has_freed():
+    """Or some thousand pages would be mapped and cleared each time; rows kept take 60."""
+    found = subprocess.run([sys.executable, "-c", FAULTS], check=True, capture_output=True)
+    assert int(found.stdout) < 400

@@ -197,10 +197,10 @@ class UnitCases:
     def of_units(self, part: slice) -> "UnitCases":
         if part == slice(None):
             return self
-        received, incoming = self.received, self.incoming
+        received, incoming = self.received, self._incoming  # averaged once, not part after part
         if self.groups > 1:  # keep only the groups of these units, one each
             received = self.a.repeat_interleave(self.units // self.groups, 0)[part]
-            incoming = incoming and incoming.of_units(part)
+            incoming = incoming.of_units(part)
         delta = self.delta[..., part]
         return replace(self, received=received, delta=delta, incoming=incoming, whole=self)
 

@@ -22,6 +22,7 @@ class GramSolution(NamedTuple):
 
     Y: Float64[Tensor, "u r n"]
     regular: Bool[Tensor, " u"]
+    products: Float64[Tensor, "u r 2*r"]  # of solutions with right-hand sides, and with one another
 
 
 class System(NamedTuple):
@@ -50,7 +51,7 @@ class Task(native.Task):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("K", "v", "own", "rhs", "x", "noise")),
-        *((name, ctypes.c_void_p) for name in ("Y", "L", "regular")),
+        *((name, ctypes.c_void_p) for name in ("Y", "products", "L", "regular")),
         *((name, ctypes.c_int64) for name in ("u", "n", "r", "group", "known", "taken")),
     )
 
@@ -95,7 +96,7 @@ def solve_others(
     if len(chosen):
         own = K if len(K) == 1 else K[chosen * len(K) // len(v)]
         found = solve_grams(own, v[chosen], epsilon[chosen], rhs[chosen])
-        Y[chosen], regular[chosen] = found
+        Y[chosen], regular[chosen] = found.Y, found.regular
     return regular
 
 
@@ -127,8 +128,10 @@ def _by_kernel(kernel: Kernel, system: System) -> GramSolution:
     (K, v, epsilon, rhs, x, noise), (u, r, n) = system, system.rhs.shape
     own = epsilon[:, None].expand(u, n)
     given = [each.contiguous() for each in (K, v, own, rhs, x, noise)]
-    found = GramSolution(given[3].new_empty(u, r, n), rhs.new_empty(u, dtype=torch.bool))
-    pointers = [each.data_ptr() for each in (*given, found.Y)]
+    found = GramSolution(
+        rhs.new_empty(u, r, n), rhs.new_empty(u, dtype=torch.bool), rhs.new_empty(u, r, 2 * r)
+    )
+    pointers = [each.data_ptr() for each in (*given, found.Y, found.products)]
     task = Task(*pointers, None, found.regular.data_ptr(), u, n, r, system.group, False, 0)
     native.run(kernel, task, u * n**2 * (n // 3 + 4 * r))
     return found
@@ -150,4 +153,9 @@ def _part_by_torch(part: System) -> GramSolution:
     matrix.diagonal(dim1=-2, dim2=-1).add_(epsilon[:, None])
     L, regular = factored(matrix, noise + rounding(torch.float64) * diagonal)
     Y = torch.where(regular[:, None, None], substituted(L, rhs.mT).mT, torch.nan)
-    return GramSolution(Y, regular)
+    return GramSolution(Y, regular, products(Y, rhs))
+
+
+def products(Y: Float64[Tensor, "u r n"], rhs: Float64[Tensor, "u r n"]) -> Tensor:
+    """Multiply solutions with their right-hand sides, and with one another."""
+    return torch.cat([Y @ rhs.mT, Y @ Y.mT], -1)

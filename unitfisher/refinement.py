@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unitfisher import native
 from unitfisher.costs import REFINED
-from unitfisher.gram import GramSolution, Scaled, Task, solve_others
+from unitfisher.gram import GramSolution, Scaled, Task, products, solve_others
 from unitfisher.native import Kernel
 from unitfisher.solvers import outer, substituted
 
@@ -46,7 +46,8 @@ def solve_refined(
         for part in zip(*(x.split(together) for x in of_group), strict=True):
             found.append(_of_part(own, correlation, root, *part))
     Y, refined = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return GramSolution(Y, solve_others(Y, ~refined, K, v, epsilon, rhs))
+    regular = solve_others(Y, ~refined, K, v, epsilon, rhs)
+    return GramSolution(Y, regular, products(Y, rhs))
 
 
 def _of_part(
@@ -105,8 +106,9 @@ class Factors:
             self.regular = t.new_empty(u, dtype=torch.bool)
             self.L = t.new_empty(-(-u // TOGETHER) * TOGETHER * (n + 3) * (n + 7) // 2)
         Y = torch.empty_like(rhs)
-        given = (K, t, own, rhs, self.none, self.none, Y, self.L, self.regular)
-        task = Task(*(x.data_ptr() for x in given), u, n, r, u, known, 0)
+        given = [x.data_ptr() for x in (K, t, own, rhs, self.none, self.none, Y)]
+        kept = self.L.data_ptr(), self.regular.data_ptr()
+        task = Task(*given, None, *kept, u, n, r, u, known, 0)
         native.run(kernel, task, u * n**2 * (4 * r + (0 if known else n // 3)))
         return Y
 

@@ -5,19 +5,27 @@ the cases' side is small, and in double precision loses nothing. The theorems' s
 one ridge regression of the constant 1 on the rows, without any vector as long as a unit's inputs.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unitfisher import conjugate, refinement
-from unitfisher.gram import solve_grams
+from unitfisher.gram import products, solve_grams
 from unitfisher.moments import ConstantFit, corrected_mean, damping_of
 from unitfisher.solvers import dot, require_regular, squared
+
+
+class Solved(NamedTuple):
+    """Solutions Y = (Z Zᵀ + ε I)⁻¹ rhs, their products Y rhsᵀ and Y Yᵀ, and residuals."""
+
+    Y: Float[Tensor, "u r n"]
+    with_rhs: Float[Tensor, "u r r"]
+    with_Y: Float[Tensor, "u r r"]
+    residual: Float[Tensor, " u"]  # relative; nothing where they are solved directly
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class UnitRows:
     @property
     def residual(self) -> Float[Tensor, " u"]:
         """What conjugate gradients left of the systems for s and k, relative; or nothing."""
-        return self._constant[-1]
+        return self._constant.residual
 
     @property
     def mu_q_double(self) -> Float[Tensor, "u d"]:
@@ -117,18 +125,17 @@ class UnitRows:
         grouped = rhs.unflatten(0, (len(self.about), -1))
         z = self.v * (grouped @ self.about.mT).flatten(0, 1)  # Z rhs
         if "_constant" in vars(self):
-            (solved,), _ = self._solve(z)
+            x, yz = self._solve(z).Y[:, 0], dot(self._constant.Y[:, 0], z)
         else:
-            (y, t, solved), residual = self._solve(self.w, self.mean_rows, z)
-            vars(self)["_constant"] = self._fitted(y, t, residual)
-        y, _, e, _ = self._constant
-        z = self.v * (solved - y * (self.epsilon * dot(y, z) / e)[:, None])
+            solved = vars(self)["_constant"] = self._solve(self.w, self.mean_rows, z)
+            x, yz = solved.Y[:, 2], solved.with_rhs[:, 0, 2]
+        z = self.v * (x - self._constant.Y[:, 0] * (self.epsilon * yz / self._left)[:, None])
         return self._from_rows(grouped, z).mul_((self.alive / self.epsilon)[:, None])
 
     @cached_property
     def mu_q_solved(self) -> Float[Tensor, "u d"]:
         """Var_q⁻¹ μ_q = r α + β, as in `fit`."""
-        y, t, _, _ = self._constant
+        y, t = self._constant.Y[:, 0], self._constant.Y[:, 1]
         z = self.v * (t - (self.epsilon * (1 + self.fit.k))[:, None] * y)
         grouped = self.center.unsqueeze(1).expand(-1, len(z) // len(self.center), -1)
         return self._from_rows(grouped, z).mul_((self.alive / self.epsilon)[:, None])
@@ -143,38 +150,41 @@ class UnitRows:
     def fit(self) -> ConstantFit:
         """Fit the constant. Every product is one of vectors over cases.
 
-        With α = (Zᵀ Z + ε I)⁻¹ (μ_q - μ_p) and β the same of μ_p, Var_q⁻¹ μ_q = r α + β where
-        r = (1 + μ_pᵀ α) / e and e = 1 - (μ_q - μ_p)ᵀ α is what the fit leaves of the constant.
+        Of y and t, solved for w and Z μ_p, are α = (Zᵀ Z + ε I)⁻¹ (μ_q - μ_p) = Zᵀ y and β, the
+        same of μ_p. Var_q⁻¹ μ_q = r α + β where r = (1 + μ_pᵀ α) / e and e = 1 - (μ_q - μ_p)ᵀ α is
+        what the fit leaves of the constant.
         """
-        epsilon, (y, t, e, _) = self.epsilon, self._constant
+        epsilon, (_, with_rhs, with_Y, _) = self.epsilon, self._constant
         center_squared = squared(self.center).unsqueeze(-1)
         mean_squared = center_squared.expand(-1, len(self.c) // len(self.center)).flatten()
-        h = dot(self.mean_rows, y)  # μ_pᵀ α
-        b = (mean_squared - dot(self.mean_rows, t)) / epsilon  # μ_pᵀ β
-        r = (1 + h) / e
+        h = with_rhs[:, 0, 1]  # μ_pᵀ α
+        b = (mean_squared - with_rhs[:, 1, 1]) / epsilon  # μ_pᵀ β
+        r = (1 + h) / self._left
         gain = r * (1 + h) + b
-        alpha, alpha_beta = dot(y, self.w - epsilon[:, None] * y), dot(y, t)  # ‖α‖², αᵀ β
-        size = epsilon * (r**2 * alpha + 2 * r * alpha_beta) + b - squared(t)  # ε ‖r α + β‖²
+        alpha, alpha_beta = with_rhs[:, 0, 0] - epsilon * with_Y[:, 0, 0], with_Y[:, 0, 1]
+        size = epsilon * (r**2 * alpha + 2 * r * alpha_beta) + b - with_Y[:, 1, 1]  # ε ‖r α + β‖²
         return ConstantFit(gain, r - 1, size / gain)
 
     @cached_property
-    def _constant(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return y and t, solved for w and Z μ_p, so that α = Zᵀ y; e = ε wᵀ y > 0; residuals."""
-        (y, t), residual = self._solve(self.w, self.mean_rows)
-        return self._fitted(y, t, residual)
+    def _left(self) -> Float[Tensor, " u"]:
+        """What the fit leaves of the constant: e = ε wᵀ y > 0."""
+        return torch.where(self.alive, self.epsilon * self._constant.with_rhs[:, 0, 0], 1.0)
 
-    def _fitted(
-        self, y: Tensor, t: Tensor, residual: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return y, t, torch.where(self.alive, self.epsilon * dot(self.w, y), 1.0), residual
+    @cached_property
+    def _constant(self) -> Solved:
+        """Solve for w and Z μ_p; others that were solved for with them come after these."""
+        return self._solve(self.w, self.mean_rows)
 
-    def _solve(self, *rhs: Float[Tensor, "u n"]) -> tuple[Sequence[Tensor], Float[Tensor, " u"]]:
-        """Return (Z Zᵀ + ε I)⁻¹ rhs, from the one product that the units of a group share."""
+    def _solve(self, *rhs: Float[Tensor, "u n"]) -> Solved:
+        """Solve from the one product that the units of a group share."""
         system = self.gram, self.v, self.epsilon, torch.stack(rhs, 1)
         if self.iterates and conjugate.pays(self.gram, len(self.v)):
             Y, residual = conjugate.solve_by_iterations(*system)
-            return Y.unbind(1), residual
-        pays = refinement.pays(self.gram, len(self.v))
-        solved = refinement.solve_refined(*system) if pays else solve_grams(*system)
-        require_regular(solved.regular)
-        return solved.Y.unbind(1), torch.zeros_like(self.c)
+            found = products(Y, system[-1])
+        else:
+            pays = refinement.pays(self.gram, len(self.v))
+            Y, regular, found = (refinement.solve_refined if pays else solve_grams)(*system)
+            require_regular(regular)
+            residual = torch.zeros_like(self.c)
+        with_rhs, with_Y = found.split(len(rhs), -1)
+        return Solved(Y, with_rhs, with_Y, residual)

@@ -1,4 +1,5 @@
 /* Solve (diag(v_u) K diag(v_u) - x_u x_u' + diag(own_u)) Y_u = rhs_u for units u that share a K.
+ * Right-hand sides and solutions stand one a row; on demand their products are given too.
  *
  * One unit's system is too small to fill a processor. So every lane of a vector is another unit,
  * and each operation below is on LANES units at once. Lanes never mix: what a unit gets depends
@@ -39,11 +40,12 @@ enum { LANES = BYTES / sizeof(real) };
 enum { BLOCK = 16 }; /* tiles: so many stay in the first cache, BLOCK² of them in the second */
 
 typedef real lanes __attribute__((vector_size(BYTES)));
+typedef real loose __attribute__((vector_size(BYTES), aligned(sizeof(real)))); /* anywhere */
 typedef whole mask __attribute__((vector_size(BYTES)));
 
 typedef struct { /* as in gram.py */
     const real *K, *v, *own, *rhs, *x, *noise;
-    real *Y, *L; /* L: the factors, if they are kept */
+    real *Y, *products, *L; /* of Y with rhs and with Y, if asked for; the factors, if kept */
     bool *regular;
     int64_t u, n, r, group, known, taken; /* units that share a K; are the factors known? */
 } Task;
@@ -176,6 +178,27 @@ INLINE void solve(const Block *b, const Task *t, int64_t column, int R) {
             t->Y[at + c * t->n + i] = b->regular[l] ? b->y[R * i + c][l] : __builtin_nan("");
 }
 
+INLINE real product(const real *x, const real *y, int64_t n) {
+    lanes sums = {};
+    real sum = 0;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) sums += *(const loose *)(x + i) * *(const loose *)(y + i);
+    EACH(l, 0, LANES) sum += sums[l];
+    for (; i < n; i++) sum += x[i] * y[i];
+    return sum;
+}
+
+static void multiply(const Task *t, int64_t unit) {
+    int64_t n = t->n, r = t->r;
+    const real *Y = t->Y + unit * r * n, *rhs = t->rhs + unit * r * n;
+    real *to = t->products + unit * 2 * r * r;
+    for (int64_t i = 0; i < r; i++, to += 2 * r)
+        for (int64_t j = 0; j < r; j++) {
+            to[j] = product(Y + i * n, rhs + j * n, n);
+            to[r + j] = product(Y + i * n, Y + j * n, n);
+        }
+}
+
 static void factor_block(Block *b, const Task *t) {
     EACH(l, 0, LANES)
         b->K[l] = t->K + t->n * t->n * (least(b->first + l, t->u - 1) / t->group);
@@ -197,6 +220,8 @@ static void solve_block(Block *b, const Task *t) {
     for (int64_t l = 0; l < b->units; l++) b->regular[l] = t->regular[b->first + l];
     for (; column + 1 < t->r; column += 2) solve(b, t, column, 2);
     if (column < t->r) solve(b, t, column, 1);
+    if (t->products)
+        for (int64_t l = 0; l < b->units; l++) multiply(t, b->first + l);
 }
 
 /* What every thread runs until no units are left; one without memory leaves them to the others. */
