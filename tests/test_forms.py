@@ -9,9 +9,11 @@ from test_models import network
 from test_monitor import a_step, normal
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
 from unitfisher import LayerSelectionError, Monitor, UncoveredLayersWarning
+from unitfisher.kinds import _into_linear, _out_of_linear, join
 
 
 def subclass(kind: type[nn.Module], forward: Callable[..., Tensor], *size: int) -> nn.Module:
@@ -76,6 +78,60 @@ def test_a_layer_that_is_no_product_of_weight_and_input_is_left_out_by_name(make
         a_step(model, normal(8, 6, 5))
     assert len(warned) == 1
     assert list(monitor.latest) == list(monitor.natural_gradient()) == ["0", "3"]
+
+
+def scaled_conv1d() -> nn.Module:
+    """A class of one's own under another that has joined."""
+    kind = type("Rows", (nn.Module,), {"forward": lambda self, x: x @ self.weight.T + self.bias})
+    join([kind], _into_linear, _out_of_linear)
+    layer = type("Own", (kind,), {"forward": lambda self, x: 3 * kind.forward(self, x)})()
+    layer.weight, layer.bias = (nn.Parameter(torch.randn(5, *d)) for d in ([5], []))
+    return layer
+
+
+def own() -> nn.Module:
+    return subclass(nn.Linear, scaled, 5, 5)
+
+
+COMPUTED: dict[str, Callable[[], nn.Module]] = {
+    "weight-norm": lambda: parametrizations.weight_norm(own()),
+    "spectral-norm": lambda: parametrizations.spectral_norm(own()),
+    "pruned": lambda: prune.random_unstructured(own(), "weight", 0.2),
+    "joined": scaled_conv1d,
+}
+
+
+@pytest.mark.parametrize("make", COMPUTED.values(), ids=COMPUTED)
+def test_a_weight_that_is_computed_is_looked_at_too_and_left_as_it_was(make):
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 5), make(), nn.Linear(5, 3))
+
+    model, other = fresh(), fresh()
+    monitor = Monitor(model, every=1)
+    with pytest.warns(UncoveredLayersWarning, match=r"not observed: layers '1' .*, whose"):
+        a_step(model, normal(8, 5))
+    for each, steps in ((model, 1), (other, 2)):
+        for _ in range(steps):
+            a_step(each, normal(8, 5))
+    assert list(monitor.latest) == ["0", "2"]
+    assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+def test_what_a_forward_of_ones_own_does_may_change():
+    def gained(self: nn.Linear, x: Tensor) -> Tensor:
+        return nn.Linear.forward(self, x) * self.gain
+
+    layer = subclass(nn.Linear, gained, 5, 5)
+    layer.gain = nn.Parameter(torch.ones(()))
+    model = nn.Sequential(layer, nn.Linear(5, 3))
+    monitor = Monitor(model, every=1)
+    model(normal(8, 5))
+    assert list(monitor.latest) == ["0", "1"]
+    layer.gain.data += 0.1
+    with pytest.warns(UncoveredLayersWarning, match=r"layers '0' \(Own\), whose"):
+        model(normal(8, 5))
+    assert list(monitor.latest) == ["1"]
 
 
 NOTHING_YET = {"zero-weight": (0.0, 1.0), "no-input": (1.0, 0.0), "not-finite": (torch.nan, 1.0)}

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import TOL, normal, seeds
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
 from unitfisher import LayerSelectionError, Monitor, unit_fisher
-from unitfisher.kinds import at_units, incoming, join, supported, turned
+from unitfisher.kinds import at_units, incoming, join, supported, turning
 from unitfisher.patches import unfolded
 from unitfisher.steps import LayerStep
 
@@ -93,7 +94,7 @@ def classifier_on(case: Case) -> nn.Module:
 def assert_units_give_the_output(layer: nn.Module, x: Tensor) -> None:
     y = layer(x)
     a = unfolded(incoming(layer, x, y.shape))
-    weight = turned(layer, layer.weight).flatten(1).unflatten(0, (len(a), -1))
+    weight = turning(layer)(layer.weight).flatten(1).unflatten(0, (len(a), -1))
     net = torch.einsum("gntd,gvd->ntgv", a, weight).flatten(2)
     bias = 0 if layer.bias is None else layer.bias
     assert_close(net + bias, at_units(layer, y), **TOL)
@@ -127,7 +128,8 @@ def test_patches_times_flattened_weights_are_the_convolution(axes, data):
 def test_patches_times_turned_weights_are_the_transposed_convolution(axes, data):
     layer, x = data.draw(transposed(axes))
     assert_units_give_the_output(layer, x)
-    assert turned(layer, turned(layer, layer.weight)).equal(layer.weight)
+    turn = turning(layer)
+    assert turn(turn(layer.weight)).equal(layer.weight)
 
 
 def test_the_size_that_a_call_asks_a_transposed_convolution_for_is_its_own():
@@ -192,14 +194,15 @@ def gpt2(monkeypatch: pytest.MonkeyPatch) -> type[nn.Module]:
 
 def test_the_linear_layer_of_gpt2_is_one_with_its_weight_turned(gpt2):
     generator = torch.Generator().manual_seed(0)
-    layer, x = filled(gpt2(3, 4), generator), normal(generator, 5, 2, 4)
+    layer, x = filled(gpt2(4, 4), generator), normal(generator, 5, 2, 4)
     assert supported(layer)
     assert_units_give_the_output(layer, x)
-    plain = filled(nn.Linear(4, 3), generator)
+    plain = filled(nn.Linear(4, 4), generator)
     plain.weight.data, plain.bias.data = layer.weight.T.detach(), layer.bias.detach()
     models = [classifier_on(Case(each, x)) for each in (layer, plain)]
     found, expected = (measured(model, x) for model in models)
     assert_close(found.step.dw, expected.step.dw.T, **TOL)
+    assert_close(found.again.dw, found.step.dw, **TOL)
     assert_close((found.step.dw0, found.k), (expected.step.dw0, expected.k), **TOL)
 
 
@@ -229,17 +232,45 @@ def at_units_of_rows(layer: nn.Module, y: Tensor) -> Tensor:
     return y.unsqueeze(1)
 
 
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda layer: prune.random_unstructured(layer, "weight", 0.3),
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+    ],
+    ids=["pruned", "weight-norm", "spectral-norm"],
+)
+def test_a_turned_weight_may_be_computed(gpt2, compute):
+    torch.manual_seed(0)
+    layer, x = filled(gpt2(3, 4), torch.Generator().manual_seed(0)), torch.randn(5, 4).double()
+    model = nn.Sequential(compute(layer), nn.Tanh(), nn.Linear(3, 3).double())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with Monitor(model):
+        assert_close(model.state_dict(), before, rtol=0, atol=0)
+        F = unit_fisher(model, x, sharing="joint")["0"]
+    plain = nn.Linear(4, 3).double()
+    plain.weight.data, plain.bias.data = layer.eval().weight.T.detach(), layer.bias.detach()
+    expected = reference.unit_fisher(nn.Sequential(plain, *model[1:]), "0", x)
+    assert_close(F, expected, **TOL)
+
+
 class Measured(NamedTuple):
-    """Of the first layer."""
+    """Of the first layer: k, and the natural gradient by the Monitor and by the statistics."""
 
     k: Tensor
     step: LayerStep
+    again: LayerStep
 
 
 def measured(model: nn.Module, x: Tensor, **options: object) -> Measured:
+    layer = model[0]
     with Monitor(model, every=1, damping=1e-2, **options) as monitor:
         model(x).square().sum(-1).mean().backward()
-        return Measured(monitor.latest["0"].k, monitor.natural_gradient()["0"])
+        step, of = monitor.natural_gradient()["0"], monitor.latest["0"]
+        whole = "units" not in options
+        again = of.natural_gradient(layer.weight.grad, layer.bias.grad) if whole else step
+        return Measured(of.k, step, again)
 
 
 @pytest.mark.parametrize("axes", TRANSPOSED)
@@ -248,7 +279,8 @@ def test_natural_gradients_of_transposed_convolutions_have_the_shape_of_their_we
     layer = filled(TRANSPOSED[axes](4, 6, 2, stride=2, groups=2), generator)
     x = normal(generator, 6, 4, *[2] * axes)
     model = classifier_on(Case(layer, x))
-    _, (dw, dw0) = measured(model, x, sharing="joint")
+    _, (dw, dw0), again = measured(model, x, sharing="joint")
+    assert again.dw.equal(dw)
     F = reference.unit_fisher(model, "0", x, sharing="joint")
     for unit, own in enumerate(F):
         d = len(own) - 1
@@ -262,10 +294,10 @@ def test_natural_gradients_of_transposed_convolutions_have_the_shape_of_their_we
 def test_of_some_units_there_is_one_row_each():
     layer = nn.ConvTranspose2d(4, 6, 3, groups=2)
     model, x = nn.Sequential(layer, nn.Flatten(), nn.Linear(6 * 16, 3)), torch.randn(5, 4, 2, 2)
-    _, whole = measured(model, x, sharing="joint")
+    _, whole, _ = measured(model, x, sharing="joint")
     model.zero_grad()
-    _, some = measured(model, x, sharing="joint", units=3)
-    rows = turned(layer, whole.dw)
+    _, some, _ = measured(model, x, sharing="joint", units=3)
+    rows = turning(layer)(whole.dw)
     assert some.dw.shape == (3, 2, 3, 3)
     assert all(any(torch.allclose(own, row, rtol=1e-3) for row in rows) for own in some.dw)
 

@@ -478,6 +478,21 @@ def test_dead_unit_is_nan_and_does_not_touch_its_neighbours(n, sharing):
     assert_same(without, found, rows=slice(1, None))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bias_that_moves_nothing_is_dead_and_no_rounding_alive(dtype):
+    """Instance normalisation takes a unit's mean away: Σ_t δ is zero but for rounding."""
+    torch.manual_seed(0)
+    layers = nn.Conv1d(2, 4, 3), nn.InstanceNorm1d(4), nn.ELU(), nn.Flatten(), nn.Linear(24, 3)
+    model = nn.Sequential(*layers).to(dtype)
+    monitor = Monitor(model, every=1, sharing="joint")
+    model(torch.randn(16, 2, 8, dtype=dtype)).logsumexp(-1).mean().backward()
+    of, step = monitor.latest["0"], monitor.natural_gradient()["0"]
+    assert of.dead.all()
+    assert of.s.isnan().all()
+    assert not step.dw.any()
+    assert not monitor.latest["4"].dead.any()
+
+
 def ones() -> tuple[Tensor, Tensor]:
     return torch.ones(4, 3).double(), torch.ones(4).double()
 

@@ -15,7 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from unitfisher.calls import Call, Seen, Unfit, version_of
 from unitfisher.following import Follow
-from unitfisher.forms import SHAPELESS, unfit
+from unitfisher.forms import SHAPELESS, other_form, shapeless
 from unitfisher.kinds import LayerSelectionError
 
 
@@ -33,18 +33,21 @@ class Hook:
 
 
 @contextmanager
-def capture(layers: Mapping[str, nn.Module], *, follow: bool = True) -> Iterator[Seen]:
+def capture(
+    layers: Mapping[str, nn.Module], *, follow: bool = True, look: bool = True
+) -> Iterator[Seen]:
     """Watch these layers, and the nonlinearity that follows each, until the block ends.
 
     Args:
         layers: By name.
         follow: Look at every function that is called; not needed where a `Chain` is known.
+        look: Make sure that layers multiply weight and input; not needed for averages of outputs.
     """
     seen = Seen()
     following = Follow(seen.retained) if follow else None
     handles = [
         layer.register_forward_hook(
-            Hook(partial(_note, name, seen, following)), prepend=True, with_kwargs=True
+            Hook(partial(_note, name, seen, following, look)), prepend=True, with_kwargs=True
         )
         for name, layer in layers.items()
     ]
@@ -60,6 +63,7 @@ def _note(
     name: str,
     seen: Seen,
     following: Follow | None,
+    look: bool,
     layer: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -77,11 +81,11 @@ def _note(
         if y.numel() == 0:
             return  # an expert to which no row was sent
         x = args[0] if args else _only_input(name, layer, kwargs)
-        why = unfit(layer, x, y)
-        if why is not None:
-            seen.unfit[name] = Unfit(type(layer).__name__, why)
-        if why == SHAPELESS:
+        if shapeless(layer, x, y):
+            seen.unfit[name] = Unfit(type(layer).__name__, SHAPELESS)
             return
+        if look and (why := other_form(layer, x, y)):
+            seen.unfit[name] = Unfit(type(layer).__name__, why)
         edge = get_gradient_edge(y) if y.requires_grad else None
         call = Call(name, layer, x, version_of(x), y, version_of(y), edge)
         seen.calls.append(call)

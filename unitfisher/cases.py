@@ -15,6 +15,7 @@ from unitfisher.costs import Sizes, engine
 from unitfisher.incoming import Incoming
 from unitfisher.moments import fed
 from unitfisher.patches import FEW, Patches, Received, unfolded
+from unitfisher.solvers import rounding
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,19 @@ class UnitCases:
     @property
     def joint_errors(self) -> Float[Tensor, "r m u"]:
         """Σ_t δ."""
-        return (self.delta.sum(2) if self.joint else self.delta.squeeze(2)).double()
+        return self._summed if self.joint else self.delta.squeeze(2).double()
+
+    @cached_property
+    def _summed(self) -> Float[Tensor, "r m u"]:
+        """Zero for units at which all that is left of the errors is rounding.
+
+        Before instance normalisation, or at the keys of attention, no bias moves the output.
+        """
+        total = self.delta.sum(2).double()
+        size = torch.linalg.vector_norm(self.delta, dim=2).double()
+        left = rounding(self.delta.dtype, 256.0) ** 2 * self.delta.shape[2]
+        moved = total.square().sum((0, 1)) > left * size.square().sum((0, 1))
+        return torch.where(moved, total, 0.0)
 
     @property
     def rounded_mean(self) -> Float[Tensor, "*g d"]:

@@ -8,7 +8,7 @@ inputs of a unit in the order of its row of the weight, flattened; those of a co
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import singledispatch
+from functools import partial, singledispatch
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from unitfisher.patches import Patches, Received
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Turn = Callable[[Tensor], Tensor]
 
 
 class LayerSelectionError(ValueError):
@@ -45,8 +46,12 @@ def at_units(layer: nn.Module, y: Tensor) -> Float[Tensor, "n t u"]:
 
 
 @singledispatch
-def turned(layer: nn.Module, weight: Tensor) -> Tensor:
-    """Turn a tensor of the weight's shape so that units come first; or one so turned back."""
+def turning(layer: nn.Module) -> Turn:
+    """Return what turns a tensor of the weight's shape so that units come first, and back again."""
+    return as_it_is
+
+
+def as_it_is(weight: Tensor) -> Tensor:
     return weight
 
 
@@ -54,7 +59,7 @@ def join(
     kinds: Sequence[type[nn.Module]],
     into: Callable[..., Received],
     out_of: Callable[..., Tensor],
-    turn: Callable[..., Tensor] | None = None,
+    turn: Callable[..., Turn] | None = None,
 ) -> None:
     """Let layers of these classes be observed, from now on.
 
@@ -62,13 +67,13 @@ def join(
         kinds: Classes that have ``weight`` and ``bias``.
         into: As `incoming`.
         out_of: As `at_units`.
-        turn: As `turned`, where units do not lie along the weight's first axis.
+        turn: As `turning`, where units do not lie along the weight's first axis.
     """
     for kind in kinds:
         incoming.register(kind, into)
         at_units.register(kind, out_of)
         if turn is not None:
-            turned.register(kind, turn)
+            turning.register(kind, turn)
 
 
 def _into_linear(layer: nn.Module, x: Tensor, out: torch.Size) -> Float[Tensor, "g n t d"]:
@@ -123,21 +128,25 @@ def _out_of_transposed(layer: Transposed, y: Tensor) -> Float[Tensor, "n t u"]:
     return y.flip(*range(2, y.dim())).flatten(2).mT
 
 
-def _turned(layer: Transposed, weight: Tensor) -> Tensor:
-    return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+def _turned(groups: int, weight: Tensor) -> Tensor:
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _turning_transposed(layer: Transposed) -> Turn:
+    return partial(_turned, layer.groups)
 
 
 join(
     [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d],
-    *(_into_transposed, _out_of_transposed, _turned),
+    *(_into_transposed, _out_of_transposed, _turning_transposed),
 )
 
 
 def _join_gpt2() -> None:
     """Let the linear layer of GPT-2 join, whose weight is (inputs, units), once it is imported."""
     library = sys.modules.get("transformers.pytorch_utils")
-    if library is not None and library.Conv1D not in turned.registry:
-        join([library.Conv1D], _into_linear, _out_of_linear, lambda layer, weight: weight.T)
+    if library is not None and library.Conv1D not in incoming.registry:
+        join([library.Conv1D], _into_linear, _out_of_linear, lambda layer: torch.t)
 
 
 def convolves(layer: nn.Module) -> bool:
@@ -146,17 +155,31 @@ def convolves(layer: nn.Module) -> bool:
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
-    """Return (units, ...) of a layer's weight.
+    """Return (units, ...) of a layer's weight."""
+    if layer._parameters.get("weight") is None:
+        if isinstance(layer, nn.Linear):
+            return layer.out_features, layer.in_features
+        if isinstance(layer, Conv | Transposed):
+            return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
+    return tuple(turning(layer)(weight_of(layer)).shape)
 
-    One that is computed, by a parametrisation, is not asked for: that may change its state.
-    """
-    weight = layer._parameters.get("weight")
-    if weight is not None:
-        return tuple(turned(layer, weight.detach()).shape)
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features
-    assert isinstance(layer, Conv | Transposed)
-    return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """Return a layer's weight; one that is computed as it is now, its state as it was."""
+    given = {**vars(layer), **layer._parameters}.get("weight")  # pruned ones are attributes
+    if given is not None:
+        return given.detach()
+    modes = [(module, module.training) for module in layer.modules()]
+    device = next(layer.parameters()).device
+    try:
+        for module, _ in modes:
+            module.training = False  # or spectral normalisation would go a step on
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+        return weight
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def supported(layer: nn.Module) -> bool:

@@ -73,7 +73,7 @@ class Live:
         if wanted is not None:
             self._come_last(model._forward_hooks)
             stack = ExitStack()
-            watched = capture(self.layers, follow=not self.chain.links)
+            watched = capture(self.layers, follow=not self.chain.links, look=wanted.errors)
             self._watched = stack, stack.enter_context(watched), wanted
 
     def _has_numbers(self) -> bool:

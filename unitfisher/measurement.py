@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from unitfisher.kinds import turned
+from unitfisher.kinds import turning
 from unitfisher.memory import within
 from unitfisher.observer import Gradient, Observation
 from unitfisher.plan import Plan
@@ -105,7 +105,7 @@ class Measurement:
     def _like_weights(self, steps: Mapping[str, LayerStep]) -> dict[str, LayerStep]:
         """Turn them to the shapes of the weights; of some units there is one row each."""
         return {
-            name: step if name in self.units else step.turned(self.layers[name])
+            name: step if name in self.units else step.turned(turning(self.layers[name]))
             for name, step in steps.items()
         }
 
@@ -121,5 +121,5 @@ class Measurement:
             if g is None or (g0 is None and bias is not None and bias.requires_grad):
                 yield name, None
             else:
-                rows = turned(self.layers[name], g)
+                rows = turning(self.layers[name])(g)
                 yield name, Gradient(rows[of].clone(), None if g0 is None else g0[of].clone())

@@ -56,7 +56,7 @@ def activation_statistics(
     (4,)
     """
     args, kwargs = arguments(inputs)
-    watched = capture(select(model, layers))
+    watched = capture(select(model, layers), look=False)
     with undisturbed(model), torch.no_grad(), eagerly(), watched as seen:
         model(*args, **kwargs)
     return seen.means()

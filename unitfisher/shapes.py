@@ -38,9 +38,9 @@ class Shape(NamedTuple):
 
     @property
     def bytes_of_case(self) -> int:
-        """Activations, errors and D, and whose they are."""
+        """Activations, errors, their sums over positions and D, and whose they are."""
         of_sample = 8 * (self.replicates > 1)  # which one it is of
-        of_unit = self._places * self.bytes_of_errors + 8
+        of_unit = self._places * self.bytes_of_errors + 8 * self.columns + 8
         return self.bytes_unfolded + of_unit * self.units + of_sample
 
     @property

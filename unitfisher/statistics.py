@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unitfisher.blocks import Block, blocks, joined_gradients
 from unitfisher.diagnostics import mean_share
+from unitfisher.kinds import Turn, as_it_is, turning
 from unitfisher.observer import Gradient, Observation
 from unitfisher.steps import Angles, LayerStep, in_shape_of, in_shapes_of, natural_gradient
 from unitfisher.streaming import Cases, Streamed
@@ -65,14 +66,16 @@ class UnitStatistics:
     alone: Block = field(repr=False)  # this layer as a block of its own
     block: Block = field(repr=False)  # the layers that were measured together with it
     gradient: Gradient | None = field(repr=False)  # of ln p by targets, or the loss's from .grad
+    turn: Turn = field(repr=False)  # of the weight, where all units are observed
 
     def natural_gradient(
-        self, g: Float[Tensor, "u *d"], g0: Float[Tensor, " u"] | None = None
+        self, g: Float[Tensor, "*weight"], g0: Float[Tensor, " u"] | None = None
     ) -> LayerStep:
         """Return F⁻¹ (g, g0) for these units, in the shape and precision of the gradient given.
 
         Args:
-            g: Gradient in the weights, (u, d) or the shape of ``weight``, averaged over samples.
+            g: Gradient in the weights, averaged over samples, in the shape of ``weight``; of some
+                units one row each. Where units come first in the weight, (u, d) will do.
             g0: The same for the bias; None for a layer without.
 
         Raises:
@@ -80,15 +83,17 @@ class UnitStatistics:
             LoaderError: The loader that has to be read again has changed, or the model has.
             SingularFisherError: A unit's Fisher has no inverse at this damping.
         """
-        if g.flatten(1).shape != self.mean_q.shape or (g0 is None) == self.biased:
+        rows = self.turn(g)
+        if rows.flatten(1).shape != self.mean_q.shape or (g0 is None) == self.biased:
             bias = "its bias" if self.biased else "no bias"
             raise ValueError(
                 f"layer {self.layer!r} measured {tuple(self.mean_q.shape)} weights and {bias}; "
                 f"got a gradient of {tuple(g.shape)} and "
                 f"{'no bias gradient' if g0 is None else tuple(g0.shape)}"
             )
-        gradient = Gradient(g, g0)
-        return in_shape_of(gradient, natural_gradient(self.alone, self.damping, gradient))
+        gradient = Gradient(rows, g0)
+        step = in_shape_of(gradient, natural_gradient(self.alone, self.damping, gradient))
+        return step.turned(self.turn)
 
     def damped(self, damping: float) -> "UnitStatistics":
         """Return the same measurement at another relative damping.
@@ -155,6 +160,7 @@ def statistics(
                 alone=own,
                 block=block,
                 gradient=gradients[layer],
+                turn=turning(layers[layer]) if every else as_it_is,
                 **{key: x[i] for key, x in parted.items()},
             )
         if natural is not None:

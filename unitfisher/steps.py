@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from unitfisher.blocks import Block, together
 from unitfisher.diagnostics import cosine
-from unitfisher.kinds import turned
+from unitfisher.kinds import Turn
 from unitfisher.moments import Moments
 from unitfisher.observer import Gradient
 from unitfisher.solvers import SingularFisherError, dot, squared
@@ -22,9 +22,9 @@ class LayerStep(NamedTuple):
     dw: Tensor
     dw0: Float[Tensor, " u"] | None  # None for a layer without bias
 
-    def turned(self, layer: nn.Module) -> "LayerStep":
-        """Give dw, one row a unit, the shape of this layer's weight."""
-        return LayerStep(turned(layer, self.dw), self.dw0)
+    def turned(self, turn: Turn) -> "LayerStep":
+        """Give dw, one row a unit, the shape of the layer's weight."""
+        return LayerStep(turn(self.dw), self.dw0)
 
 
 def natural_gradient(block: Block, damping: float, gradient: Gradient) -> LayerStep:
