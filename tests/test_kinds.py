@@ -228,6 +228,17 @@ def test_a_kind_of_ones_own_can_join():
     assert_close(F, expected, **TOL)
 
 
+def test_a_kind_of_ones_own_must_say_that_it_has_no_bias():
+    class Unbiased(nn.Module):
+        pass
+
+    join([Unbiased], lambda layer, x, out: x[None, :, None], at_units_of_rows)
+    layer = Unbiased()
+    layer.weight = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(LayerSelectionError, match=r"'0' \(Unbiased\) has no attribute bias"):
+        Monitor(nn.Sequential(layer))
+
+
 def at_units_of_rows(layer: nn.Module, y: Tensor) -> Tensor:
     return y.unsqueeze(1)
 

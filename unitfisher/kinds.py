@@ -64,7 +64,7 @@ def join(
     """Let layers of these classes be observed, from now on.
 
     Args:
-        kinds: Classes that have ``weight`` and ``bias``.
+        kinds: Classes whose layers have ``weight``, and ``bias`` or None there.
         into: As `incoming`.
         out_of: As `at_units`.
         turn: As `turning`, where units do not lie along the weight's first axis.

@@ -33,6 +33,10 @@ def select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     found = match(model, layers)
     for name, layer in found.items():
         _require_real_weights(name, layer)
+        if supported(layer) and not hasattr(layer, "bias"):
+            raise LayerSelectionError(
+                f"layer {name!r} ({type(layer).__name__}) has no attribute bias: set it to None"
+            )
     uncovered = {name: m for name, m in found.items() if not supported(m)}
     if uncovered:
         kinds = ", ".join(sorted({type(m).__name__ for m in uncovered.values()}))
