@@ -140,7 +140,8 @@ def solving(cases: UnitCases, route: str, damping: float) -> Run:
     def run() -> object:
         fresh = Condensed(UnitCases(cases.a, cases.delta, cases.samples), route)
         with exactly(torch.device("cpu")):
-            return [Theory.of(m, damped) for _, m, damped in fresh.damped_parts(damping)]
+            dead = fresh.cases.dead
+            return [Theory.of(m, to, dead[part]) for part, m, to in fresh.damped_parts(damping)]
 
     return run
 

@@ -433,3 +433,35 @@ def test_number_that_is_not_finite_is_an_error_that_names_the_layer(spoil, messa
     spoil(model, x)
     with pytest.raises(NonFiniteError, match=message):
         unit_fisher(model, x)
+
+
+class Added(nn.Module):
+    """Two layers whose outputs are added: autograd gives both the same errors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.head = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.one(x) + self.other(x)))
+
+
+class Summed(nn.Module):
+    """Convolution, and the sum over its positions: autograd gives all of them one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.head = nn.Conv1d(2, 5, 3), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.one(x).sum(2))
+
+
+@pytest.mark.parametrize("sharing", ["expand", "joint", "reduce"])
+@pytest.mark.parametrize(("make", "size"), [(Added, (6, 4)), (Summed, (6, 2, 5))])
+def test_errors_that_layers_share_are_left_as_they_are(make, size, sharing):
+    torch.manual_seed(0)
+    model, x = make().double(), torch.randn(size, dtype=torch.float64)
+    found = unit_fisher(model, x, sharing=sharing)
+    for name, own in found.items():
+        assert_close(own, reference.unit_fisher(model, name, x, sharing=sharing), **TOL)

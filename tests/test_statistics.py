@@ -485,12 +485,20 @@ def test_a_bias_that_moves_nothing_is_dead_and_no_rounding_alive(dtype):
     layers = nn.Conv1d(2, 4, 3), nn.InstanceNorm1d(4), nn.ELU(), nn.Flatten(), nn.Linear(24, 3)
     model = nn.Sequential(*layers).to(dtype)
     monitor = Monitor(model, every=1, sharing="joint")
-    model(torch.randn(16, 2, 8, dtype=dtype)).logsumexp(-1).mean().backward()
+    x = torch.randn(16, 2, 8, dtype=dtype)
+    model(x).logsumexp(-1).mean().backward()
     of, step = monitor.latest["0"], monitor.natural_gradient()["0"]
     assert of.dead.all()
-    assert of.s.isnan().all()
-    assert not step.dw.any()
+    assert not of.c.any()
+    for name in ("mean_q", "s", "k", "corrected_mean", "n_eff", "damping_share", "mean_share_q"):
+        assert getattr(of, name).isnan().all()
     assert not monitor.latest["4"].dead.any()
+    F = reference.unit_fisher(model, "0", x, sharing="joint")[:, :-1, :-1]
+    ridge = 1e-3 * F.diagonal(dim1=1, dim2=2).mean(1)
+    damped = F + ridge[:, None, None] * torch.eye(6).double()
+    expected = torch.linalg.solve(damped, model[0].weight.grad.flatten(1).double())
+    assert_close(step.dw.flatten(1).double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
+    assert not step.dw0.any()
 
 
 def ones() -> tuple[Tensor, Tensor]:

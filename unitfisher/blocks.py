@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from unitfisher.cases import UnitCases
@@ -63,6 +63,11 @@ class Block:
             Block((layer,), (units,), cases, Condensed(cases, self.held.solver), self.finite)
             for layer, units, cases in of_layers
         ]
+
+    def unmoved(self, part: slice) -> Bool[Tensor, " u"] | None:
+        """Which units of this part have a bias that moves nothing; None where that is not so."""
+        unmoved = self.cases.unmoved
+        return None if unmoved is None else unmoved[part]
 
     @property
     def tensors(self) -> list[Tensor]:

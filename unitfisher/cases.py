@@ -86,8 +86,8 @@ class UnitCases:
 
     @property
     def dead(self) -> Bool[Tensor, " u"]:
-        """No error reaches the unit in any case."""
-        return self.weight == 0
+        """No error reaches the unit's bias in any case."""
+        return self.weight == 0 if self.unmoved is None else self.unmoved
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -149,7 +149,7 @@ class UnitCases:
     @property
     def n_eff(self) -> Float[Tensor, " u"]:
         """1 / Σ w² of the cases' weights w ∝ D; NaN for a dead unit."""
-        return self.weight**2 / (self.D**2).sum(0)
+        return (self.weight**2 / (self.D**2).sum(0)).masked_fill(self.dead, torch.nan)
 
     @property
     def sizes(self) -> Sizes:
@@ -217,15 +217,19 @@ class UnitCases:
 
     @cached_property
     def _summed(self) -> Float[Tensor, "r m u"]:
-        """Zero for units at which all that is left of the errors is rounding.
+        return self.delta.sum(2).double()
 
-        Before instance normalisation, or at the keys of attention, no bias moves the output.
+    @cached_property
+    def unmoved(self) -> Bool[Tensor, " u"] | None:
+        """Units whose bias moves nothing: all that is left of Σ_t δ is rounding.
+
+        Before instance normalisation, say, or at the keys of attention. None without positions.
         """
-        total = self.delta.sum(2).double()
+        if not self.joint:
+            return None
         size = torch.linalg.vector_norm(self.delta, dim=2).double()
         left = rounding(self.delta.dtype, 256.0) ** 2 * self.delta.shape[2]
-        moved = total.square().sum((0, 1)) > left * size.square().sum((0, 1))
-        return torch.where(moved, total, 0.0)
+        return self.weight <= left * size.square().sum((0, 1))
 
     @property
     def rounded_mean(self) -> Float[Tensor, "*g d"]:

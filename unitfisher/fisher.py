@@ -34,7 +34,8 @@ def unit_fisher(
 ) -> dict[str, Float[Tensor, "u e e"]]:
     """Materialise every unit's Fisher block, weights in ``weight[i].flatten()`` order, bias last.
 
-    Of transposed convolutions ``weight[:, i]``, of those in groups their part of it.
+    Where inputs come first, in transposed convolutions and GPT-2's linear layers, that is
+    ``weight[:, i]``, of those in groups their part of it.
 
     The model runs in eval mode and is left as it was. A layer without bias gives (u, d, d). This
     takes u·(d+1)² numbers a layer, of the activations' precision; `Monitor` gives the theorems'

@@ -169,12 +169,12 @@ def _cases(x: Float[Tensor, "r n t d"]) -> Float[Tensor, "r m 1 d"]:
 def _squared(delta: Float[Tensor, "r n t u"]) -> Float64[Tensor, "n t u"]:
     """Σ_r δ²; of many on a CPU in single precision, for units whose squares stay in its range."""
     if delta.dtype == torch.float64 or delta.device.type != "cpu" or delta.numel() < MANY:
-        return delta.double().square_().sum(0)
+        return delta.double().square().sum(0)  # autograd may have given it to other layers too
     squares = delta.square()
     D = squares.sum(0) if len(delta) > 1 else squares[0]
     total = D.sum((0, 1))
     far = ~((total > FAINT) & (total < FIERCE))
     D = D.double()
     if far.any():
-        D[..., far] = delta[..., far].double().square_().sum(0)
+        D[..., far] = delta[..., far].double().square().sum(0)
     return D

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unitfisher.blocks import Block, together
@@ -35,7 +35,7 @@ def natural_gradient(block: Block, damping: float, gradient: Gradient) -> LayerS
     steps = []
     for part, _, damped in block.held.damped_parts(damping):
         try:
-            steps.append(unit_steps(damped, gradient.of_units(part)))
+            steps.append(unit_steps(damped, gradient.of_units(part), block.unmoved(part)))
         except SingularFisherError as error:
             raise block.named(error, part) from None
     return joined_steps(steps)
@@ -63,12 +63,18 @@ def in_shape_of(gradient: Gradient, step: LayerStep) -> LayerStep:
     return LayerStep(dw.to(g.dtype).view_as(g), bias)
 
 
-def unit_steps(m: Moments, gradient: Gradient) -> LayerStep:
-    """Return F⁻¹ (g, g0) in double precision; without a bias A⁻¹ g."""
+def unit_steps(
+    m: Moments, gradient: Gradient, unmoved: Bool[Tensor, " u"] | None = None
+) -> LayerStep:
+    """Return F⁻¹ (g, g0) in double precision; A⁻¹ g without a bias, or where it moves nothing."""
     g, g0 = gradient.g.flatten(1).to(m.mu_q.dtype), gradient.g0
     if g0 is None:
         return LayerStep(weight_natural_gradient(m, g), None)
-    return LayerStep(*unit_natural_gradient(m, g, g0.to(m.mu_q.dtype)))
+    dw, dw0 = unit_natural_gradient(m, g, g0.to(m.mu_q.dtype))
+    if unmoved is None or not bool(unmoved.any()):
+        return LayerStep(dw, dw0)
+    alone = weight_natural_gradient(m, g)
+    return LayerStep(torch.where(unmoved[:, None], alone, dw), dw0.masked_fill(unmoved, 0.0))
 
 
 class Angles(NamedTuple):

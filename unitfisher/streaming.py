@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -65,13 +66,14 @@ class UnitSums:
     variance: Float[Tensor, " u"]  # of Σ D, from drawn labels or signs
     samples: int
     count: int  # of positions
+    unmoved: Bool[Tensor, " u"] | None  # whose bias moves nothing in any batch
 
     @classmethod
     def of(cls, cases: UnitCases) -> "UnitSums":
         """Begin with a batch."""
         D = cases.D
         moments = cases.mean, cases.trace_variance, D.sum(0), (D**2).sum(0)
-        return cls(*moments, variance_of_sum(cases), cases.samples, _count(cases))
+        return cls(*moments, variance_of_sum(cases), cases.samples, _count(cases), cases.unmoved)
 
     def add(self, cases: UnitCases) -> None:
         """Add a batch."""
@@ -84,6 +86,8 @@ class UnitSums:
         self.weight_squared = self.weight_squared + (cases.D**2).sum(0)
         self.variance = self.variance + variance_of_sum(cases)
         self.samples, self.count = self.samples + cases.samples, total
+        known, others = self.unmoved, cases.unmoved
+        self.unmoved = None if known is None or others is None else known & others
 
     @property
     def units(self) -> int:
@@ -95,11 +99,11 @@ class UnitSums:
 
     @property
     def dead(self) -> Bool[Tensor, " u"]:
-        return self.weight == 0
+        return self.weight == 0 if self.unmoved is None else self.unmoved
 
     @property
     def n_eff(self) -> Float[Tensor, " u"]:
-        return self.weight**2 / self.weight_squared
+        return (self.weight**2 / self.weight_squared).masked_fill(self.dead, torch.nan)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -31,16 +31,16 @@ class Theory(NamedTuple):
     mean_share_q: Float[Tensor, " u"]
 
     @classmethod
-    def of(cls, m: Moments, damped: Moments) -> "Theory":
-        s, k = bias_shift_correction(damped)
-        living = torch.where(m.alive, 1.0, torch.nan)
+    def of(cls, m: Moments, damped: Moments, dead: Bool[Tensor, " u"]) -> "Theory":
+        living = torch.where(dead, torch.nan, 1.0)
+        s, k = (x * living for x in bias_shift_correction(damped))
         return cls(
-            c=m.c,
+            c=m.c.masked_fill(dead, 0.0),
             mean_q=m.mu_q * living[:, None],
             s=s,
             k=k,
             corrected_mean=corrected_mean(m, k),
-            damping_share=damping_share(damped),
+            damping_share=damping_share(damped) * living,
             residual=damped.residual,
             converged=damped.residual <= damped.tolerance,
             mean_share_q=m.mu_q_squared / (m.mu_q_squared + m.trace_Var_q) * living,
@@ -78,9 +78,10 @@ def theory(block: Block, damping: float, gradient: Gradient | None) -> Found:
                 angles = Angles.unknown(m.c)
             else:  # first: its factors serve the rest
                 own = gradient.of_units(part)
-                steps.append(unit_steps(damped, own))
+                steps.append(unit_steps(damped, own, block.unmoved(part)))
                 angles = Angles.of(block.center(part), own, steps[-1])
-            of_part, errors = Theory.of(m, damped), _errors(cases, part, m, damped)
+            of_part = Theory.of(m, damped, cases.dead[part])
+            errors = _errors(cases, part, m, damped)
             parts.append({**of_part._asdict(), **errors._asdict(), **angles._asdict()})
         except SingularFisherError as error:
             raise block.named(error, part) from None
