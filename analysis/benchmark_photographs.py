@@ -8,11 +8,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import torch
+from benchmark_memory import forget_peak, peak_now
 from benchmark_results import Result
 from benchmark_trainers import Config, opened, rated
 from PIL import Image
@@ -21,6 +23,8 @@ from unitfisher.experiments.images import Batch
 from unitfisher.experiments.photographs import PhotographSets, load_photographs
 from unitfisher.experiments.presets import PRESETS
 from unitfisher.experiments.streams import Stream
+from unitfisher.experiments.trainer import Trainer
+from unitfisher.experiments.watching import Moment
 
 MADE_UP, SIZE = 128, (500, 375)  # as large as ImageNet's are on average, about
 AHEAD, BATCHES = 6, 6  # read before the clock starts: what workers had in store; and timed
@@ -114,7 +118,7 @@ def made_up(folder: Path) -> Path:
 
 
 def of_photographs(config: Config) -> list[Result]:
-    """Images a second: of loaders, of the network alone, and of both."""
+    """Images a second: of loaders, of the network alone, and of both; and memory."""
     results, case = [], f"{config.crop}×{config.crop}, n = {config.batch}"
     with tempfile.TemporaryDirectory() as made:
         root = config.photographs or made_up(Path(made))
@@ -135,7 +139,6 @@ def of_photographs(config: Config) -> list[Result]:
             weight_variance=1.0 if config.network == "imagenet15" else None,
             activations=("elu",),
             batch_size=config.batch,
-            probe=2,
         )
         with opened(preset, sets, config, workers=2) as trainer:
             together = sustained(iter(trainer.step, object()), config.batch, config.rounds)
@@ -143,7 +146,29 @@ def of_photographs(config: Config) -> list[Result]:
             # the same batch again and again, so that nothing is read
             trainer.source.next = lambda: Batch(x, y)  # type: ignore[method-assign]
             alone = sustained(iter(trainer.step, object()), config.batch, config.rounds)
+            step, measurement = taken(trainer.step), of_measurement(trainer)
     for name, rates in {"alone": alone, "read by 2 workers": together}.items():
         key = f"photographs/{name.split()[0]}"
         results.append(rated(key, f"training of {config.network}, {name}", case, rates, "images/s"))
+    probed = f"{config.crop}×{config.crop}, n = {preset.probe}"
+    for name, on, size in (("a training step", case, step), ("a measurement", probed, measurement)):
+        key, title = f"photographs/{name.split()[-1]}", f"memory of {name} of {config.network}"
+        results.append(Result(key, title, on, None, None, "GiB", "", size / 2**30))
     return results
+
+
+def taken(run: Callable[[], object]) -> int:
+    """Bytes that a second call takes beyond what is held: the first one prepares."""
+    run()
+    forget_peak()
+    before = peak_now()
+    run()
+    return peak_now() - before
+
+
+def of_measurement(trainer: Trainer) -> int:
+    """The same of what the Monitor does with the probe set, evaluations included."""
+    trainer.ensemble.eval()
+    watch = trainer.watches.each[-1]
+    moment = Moment(0, sorted(watch.measured)[1], 0.0, 0.0)
+    return taken(partial(watch.record, moment, 1.0))

@@ -37,7 +37,8 @@ def retain_freed() -> None:
     """Let the process keep the memory that a measurement frees, for the next one.
 
     glibc hands it back to the system, to be mapped and cleared anew each time, unless it has seen
-    larger blocks freed (mallopt(3), M_MMAP_THRESHOLD): this one nobody touches.
+    larger blocks freed (mallopt(3), M_MMAP_THRESHOLD): this one nobody touches. A process that
+    only trains may go further: `experiments.allocation`.
     """
     torch.empty(HEEDED, dtype=torch.uint8)
 

@@ -98,7 +98,7 @@ class Watch:
         """
         x, y = self.probe
         start = time.perf_counter()
-        with capture(self.monitor.layers) as seen:  # one pass gives both
+        with capture(self.monitor.layers, look=False) as seen:  # one pass gives both
             at_probe = evaluate(self.model, [(x, y)], self.task)
         then = {"epoch": when.epoch, "iteration": when.iteration}
         record_activations(self.run, then, seen.means())
