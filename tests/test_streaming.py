@@ -74,6 +74,17 @@ def gradient() -> tuple[Tensor, Tensor]:
     return g[:, :6], g[:, 6]
 
 
+def test_a_unit_that_is_dead_in_one_batch_only_is_alive():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(9, 3)).double()
+    model[0].weight.data[0], model[0].bias.data[0] = 1.0, 0.0
+    x = torch.rand(12, 1, 4).double()
+    monitor = Monitor(model, sharing="joint")
+    assert monitor.measure(-x)["0"].dead[0]
+    assert not monitor.measure([-x, x])["0"].dead[0]
+    assert not monitor.measure([x, -x])["0"].dead[0]
+
+
 def test_activations_far_from_zero_keep_their_digits():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(5, CLASSES)), torch.randn(400, 5) + 1000

@@ -40,6 +40,26 @@ def convolutional() -> tuple[nn.Module, torch.Tensor]:
     return net, torch.randn(20, 2, 5, 5)
 
 
+class Own(nn.Linear):
+    """A layer with a forward of its own, that is looked at where errors are measured."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.usefixtures("by_torch")
+def test_averages_need_no_look_at_a_forward_of_ones_own():
+    model, x = nn.Sequential(Own(6, 8), nn.ELU(), nn.Linear(8, 3)), torch.randn(20, 6)
+    monitor = Monitor(model, every=lambda step: step > 0, activations=1)
+    with Waits() as waited:
+        model(x)
+    assert waited.count.total() == 0
+    with Waits() as waited:
+        model(x)
+    assert waited.count.total() > 1
+    assert list(monitor.latest) == ["0", "2"]
+
+
 @pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize("make", [mlp, convolutional])
 @pytest.mark.parametrize(
