@@ -34,8 +34,9 @@ def other_form(layer: nn.Module, x: Tensor, y: Tensor) -> str | None:
 
     A layer with a forward of its own may pad, scale or standardise, now or later.
     """
-    kind = next(each for each in type(layer).__mro__ if each in incoming.registry)
-    usual = all(getattr(type(layer), name, None) is getattr(kind, name, None) for name in METHODS)
+    own = type(layer)
+    kind = next(each for each in own.__mro__ if each in incoming.registry)
+    usual = own is kind or all(getattr(own, m, None) is getattr(kind, m, None) for m in METHODS)
     if usual and METHODS.isdisjoint(vars(layer)):
         return None
     weight, x, y = weight_of(layer), x.detach(), y.detach()
