@@ -63,7 +63,8 @@ def fishers(cases: UnitCases, damping: float) -> np.ndarray:
 def test_every_route_gives_what_the_dense_fisher_gives(of):
     held = Condensed(of.cases, of.route)
     ((_, m, damped),) = held.damped_parts(of.damping)
-    found, steps = Theory.of(m, damped), unit_steps(damped, Gradient(of.g[:, :D], of.g[:, D]))
+    found = Theory.of(m, damped, of.cases.dead)
+    steps = unit_steps(damped, Gradient(of.g[:, :D], of.g[:, D]))
     assert held.route == of.route
     assert bool(found.converged.all())
     for unit, F in enumerate(fishers(of.cases, of.damping)):
