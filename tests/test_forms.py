@@ -82,10 +82,15 @@ def test_a_layer_that_is_no_product_of_weight_and_input_is_left_out_by_name(make
 
 def scaled_conv1d() -> nn.Module:
     """A class of one's own under another that has joined."""
-    kind = type("Rows", (nn.Module,), {"forward": lambda self, x: x @ self.weight.T + self.bias})
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias + 0 * self.further
+
+    kind = type("Rows", (nn.Module,), {"forward": forward})
     join([kind], _into_linear, _out_of_linear)
     layer = type("Own", (kind,), {"forward": lambda self, x: 3 * kind.forward(self, x)})()
     layer.weight, layer.bias = (nn.Parameter(torch.randn(5, *d)) for d in ([5], []))
+    layer.further = nn.Parameter(torch.ones(()))
     return layer
 
 

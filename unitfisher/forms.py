@@ -57,8 +57,10 @@ def _product(kind: Any, layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
     """What a layer of this kind returns that has nothing of its own but weight and bias."""
     bare, bias = kind.__new__(kind), cast(Tensor | None, layer.bias)
     vars(bare).update({name: x for name, x in vars(layer).items() if name not in METHODS})
-    bare._parameters = {"weight": weight, "bias": None if bias is None else bias.detach()}
-    product: Tensor = kind.forward(bare, x)
+    given = {"weight": weight, "bias": None if bias is None else bias.detach()}
+    bare._parameters = {**layer._parameters, **given}
+    with torch.no_grad():
+        product: Tensor = kind.forward(bare, x)
     return product
 
 
