@@ -21,8 +21,9 @@ from unitfisher.errors import Estimator
 from unitfisher.layers import select
 from unitfisher.likelihoods import likelihood_of
 from unitfisher.observer import Observer
-from unitfisher.passes import Chance, device_of
+from unitfisher.passes import Chance
 from unitfisher.precision import exactly
+from unitfisher.untouched import device_of
 
 
 def idle_hooks(at: Setting) -> Run:

@@ -40,11 +40,17 @@ def linear_layers(draw, leading: st.SearchStrategy) -> Case:
 
 
 @st.composite
-def convolutions(draw, axes: int) -> Case:
+def geometries(draw, axes: int) -> tuple[tuple[int, ...], ...]:
+    """Draw kernel, dilation, stride and a size, a small number for each axis."""
     few = 2 if axes == 3 else 3
     per_axis = st.lists(st.integers(1, few), min_size=axes, max_size=axes).map(tuple)
-    kernel, dilation, stride, margin = (draw(per_axis) for _ in range(4))
-    dilation = tuple(min(rate, 2) for rate in dilation)
+    kernel, dilation, stride, size = (draw(per_axis) for _ in range(4))
+    return kernel, tuple(min(rate, 2) for rate in dilation), stride, size
+
+
+@st.composite
+def convolutions(draw, axes: int) -> Case:
+    kernel, dilation, stride, margin = draw(geometries(axes))
     size = [r * (k - 1) + m for r, k, m in zip(dilation, kernel, margin, strict=True)]
     padding = draw(st.sampled_from(["same", "valid", "numbers"]))
     if padding == "same":
@@ -62,10 +68,7 @@ def convolutions(draw, axes: int) -> Case:
 
 @st.composite
 def transposed(draw, axes: int) -> Case:
-    few = 2 if axes == 3 else 3
-    per_axis = st.lists(st.integers(1, few), min_size=axes, max_size=axes).map(tuple)
-    kernel, dilation, stride, size = (draw(per_axis) for _ in range(4))
-    dilation = tuple(min(rate, 2) for rate in dilation)
+    kernel, dilation, stride, size = draw(geometries(axes))
     spans = zip(kernel, dilation, strict=True)
     padding = tuple(draw(st.integers(0, rate * (taps - 1) // 2)) for taps, rate in spans)
     steps = zip(stride, dilation, strict=True)

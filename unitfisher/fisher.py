@@ -14,9 +14,10 @@ from unitfisher.layers import Layers, match
 from unitfisher.likelihoods import Likelihood, likelihood_of
 from unitfisher.memory import workspace
 from unitfisher.observer import Observer, observe_now, require_finite
-from unitfisher.passes import Chance, Pick, device_of
+from unitfisher.passes import Chance, Pick
 from unitfisher.per_sample import unit_fisher_per_sample
 from unitfisher.precision import exactly
+from unitfisher.untouched import device_of
 
 
 def unit_fisher(

@@ -19,12 +19,12 @@ from unitfisher.observer import (
     require_finite,
 )
 from unitfisher.options import Options
-from unitfisher.passes import device_of, kept
 from unitfisher.plan import Plan, Planner
 from unitfisher.precision import exactly
 from unitfisher.reach import EmptyBatchError, UnseenLayersError
 from unitfisher.statistics import bytes_of
 from unitfisher.streaming import observe_all
+from unitfisher.untouched import device_of, kept
 from unitfisher.window import Window
 
 

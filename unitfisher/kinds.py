@@ -9,6 +9,7 @@ inputs of a unit in the order of its row of the weight, flattened; those of a co
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial, singledispatch
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from unitfisher.patches import Patches, Received
+from unitfisher.untouched import undisturbed
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -169,17 +171,8 @@ def weight_of(layer: nn.Module) -> Tensor:
     given = {**vars(layer), **layer._parameters}.get("weight")  # pruned ones are attributes
     if given is not None:
         return given.detach()
-    modes = [(module, module.training) for module in layer.modules()]
-    device = next(layer.parameters()).device
-    try:
-        for module, _ in modes:
-            module.training = False  # or spectral normalisation would go a step on
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            weight: Tensor = layer.weight.detach()  # type: ignore[operator]
-        return weight
-    finally:
-        for module, training in modes:
-            module.training = training
+    with undisturbed(layer), torch.no_grad():  # or spectral normalisation would go a step on
+        return cast(Tensor, layer.weight).detach()
 
 
 def supported(layer: nn.Module) -> bool:

@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_map_only
 from unitfisher.cases import UnitCases
 from unitfisher.memory import within
 from unitfisher.observer import Observation, Observer, observe_now
-from unitfisher.passes import Chance, device_of
+from unitfisher.passes import Chance
 from unitfisher.plan import MemoryBudgetError, Planner
 from unitfisher.precision import exactly
 from unitfisher.reach import NothingObservedError
+from unitfisher.untouched import device_of
 
 SAME = 1e-5  # relative, of sums over a batch that a device may add up in another order
 WAYS_OUT = "observe fewer units (units=...), leave layers out (layers=...), allow more \

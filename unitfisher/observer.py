@@ -33,10 +33,11 @@ from unitfisher.likelihoods import Classes, Output
 from unitfisher.memory import AMPLE, within
 from unitfisher.observed import Folding, Observed
 from unitfisher.outputs import UnitMeans
-from unitfisher.passes import Chance, Pick, arguments, eagerly, pick_output, undisturbed
+from unitfisher.passes import Chance, Pick, arguments, eagerly, pick_output
 from unitfisher.plan import Planner
 from unitfisher.reach import EmptyBatchError, UnseenLayersError, edges, told
 from unitfisher.shapes import shapes_of
+from unitfisher.untouched import undisturbed
 
 
 class NonFiniteError(FloatingPointError):

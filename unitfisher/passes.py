@@ -1,8 +1,8 @@
-"""One forward pass of the user's model: its arguments, its output, and leaving no trace."""
+"""One forward pass of the user's model: its arguments and its output."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from unitfisher.capture import capture
 from unitfisher.layers import Layers, select
 from unitfisher.likelihoods import OutputError
 from unitfisher.outputs import UnitMeans
+from unitfisher.untouched import undisturbed
 
 Pick = None | int | str | Callable[[Any], Tensor]
 
@@ -74,51 +75,10 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode; at the end restore modes, buffers and random states.
-
-    Flags are set one by one: a model's own ``train`` may do more than change them.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with kept(model):
-            for module, _ in modes:
-                module.training = False
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def eagerly() -> AbstractContextManager[Any]:
     """Run what was compiled as it was written, so that its layers' hooks are called."""
     compiling = "torch._dynamo" in sys.modules  # else nothing is compiled, and it is slow to import
     return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
-
-
-@contextmanager
-def kept(model: nn.Module) -> Iterator[None]:
-    """Restore buffers and random states at the end, whatever a forward pass does to them.
-
-    Sending errors back may run forward passes too: those of checkpointed segments.
-    """
-    owned = [(module, dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers() if not _overlaps(buffer)]
-    device = device_of(model)
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        for module, buffers in owned:
-            module._buffers.update(buffers)
-        for buffer, value in values:
-            buffer.data.copy_(value)  # .data: batch norm and we change it without a new version
-
-
-def _overlaps(buffer: Tensor) -> bool:
-    """Say whether several numbers share a place (``expand``): nothing can be written to these."""
-    return buffer.layout is torch.strided and torch._debug_has_internal_overlap(buffer) == 1
 
 
 def pick_output(result: Any, pick: Pick) -> Tensor:
@@ -184,7 +144,3 @@ def _entries(result: Any) -> dict[Any, Any]:
 def _contents(result: Any) -> str:
     entries = _entries(result)
     return "with " + ", ".join(map(repr, entries)) if entries else "without entries"
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -17,8 +17,9 @@ from torch.func import functional_call, vjp, vmap
 from unitfisher.errors import Estimator, columns
 from unitfisher.kinds import LayerSelectionError
 from unitfisher.likelihoods import Likelihood, OutputError, Residual, likelihood_of
-from unitfisher.passes import Chance, Pick, arguments, pick_output, undisturbed
+from unitfisher.passes import Chance, Pick, arguments, pick_output
 from unitfisher.sums import UnitMoments
+from unitfisher.untouched import undisturbed
 
 TOGETHER = 16  # columns drawn at a time
 Given = tuple[tuple[Tensor, ...], dict[str, Tensor]]  # a forward's arguments

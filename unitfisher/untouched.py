@@ -1,0 +1,52 @@
+"""Whatever is run of a model, its modes, buffers and the random states are as they were."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode; at the end restore modes, buffers and random states.
+
+    Flags are set one by one: a model's own ``train`` may do more than change them.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with kept(model):
+            for module, _ in modes:
+                module.training = False
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """Restore buffers and random states at the end, whatever a forward pass does to them.
+
+    Sending errors back may run forward passes too: those of checkpointed segments.
+    """
+    owned = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers() if not _overlaps(buffer)]
+    device = device_of(model)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module, buffers in owned:
+            module._buffers.update(buffers)
+        for buffer, value in values:
+            buffer.data.copy_(value)  # .data: batch norm and we change it without a new version
+
+
+def _overlaps(buffer: Tensor) -> bool:
+    """Say whether several numbers share a place (``expand``): nothing can be written to these."""
+    return buffer.layout is torch.strided and torch._debug_has_internal_overlap(buffer) == 1
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
