@@ -93,7 +93,7 @@ def dot(x: Float[Tensor, "*u d"], y: Float[Tensor, "*v d"]) -> Float[Tensor, "*w
 
 
 def squared(x: Float[Tensor, "*u d"]) -> Float[Tensor, "*u"]:
-    """‖x‖², without a copy of x."""
+    """‖x‖², without a copy of x; its second derivative at zero is NaN, where that of `dot` is 2."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
     return norm**2
 
