@@ -17,7 +17,7 @@ import torch
 PLAIN = "plain"
 DISTURBED = 1.5  # times the median of the plain step; and quartiles further apart than that
 BUSY = 0.1  # cores: less than that is quiet
-TURN = 0.01  # seconds: faster candidates are repeated within their turn
+TURN = 0.03  # seconds: faster candidates are called once before their turn, and repeated within it
 
 Clock = Callable[[], float]
 Seconds = dict[str, list[float]]  # per candidate, one entry a round

@@ -77,7 +77,10 @@ def test_model_without_a_supported_layer_is_refused_with_what_it_has(model, mess
         select(model, None)
 
 
-def test_attention_reads_its_output_weight_directly_so_that_layer_is_not_supported():
+def test_the_module_that_holds_an_attentions_output_weight_is_not_the_layer_that_is_observed():
     attention = nn.MultiheadAttention(4, 2)
+    found = dict(parametric(attention))
+    assert [*found] == ["in_proj", "out_proj"]
     assert not supported(attention.out_proj)
-    assert [name for name, _ in parametric(attention)] == ["", "out_proj"]
+    assert supported(found["out_proj"])
+    assert found["out_proj"].weight is attention.out_proj.weight

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from unitfisher.attention import Projection
 from unitfisher.kinds import LayerSelectionError, weight_shape
 from unitfisher.layers import PER_SAMPLE, UncoveredLayersWarning, parametric
 from unitfisher.live import STANDING
@@ -54,8 +55,8 @@ def sample_units(
 
 def require_unobserved(chosen: Mapping[str, nn.Module]) -> None:
     """Refuse layers that another Monitor observes, whichever module that one stands on."""
-    observed = {id(layer) for live in STANDING for layer in live.layers.values()}
-    twice = [name for name, layer in chosen.items() if id(layer) in observed]
+    observed = {layer for live in STANDING for layer in live.layers.values()}
+    twice = [name for name, layer in chosen.items() if layer in observed]
     if twice:
         raise LayerSelectionError(
             f"layers {', '.join(map(repr, twice))} are observed by a Monitor already: "
@@ -94,6 +95,7 @@ def name_tied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
 
 
 def _kind(layer: nn.Module) -> str:
+    layer = layer.attention if isinstance(layer, Projection) else layer
     return ("nn." if type(layer).__module__.startswith("torch.nn") else "") + type(layer).__name__
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from unitfisher.attention import Projection, Watch
 from unitfisher.calls import Call, Seen, Unfit, version_of
 from unitfisher.following import Follow
 from unitfisher.forms import SHAPELESS, other_form, shapeless
@@ -51,12 +52,37 @@ def capture(
         )
         for name, layer in layers.items()
     ]
+    watches = _watches(layers, seen, following)
+    for watch in watches:
+        attention = watch.attention
+        handles += [
+            attention.register_forward_pre_hook(Hook(watch.begin)),
+            attention.register_forward_hook(Hook(watch.end), always_call=True),
+        ]
     try:
         with following or nullcontext():
             yield seen
     finally:
         for handle in handles:
             handle.remove()
+        for watch in watches:
+            watch.end()  # where the pass was interrupted
+
+
+def _watches(layers: Mapping[str, nn.Module], seen: Seen, following: Follow | None) -> list[Watch]:
+    """Watch the attentions whose products are among the layers."""
+
+    def note(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        _note(name, seen, following, False, layer, (x,), {}, y)
+
+    def refuse(name: str, why: str) -> None:
+        seen.unfit[name] = Unfit("MultiheadAttention", why)
+
+    of_attention: dict[nn.Module, dict[str, Projection]] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, Projection):
+            of_attention.setdefault(layer.attention, {})[name] = layer
+    return [Watch(projections, note, refuse) for projections in of_attention.values()]
 
 
 def _note(

@@ -176,10 +176,9 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 
 def supported(layer: nn.Module) -> bool:
-    """Say whether the layer has a canonical form.
+    """Say whether the layer has a canonical form, and is called.
 
-    The output projection inside ``nn.MultiheadAttention`` looks like a linear layer but is never
-    called: attention reads its weight directly.
+    The module ``out_proj`` inside ``nn.MultiheadAttention`` is not: see `attention.Projection`.
     """
     _join_gpt2()
     kind = incoming.dispatch(type(layer))

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from unitfisher.attention import Projection, in_products, named_layers
 from unitfisher.kinds import LayerSelectionError, supported
 
 Selection = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -19,7 +20,7 @@ class UncoveredLayersWarning(UserWarning):
 
 def parametric(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that own trainable parameters, by their ``named_modules()`` name."""
-    for name, module in model.named_modules():
+    for name, module in named_layers(model):
         if any(p.requires_grad for p in _owned(module)):
             yield name, module
 
@@ -73,7 +74,7 @@ def match(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     chosen = {}
     for choice in choices:
         chosen |= _matching(model, choice)
-    return {name: m for name, m in model.named_modules() if name in chosen}
+    return {name: m for name, m in named_layers(model) if name in chosen}
 
 
 def _require_real_weights(name: str, layer: nn.Module) -> None:
@@ -107,11 +108,11 @@ def _matching(model: nn.Module, choice: Selection) -> dict[str, nn.Module]:
             f"layers must be a name pattern, a module type or a predicate (name, module) -> bool, "
             f"or a list of these, got {choice!r}"
         )
-    modules = {n: m for n, m in model.named_modules() if any(True for _ in _owned(m))}
+    modules = {n: m for n, m in named_layers(model) if any(True for _ in _owned(m))}
     if isinstance(choice, str):
         found = {n: m for n, m in modules.items() if fnmatchcase(n, choice)}
     elif isinstance(choice, type):
-        found = {n: m for n, m in modules.items() if isinstance(m, choice)}
+        found = {n: m for n, m in modules.items() if isinstance(m, choice) or _inside(m, choice)}
     else:
         found = {n: m for n, m in modules.items() if choice(n, m)}
     if not found:
@@ -122,13 +123,21 @@ def _matching(model: nn.Module, choice: Selection) -> dict[str, nn.Module]:
 
 
 def _owned(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield a module's own parameters; those that its weight is computed from are its, too."""
+    """Yield a module's own parameters; those that its weight is computed from are its, too.
+
+    Of an attention those that are in none of its products.
+    """
     if isinstance(module, ParametrizationList):
         return
-    yield from module.parameters(recurse=False)
+    elsewhere = in_products(module) if isinstance(module, nn.MultiheadAttention) else ()
+    yield from (p for p in module.parameters(recurse=False) if p not in elsewhere)
     if is_parametrized(module):
         assert isinstance(module.parametrizations, nn.ModuleDict)
         yield from module.parametrizations.parameters()
+
+
+def _inside(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return isinstance(module, Projection) and isinstance(module.attention, kind)
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:

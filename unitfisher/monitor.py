@@ -75,7 +75,8 @@ class Monitor:
     Args:
         model: Any module. A wrapper of one module (DataParallel, DDP) is seen through.
         layers: Pattern(s) on ``named_modules()`` names, module type(s) or a predicate
-            ``(name, module) -> bool``; None: every trainable layer of a supported kind.
+            ``(name, module) -> bool``; None: every trainable layer of a supported kind. In an
+            ``nn.MultiheadAttention`` these are ``name.in_proj`` and ``name.out_proj``.
         likelihood: "categorical", "bernoulli", "gaussian" or a Likelihood object, for example
             ``Gaussian(variance=0.5)``.
         fisher: "exact", "mc" (drawn labels), "rademacher" (random signs), "top-rademacher" (the

@@ -75,9 +75,17 @@ def finish(figure: Figure, handles: Sequence[Artist], conditions: str) -> Figure
     if handles:
         look: dict[str, Any] = {"columnspacing": 1.3, "frameon": False}
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), **look)
-    foot = textwrap.fill(conditions, int(21 * figure.get_figwidth()))  # characters to the inch
+    foot = _evenly(conditions, int(21 * figure.get_figwidth()))  # characters to the inch
     figure.supxlabel(foot, fontsize=FOOT, color="0.25")
     return figure
+
+
+def _evenly(text: str, width: int) -> str:
+    """Wrap text into as few lines as the width allows, and about equally long ones."""
+    lines = len(textwrap.wrap(text, width))
+    while lines > 1 and len(textwrap.wrap(text, width - 1)) == lines:
+        width -= 1
+    return textwrap.fill(text, width)
 
 
 def write(figure: Figure, stem: Path) -> list[Path]:
