@@ -1,4 +1,4 @@
-"""Rows that need a process of their own: peaks of memory, and what may take too much of it.
+"""Rows that need a process of their own: peaks of memory, and rows that may need too much of it.
 
     python analysis/benchmark_apart.py ROW DEVICE THREADS EFFORT
 
@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 
 import torch
 from benchmark_measure import take_turns
-from benchmark_memory import forget_peak, limit_memory, peak_now
+from benchmark_memory import limit_memory, taken
 from benchmark_results import Result, counted
 from benchmark_rows import ROWS, Row
 from benchmark_timing import Effort
@@ -35,19 +35,14 @@ def main(key: str, device: str, threads: str, effort: str) -> None:
 
 
 def peak(row: Row, device: str) -> Result:
-    """What the second call takes beyond what is held: the first one loads and prepares."""
+    """Measure how much memory a call needs at its peak, after a first call."""
     with ExitStack() as after:
         row.case.plain(row.case.on(device, after))()
-        run = row.prepare(row.case.on(device, after))
-        run()
-        forget_peak()
-        before = peak_now()
-        result = run()
-        taken = peak_now() - before
+        held, result = taken(row.prepare(row.case.on(device, after)))
     if row.kind == "GiB":
-        return counted(row, taken / 2**30)
+        return counted(row, held / 2**30)
     size = sum(t.nbytes for t in tree_leaves(result) if isinstance(t, torch.Tensor))
-    return counted(row, taken / size, f"of {size / 2**20:.0f} MiB")
+    return counted(row, held / size, f"of {size / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":

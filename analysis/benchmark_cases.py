@@ -38,7 +38,7 @@ class Case(NamedTuple):
     plain: Callable[[Setting], Run]
 
     def on(self, device: str, after: ExitStack) -> Setting:
-        """Make it anew on that device."""
+        """Make a fresh network and batch on that device."""
         model, x, y = self.make()
         moved = x.to(device).detach().requires_grad_(x.requires_grad)
         return Setting(model.to(device), moved, y.to(device), after)
@@ -59,7 +59,7 @@ def training_step(at: Setting) -> Tensor:
 
 
 def plain_training(at: Setting, steps: int) -> Run:
-    """So many steps with their updates, by a rate that hardly moves the weights."""
+    """Train for ``steps`` steps, at a rate that hardly moves the weights."""
     optimizer = torch.optim.SGD(at.model.parameters(), lr=1e-4)
 
     def run() -> None:
@@ -79,26 +79,26 @@ def mnist_net(n: int) -> Batch:
 
 def conv_net() -> Batch:
     """Three 3×3 convolutions for CIFAR's shape: 3→32, pool, 32→32, pool, 32→64, pool, linear."""
-    with seeded():
+    with fixed_seed():
         model = nn.Sequential(
-            *(nn.Conv2d(3, 32, 3, padding=1), nn.ELU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(32, 32, 3, padding=1), nn.ELU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(32, 64, 3, padding=1), nn.ELU(), nn.MaxPool2d(2)),
-            *(nn.Flatten(), nn.Linear(64 * 4 * 4, CLASSES)),
-        )
+            nn.Conv2d(3, 32, 3, padding=1), nn.ELU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 32, 3, padding=1), nn.ELU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ELU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(64 * 4 * 4, CLASSES),
+        )  # fmt: skip
         return model, torch.rand(64, 3, 32, 32), labels(64)
 
 
 def wide_layer() -> Batch:
-    """Linear 4096→4096 under a small readout; its step includes the error sent further down."""
-    with seeded():
+    """Linear 4096→4096 under a small readout; the step includes the gradient of its input."""
+    with fixed_seed():
         model = nn.Sequential(nn.Linear(4096, 4096), nn.ELU(), nn.Linear(4096, CLASSES))
         return model, torch.randn(256, 4096).requires_grad_(), labels(256)
 
 
 def deep_convolution() -> Batch:
     """Convolution 768→768, 3×3, on 14×14 positions, under a small readout."""
-    with seeded():
+    with fixed_seed():
         head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(768, CLASSES)
         model = nn.Sequential(nn.Conv2d(768, 768, 3, padding=1), nn.ELU(), *head)
         return model, torch.randn(8, 768, 14, 14).requires_grad_(), labels(8)
@@ -109,8 +109,8 @@ def labels(n: int, classes: int = CLASSES) -> Tensor:
 
 
 @contextmanager
-def seeded() -> Iterator[None]:
-    """Layers draw from the global generator: from 0 here, and as it was afterwards."""
+def fixed_seed() -> Iterator[None]:
+    """Seed the global generator, which layers draw from, with 0; restore it afterwards."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         yield

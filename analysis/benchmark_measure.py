@@ -19,8 +19,8 @@ from benchmark_rows import Row
 from benchmark_scaling import growth
 from benchmark_timing import PLAIN, Candidate, Effort, compare, faster, interleave
 
-BANDS = (0, 5, 50, float("inf"))  # plain steps: rows of like duration take turns
-BLOCKS = 40  # of a long training
+BANDS = (0, 5, 50, float("inf"))  # in plain steps: only rows of similar duration take turns
+BLOCKS = 40  # rounds of a long training
 LIMIT = 120  # seconds for a process
 
 
@@ -38,7 +38,7 @@ def measure_all(rows: Sequence[Row], device: str, effort: Effort) -> Iterator[li
 
 
 def take_turns(rows: Sequence[Row], device: str, effort: Effort) -> list[Result]:
-    """Measure rows of one case, those of like duration together."""
+    """Measure the rows of one case, those of similar duration together."""
     named = {row.key: row for row in rows}
     results: list[Result] = []
     with ExitStack() as after:
@@ -70,7 +70,7 @@ def contest(row: Row, device: str, effort: Effort) -> list[Result]:
 
 
 def total(row: Row, device: str, effort: Effort) -> list[Result]:
-    """Compare whole training times: what is measured falls into few of the rounds."""
+    """Compare means, not medians: only few of the rounds contain a measurement."""
     if effort.most >= BLOCKS:
         effort = replace(effort, least=BLOCKS, most=BLOCKS)
     with ExitStack() as after:
@@ -82,7 +82,7 @@ def total(row: Row, device: str, effort: Effort) -> list[Result]:
 def prepare(
     case: Case, rows: Sequence[Row], device: str, after: ExitStack
 ) -> tuple[dict[str, Candidate], dict[str, str]]:
-    """Call each twice, the plain step first; what fails of other libraries is named."""
+    """Warm up the plain step and every row; errors of other libraries are returned by row."""
     errors: dict[str, str] = {}
     if any(row.peer for row in rows):
         hush()

@@ -5,6 +5,7 @@ import gc
 import re
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ def peak_now() -> int:
 
 
 def forget_peak() -> None:
-    """Let the peak be what is held now, with what was freed given back."""
+    """Return freed memory to the system, and reset the peak to what is held now."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
@@ -33,8 +34,20 @@ def forget_peak() -> None:
         CLEAR.write_text("5")
 
 
+def taken(run: Callable[[], object]) -> tuple[int, object]:
+    """Call it twice; return the bytes that the second call needs beyond those held, and its result.
+
+    The first call loads and prepares.
+    """
+    run()
+    forget_peak()
+    before = peak_now()
+    result = run()
+    return peak_now() - before, result
+
+
 def limit_memory(ceiling: int) -> None:
-    """Refuse this process more memory than that, where the system can."""
+    """Limit this process to ``ceiling`` bytes, where the system can."""
     if sys.platform == "linux":
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (ceiling, hard))

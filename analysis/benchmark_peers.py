@@ -1,4 +1,4 @@
-"""The same from other libraries, each by its own public interface; none of them is needed.
+"""The same quantities by other libraries, through their public interfaces; all are optional.
 
     uv pip install -c constraints.txt -e ".[analysis,peers]"
 
@@ -22,13 +22,18 @@ from torch.func import functional_call, grad, vmap
 
 DAMPING = 1e-3
 DISTRIBUTIONS = (
-    *("asdfghjkl", "backpack-for-pytorch", "opacus", "curvlinops-for-pytorch", "kfac-pytorch"),
-    *("cockpit-for-pytorch", "delve"),
+    "asdfghjkl",
+    "backpack-for-pytorch",
+    "opacus",
+    "curvlinops-for-pytorch",
+    "kfac-pytorch",
+    "cockpit-for-pytorch",
+    "delve",
 )
 
 
 def hush() -> None:
-    """Keep the notes that other libraries write, and torch about them, out of the table."""
+    """Silence warnings of other libraries, and those of torch that they cause."""
     for module in ("benchmark_peers", "torch.nn", "torch.jit", "torch.autograd", "backpack"):
         warnings.filterwarnings("ignore", module=module)
     logging.getLogger("delve").setLevel(logging.ERROR)

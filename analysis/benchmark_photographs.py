@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import torch
-from benchmark_memory import forget_peak, peak_now
+from benchmark_memory import taken
 from benchmark_results import Result
 from benchmark_trainers import Config, opened, rated
 from PIL import Image
@@ -26,8 +26,9 @@ from unitfisher.experiments.streams import Stream
 from unitfisher.experiments.trainer import Trainer
 from unitfisher.experiments.watching import Moment
 
-MADE_UP, SIZE = 128, (500, 375)  # as large as ImageNet's are on average, about
-AHEAD, BATCHES = 6, 6  # read before the clock starts: what workers had in store; and timed
+MADE_UP, SIZE = 128, (500, 375)  # about the average size in ImageNet
+AHEAD = 6  # batches read before the clock starts, to use up what workers have prefetched
+BATCHES = 6  # timed in one round
 
 
 class Album(NamedTuple):
@@ -39,7 +40,7 @@ class Album(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """A way to read them: without end."""
+    """A way to read photographs, as an endless iterator of batches."""
 
     title: str
     batches: Callable[[Album], Iterator[object]]
@@ -92,7 +93,7 @@ READERS: Final = MappingProxyType(
 
 
 def sustained(batches: Iterator[object], size: int, rounds: int) -> list[float]:
-    """Images a second, round by round, after what was in store is used up."""
+    """Images per second, round by round, once prefetched batches are used up."""
     for _ in range(AHEAD):
         next(batches)
     rates = []
@@ -118,7 +119,7 @@ def made_up(folder: Path) -> Path:
 
 
 def of_photographs(config: Config) -> list[Result]:
-    """Images a second: of loaders, of the network alone, and of both; and memory."""
+    """Images per second of loaders, of the network alone and of both; and memory."""
     results, case = [], f"{config.crop}×{config.crop}, n = {config.batch}"
     with tempfile.TemporaryDirectory() as made:
         root = config.photographs or made_up(Path(made))
@@ -146,7 +147,7 @@ def of_photographs(config: Config) -> list[Result]:
             # the same batch again and again, so that nothing is read
             trainer.source.next = lambda: Batch(x, y)  # type: ignore[method-assign]
             alone = sustained(iter(trainer.step, object()), config.batch, config.rounds)
-            step, measurement = taken(trainer.step), of_measurement(trainer)
+            (step, _), measurement = taken(trainer.step), of_measurement(trainer)
     for name, rates in {"alone": alone, "read by 2 workers": together}.items():
         key = f"photographs/{name.split()[0]}"
         results.append(rated(key, f"training of {config.network}, {name}", case, rates, "images/s"))
@@ -157,18 +158,10 @@ def of_photographs(config: Config) -> list[Result]:
     return results
 
 
-def taken(run: Callable[[], object]) -> int:
-    """Bytes that a second call takes beyond what is held: the first one prepares."""
-    run()
-    forget_peak()
-    before = peak_now()
-    run()
-    return peak_now() - before
-
-
 def of_measurement(trainer: Trainer) -> int:
-    """The same of what the Monitor does with the probe set, evaluations included."""
+    """Bytes needed to measure on the probe set, evaluations included."""
     trainer.ensemble.eval()
     watch = trainer.watches.each[-1]
     moment = Moment(0, sorted(watch.measured)[1], 0.0, 0.0)
-    return taken(partial(watch.record, moment, 1.0))
+    held, _ = taken(partial(watch.record, moment, 1.0))
+    return held

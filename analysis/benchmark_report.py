@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from unitfisher.experiments.markdown import markdown_table
 from unitfisher.experiments.panels import finish, panels
 from unitfisher.experiments.panels import write as write_figure
 from unitfisher.native import compiled
-from unitfisher.provenance import plain, provenance
+from unitfisher.provenance import plain, provenance, version_of
 
 HEADINGS = (
     "row",
@@ -55,13 +54,13 @@ def save(results: Sequence[Result], folder: Path, config: Any, seconds: float) -
 
 
 def write(
-    results: Sequence[Result], folder: Path, record: Mapping[str, Any], sentence: str
+    results: Sequence[Result], folder: Path, record: Mapping[str, Any], preamble: str
 ) -> None:
-    """Write benchmark.json, and benchmark.md with a sentence on the conditions."""
+    """Write benchmark.json, and benchmark.md with its conditions as a preamble."""
     folder.mkdir(parents=True, exist_ok=True)
     whole = json.dumps({**record, "rows": plain(results)}, indent=2, ensure_ascii=False)
     (folder / "benchmark.json").write_text(f"{whole}\n")
-    (folder / "benchmark.md").write_text(f"{sentence}\n\n{table(results)}")
+    (folder / "benchmark.md").write_text(f"{preamble}\n\n{table(results)}")
 
 
 def conditions(seconds: float) -> dict[str, Any]:
@@ -88,15 +87,8 @@ def sentence(record: Mapping[str, Any], results: Sequence[Result]) -> str:
     )
 
 
-def version_of(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def draw(grown: Sequence[Result], folder: Path, machine: str) -> None:
-    """Time of one measurement over each size, with the fitted exponent."""
+def draw(grown: Sequence[Result], folder: Path, where: str) -> None:
+    """Plot the time of one measurement over each size, with the fitted exponent."""
     if not grown:
         return
     figure, (axes,) = panels(1, len(grown), 1.5, sharey="all")
@@ -114,7 +106,7 @@ def draw(grown: Sequence[Result], folder: Path, machine: str) -> None:
         figure,
         [],
         f"slope: of the least-squares line through log time over log size; {fixed} "
-        f"where not varied; medians; {machine}",
+        f"where not varied; medians; {where}",
     )
     write_figure(figure, folder / "scaling")
 
@@ -141,7 +133,7 @@ def _cells(result: Result) -> tuple[str, ...]:
 
 
 def short(number: float | None) -> str:
-    """Three digits; at least those before the point, and two after it below ten."""
+    """Write three significant digits, or all those before the point if there are more."""
     if number is None:
         return ""
     return f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"

@@ -1,4 +1,4 @@
-"""What a row came to, and how it stands to its bar."""
+"""The result of a row, and its verdict against the bar."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -35,7 +35,7 @@ class Result:
     low: float | None = None  # quartiles
     high: float | None = None
     ms: float | None = None
-    plain_ms: float | None = None  # of what it is compared with
+    plain_ms: float | None = None  # of the plain step, or of the rival
     rounds: int = 0
     discarded: int = 0
     note: str = ""
@@ -48,7 +48,7 @@ def timed(row: Row, ratio: Ratio, note: str = "") -> Result:
 
 
 def compared(names: Names, ratio: Ratio, verdict: Verdict, note: str = "") -> Result:
-    """A line of that ratio, which is no verdict where it was disturbed."""
+    """Make a result from a ratio; a disturbed one gets that as its verdict."""
     return Result(
         *names,
         verdict="disturbed" if ratio.disturbed else verdict,
@@ -64,7 +64,7 @@ def compared(names: Names, ratio: Ratio, verdict: Verdict, note: str = "") -> Re
 
 
 def counted(row: Row, value: float, note: str = "") -> Result:
-    """A row whose value is no time."""
+    """A row whose value is not a time."""
     return Result(*_names(row), verdict=judge(row, value), value=value, note=note)
 
 

@@ -13,14 +13,14 @@ from statistics import linear_regression, median
 from typing import NamedTuple
 
 import torch
-from benchmark_cases import Batch, Case, Run, Setting, labels, plain_step, seeded
+from benchmark_cases import Batch, Case, Run, Setting, fixed_seed, labels, plain_step
 from benchmark_timing import Candidate, Effort, interleave
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one layer in one measurement."""
+    """Sizes of one measurement: samples n, inputs d, units u, classes C, positions P."""
 
     n: int = 128
     d: int = 256
@@ -29,7 +29,7 @@ class Sizes:
     P: int = 1
 
     def floor(self) -> float:
-        """Operations of forward, the exact root's columns, and the cheaper side of the solve."""
+        """Count operations of the forward pass, exact backward columns and the cheaper solve."""
         rows = self.n * self.P
         layer = 2 * rows * self.d * self.u
         samples = rows**2 * self.d + self.u * (rows**3 / 3 + 2 * rows**2) + layer
@@ -50,7 +50,6 @@ VARIED = {
 class Growth(NamedTuple):
     """Times of one measurement at each size, and the exponents."""
 
-    variable: str
     sizes: Sequence[int]
     ms: Sequence[float]
     measured: float
@@ -63,7 +62,7 @@ class MeanOverPositions(nn.Module):
 
 
 def growth(variable: str, prepare: Callable[[Setting], Run], device: str, effort: Effort) -> Growth:
-    """Time what is prepared at each size, by turns."""
+    """Time the measurement at each size, by turns, and fit the exponent."""
     varied = VARIED[variable]
     shapes = [replace(Sizes(), **{variable: size}) for size in varied]
     with ExitStack() as after:
@@ -71,7 +70,7 @@ def growth(variable: str, prepare: Callable[[Setting], Run], device: str, effort
         times = interleave({name: Candidate.warmed(run) for name, run in runs.items()}, effort)
     seconds = [median(times[str(s)]) for s in shapes]
     floor = slope(varied, [s.floor() for s in shapes])
-    return Growth(variable, varied, [1e3 * s for s in seconds], slope(varied, seconds), floor)
+    return Growth(varied, [1e3 * s for s in seconds], slope(varied, seconds), floor)
 
 
 def case_of(sizes: Sizes) -> Case:
@@ -80,7 +79,7 @@ def case_of(sizes: Sizes) -> Case:
 
 def network(sizes: Sizes) -> Batch:
     """The layer that is measured, a mean over its positions, a readout."""
-    with seeded():
+    with fixed_seed():
         layer, readout = nn.Linear(sizes.d, sizes.u), nn.Linear(sizes.u, sizes.C)
         model = nn.Sequential(layer, nn.ELU(), MeanOverPositions(), readout)
         return model, torch.randn(sizes.n, sizes.P, sizes.d), labels(sizes.n, sizes.C)

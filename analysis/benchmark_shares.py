@@ -1,11 +1,11 @@
-"""Rows of what the Monitors take of a whole training's time, from its steps and measurements."""
+"""The share of a whole training's time that its Monitors take, as rows of the table."""
 
 from dataclasses import replace
 from statistics import median
 
 from benchmark_results import Result, judged
 from benchmark_timing import device_clock
-from benchmark_trainers import CIFAR, MNIST, Config, opened, random_data, timed
+from benchmark_trainers import CIFAR, MNIST, Config, opened, random_data, seconds_of
 
 from unitfisher.experiments.presets import PRESETS
 from unitfisher.experiments.watching import Moment, Watch
@@ -14,12 +14,12 @@ BAR = 5.0  # percent
 
 
 def of_shares(config: Config) -> list[Result]:
-    """Share of a whole training's time that the Monitors take, from steps and measurements."""
+    """Measure the Monitors' share of the time of each training asked for."""
     return [of_share(name, config) for name in config.shares]
 
 
 def of_share(name: str, config: Config) -> Result:
-    """Add up what was timed to a whole training, at the preset's schedule."""
+    """Extrapolate timed steps and measurements to a whole training, by the preset's schedule."""
     preset = PRESETS[name]
     images = preset.network != "mlp"
     if images:  # members of convolutional networks take as long as each would alone
@@ -27,7 +27,7 @@ def of_share(name: str, config: Config) -> Result:
     preset = replace(preset, rates=preset.rates[:1])
     data = random_data(CIFAR if images else MNIST, 100 if images else 10).to(config.device)
     with opened(preset, data, config) as t:
-        step = median(timed(t.step, config.rounds))
+        step = median(seconds_of(t.step, config.rounds))
         t.ensemble.eval()
         watch, evaluations = t.watches.each[-1], t.iterations // t.every + 1
         measured = sorted(watch.measured)
@@ -35,7 +35,7 @@ def of_share(name: str, config: Config) -> Result:
         plain_record = [recorded(watch, 1) for _ in range(config.rounds)]
         with_fisher = [recorded(watch, measured[1]) for _ in range(max(2, config.rounds // 2))]
     whole, passes = (median(column) for column in zip(*plain_record, strict=True))
-    fishers = (median(of for _, of in with_fisher) - passes) * len(measured)
+    fishers = (median(seconds for _, seconds in with_fisher) - passes) * len(measured)
     members = len(t.members)
     total = t.iterations * step + members * (evaluations * whole + fishers)
     share = members * (evaluations * passes + fishers) / total
@@ -57,7 +57,7 @@ def of_share(name: str, config: Config) -> Result:
 
 
 def recorded(watch: Watch, iteration: int) -> tuple[float, float]:
-    """Seconds of a record at that step, and the Monitor's of them."""
+    """Record at a step; return the seconds it took, and the Monitor's part of them."""
     start = device_clock()
     of_monitor = watch.record(Moment(0, iteration, 0.0, 0.0), 1.0)
     return device_clock() - start, of_monitor

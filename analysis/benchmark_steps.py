@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from benchmark_results import Result, compared, judged
 from benchmark_timing import PLAIN, Candidate, Effort, faster, interleave
-from benchmark_trainers import CIFAR, MNIST, Config, opened, random_data, rated, timed
+from benchmark_trainers import CIFAR, MNIST, Config, opened, random_data, rated, seconds_of
 from torch import Tensor
 
 from unitfisher.experiments import Dataset, mlp
@@ -52,7 +52,7 @@ def of_cifar(config: Config) -> list[Result]:
     """Iterations a second of the network of 11 layers."""
     preset = replace(PRESETS["cifar100-11"], activations=("elu",), batch_size=config.cifar_batch)
     with opened(preset, random_data(CIFAR, 100).to(config.device), config) as trainer:
-        rates = [1 / t for t in timed(trainer.step, config.rounds)]
+        rates = [1 / t for t in seconds_of(trainer.step, config.rounds)]
     bar = None if config.device == "cpu" else 400.0
     case = f"CIFAR, n = {config.cifar_batch}"
     return [rated("cifar/steps", "training of the 11-net", case, rates, "iterations/s", bar)]

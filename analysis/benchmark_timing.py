@@ -1,8 +1,8 @@
 """Time candidates by turns, and compare them within one run.
 
 On a shared machine absolute times mean little and ratios of separate runs less. So candidates
-take turns, round after round, the one they are compared with among them; a round in which that
-one was slow was disturbed and is thrown away whole.
+take turns, round after round, together with the plain step; a round in which the plain step was
+slow was disturbed, and is discarded.
 """
 
 import time
@@ -15,9 +15,9 @@ from statistics import median, quantiles
 import torch
 
 PLAIN = "plain"
-DISTURBED = 1.5  # times the median of the plain step; and quartiles further apart than that
-BUSY = 0.1  # cores: less than that is quiet
-TURN = 0.03  # seconds: faster candidates are called once before their turn, and repeated within it
+DISTURBED = 1.5  # slow round: × the median plain step; disturbed ratio: upper / lower quartile
+BUSY = 0.1  # cores: at most this is quiet
+TURN = 0.03  # seconds: faster candidates are repeated, after one call that is not timed
 
 Clock = Callable[[], float]
 Seconds = dict[str, list[float]]  # per candidate, one entry a round
@@ -47,25 +47,25 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times longer one candidate takes than another: of medians, and its spread."""
+    """How many times longer one candidate takes than another (by medians), and its spread."""
 
     value: float
     low: float  # quartiles of the rounds' own ratios
     high: float
     ms: float  # of one call
-    of_ms: float  # of what it is compared with
+    of_ms: float  # of one call of the other candidate
     rounds: int
     discarded: int
 
     @property
     def disturbed(self) -> bool:
-        """Whether other work on the machine leaves nothing to conclude."""
+        """Whether other work on the machine makes the ratio meaningless."""
         return 2 * self.discarded > self.rounds or self.high > DISTURBED * self.low
 
 
 @dataclass(frozen=True)
 class Effort:
-    """When to stop: after so many seconds, but between these numbers of rounds."""
+    """When to stop: after ``seconds``, but not before ``least`` nor after ``most`` rounds."""
 
     seconds: float = 12.0
     least: int = 3
@@ -125,7 +125,7 @@ def device_clock() -> float:
 
 
 def await_quiet(patience: float) -> None:
-    """Sleep until nothing else runs on the machine, at most so many seconds."""
+    """Wait until nothing else runs on the machine, for at most ``patience`` seconds."""
     end = time.perf_counter() + patience
     while time.perf_counter() < end and _busy_cores(0.5) > BUSY:
         pass
@@ -162,7 +162,7 @@ def threads_of(number: int | None) -> Iterator[None]:
 def _turn(candidate: Candidate, clock: Clock) -> float:
     with threads_of(candidate.threads):
         if candidate.repeats > 1:
-            candidate.run()  # its weights come back into the cache
+            candidate.run()  # brings its weights back into the cache
         start = clock()
         for _ in range(candidate.repeats):
             candidate.run()

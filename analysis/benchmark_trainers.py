@@ -1,4 +1,4 @@
-"""Trainers to be timed, on what data and with which options, and rates as rows of the table."""
+"""What benchmarks of trainings share: options, made-up data, timing, and rows of rates."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -27,23 +27,23 @@ class Config:
     device: str = "cpu"
     """Where to train, as torch names it."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of products in training."""
+    """Precision of products in training."""
     compile: bool = False
     """Train through torch.compile."""
     seconds: float = 15.0
     """How long the ensemble and its members take turns."""
     rounds: int = 3
-    """Of everything else."""
+    """Rounds of everything else."""
     photographs: Path | None = None
-    """Folder with train and val; default: some that are made up."""
+    """Folder with train and val; default: made-up photographs."""
     network: str = "torchvision:resnet18"
-    """That photographs are shown to; the paper's is imagenet15."""
+    """Network to train on photographs; the paper's is imagenet15."""
     crop: int = 96
-    """Pixels of their height and width that are seen; the paper's are 224."""
+    """Height and width of the photographs' crops, in pixels; the paper's are 224."""
     batch: int = 16
-    """Photographs at a time."""
+    """Photographs in a batch."""
     cifar_batch: int = 100
-    """Images at a time for the network of 11 layers."""
+    """Images in a batch for the network of 11 layers."""
     shares: tuple[str, ...] = ("mnist", "mnist-autoencoder", "cifar100-11")
     """Presets whose Monitors' share of the time is estimated."""
     out: Path | None = None
@@ -80,8 +80,8 @@ def random_data(shape: Sequence[int], classes: int) -> Dataset:
     return Dataset(x, y, x[:10_000], y[:10_000])
 
 
-def timed(run: Callable[[], object], rounds: int) -> list[float]:
-    """Seconds of single calls, after two."""
+def seconds_of(run: Callable[[], object], rounds: int) -> list[float]:
+    """Time single calls, after two that are not timed."""
     run(), run()
     seconds = []
     for _ in range(rounds):

@@ -17,17 +17,17 @@ from benchmark_cases import Run, Setting, plain_training, training_step
 import unitfisher
 from unitfisher.capture import capture
 from unitfisher.chain import Chain
-from unitfisher.errors import Estimator
+from unitfisher.chance import Chance
+from unitfisher.columns import Estimator
 from unitfisher.layers import select
 from unitfisher.likelihoods import likelihood_of
 from unitfisher.observer import Observer
-from unitfisher.passes import Chance
 from unitfisher.precision import exactly
 from unitfisher.untouched import device_of
 
 
 def idle_hooks(at: Setting) -> Run:
-    """A Monitor that is never due."""
+    """A Monitor that never measures."""
     at.after.enter_context(unitfisher.Monitor(at.model, every=lambda step: False))
     return partial(training_step, at)
 
@@ -39,7 +39,7 @@ def activation_statistics(at: Setting) -> Run:
 
 
 def keep(at: Setting) -> Run:
-    """The activations by `capture`, and δ as it passes by in the training backward."""
+    """Keep activations by `capture`, and δ from the training's own backward pass."""
     layers, chain = select(at.model, None), Chain()
 
     def run() -> object:
@@ -100,13 +100,13 @@ def training_observed(at: Setting) -> Run:
 
 
 def training_with_overhead(at: Setting) -> Run:
-    """Training in which the Monitor takes the time that it may."""
+    """Training in which the Monitor uses all of the overhead that it is allowed."""
     recording(at, overhead=0.05)
     return plain_training(at, steps=250)
 
 
 def torch_only(prepare: Callable[[Setting], Run], at: Setting) -> Run:
-    """What is prepared, without the compiled kernel."""
+    """The same without the compiled kernels."""
     run = prepare(at)
 
     def plainly() -> object:

@@ -20,12 +20,7 @@ from jobs import Job, Progress, RunConfig, state
 from tqdm import tqdm
 from workers import run_all
 
-from unitfisher.experiments import (
-    ActivationName,
-    DatasetName,
-    load,
-    scripts,
-)
+from unitfisher.experiments import ActivationName, DatasetName, load, scripts
 from unitfisher.experiments.options import (
     COUNT,
     MEASUREMENTS,
@@ -63,7 +58,7 @@ Ctrl-C keeps what is finished; the same command goes on from there.
 """
 
 
-OF_CONFIG = {
+CONFIG_RANGES = {
     **dict.fromkeys(("epochs", "layers", "probe", "units", "processes"), COUNT),
     **dict.fromkeys(("seeds", "dampings"), NATURAL),
     "measurements": MEASUREMENTS,
@@ -104,7 +99,7 @@ class Config:
     def __post_init__(self) -> None:
         options = asdict(self)
         require_several(options, "activations", "seeds", "dampings")
-        require_ranges(options, OF_CONFIG)
+        require_ranges(options, CONFIG_RANGES)
         require_device(self.device)
 
     @property

@@ -30,10 +30,10 @@ from unitfisher.provenance import device
 from unitfisher.theory import Theory
 
 Run = Callable[[], object]
-GRID = (  # cases and inputs, from where rows are best to where iterations are
-    *((64, 128), (96, 64), (192, 128), (320, 256), (512, 384), (512, 128), (2048, 64)),
-    *((2048, 256), (4096, 576), (8192, 128), (8192, 288)),
-)
+GRID = (  # cases and inputs: first sizes at which rows are fastest, last those for iterations
+    (64, 128), (96, 64), (192, 128), (320, 256), (512, 384), (512, 128), (2048, 64),
+    (2048, 256), (4096, 576), (8192, 128), (8192, 288),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Config:
 def main(config: Config) -> None:
     torch.set_num_threads(1)
     print(f"{device()}, torch {torch.__version__}, time of the processor")
-    effort = Effort(config.seconds, least=3, cpu=True)  # others on the machine do not count
+    effort = Effort(config.seconds, least=3, cpu=True)  # cpu: other work does not count
     if config.rates:
         for engine in ("compiled", "torch"):
             with patch.dict(os.environ, UNITFISHER_NATIVE=str(int(engine == "compiled"))):
                 costs.RATES[engine] = measured_rates(effort)
-            shown = ", ".join(f"{x:.2g}" for x in costs.RATES[engine])
-            print(f'    "{engine}": Rates({shown}),')
+            numbers = ", ".join(f"{x:.2g}" for x in costs.RATES[engine])
+            print(f'    "{engine}": Rates({numbers}),')
     if config.grid:
         for engine in ("compiled", "torch"):
             with patch.dict(os.environ, UNITFISHER_NATIVE=str(int(engine == "compiled"))):
@@ -63,7 +63,7 @@ def main(config: Config) -> None:
 
 
 def measured_rates(effort: Effort) -> Rates:
-    """Time each kernel alone, in shapes as they occur."""
+    """Time each kernel alone, at typical shapes."""
     x, y = torch.randn(512, 512), torch.randn(512, 512)
     big = torch.randn(2**22)
     runs: dict[str, Run] = {
@@ -72,7 +72,7 @@ def measured_rates(effort: Effort) -> Rates:
         "moved": partial(torch.add, big, 1.0),
         "call": partial(torch.add, torch.zeros(1), 1.0),
     }
-    took = timed(runs, effort)
+    took = medians(runs, effort)
     cubic, square = factor_rates(effort)
     flop = 2 * 512**3
     return Rates(
@@ -88,7 +88,7 @@ def measured_rates(effort: Effort) -> Rates:
 def factor_rates(effort: Effort) -> tuple[float, float]:
     """Fit u (n³ / 3 / cubic + n² / square) to systems of several sizes, by relative error."""
     sizes = {n: max(16, 2**21 // n**2) for n in (32, 64, 128, 256, 512)}
-    took = timed({str(n): systems(n, u) for n, u in sizes.items()}, effort)
+    took = medians({str(n): systems(n, u) for n, u in sizes.items()}, effort)
     design = np.array([[u * n**3 / 3, u * n**2] for n, u in sizes.items()])
     each = np.array([took[str(n)] for n in sizes])
     cubic, square = np.linalg.lstsq(design / each[:, None], np.ones(len(each)), rcond=None)[0]
@@ -109,9 +109,9 @@ def regrets(engine: str, damping: float, effort: Effort) -> None:
         s = Sizes(n, d, u, engine=engine)
         routes = [r for r in admissible(s, damping) if seconds(s, r) < 1.0]
         if len(routes) < 2:
-            continue  # nothing to choose from that is quick to time
+            continue  # fewer than two routes are quick enough to time
         cases = heavy_cases(n, d, u)
-        took = timed({r: solving(cases, r, damping) for r in routes}, effort)
+        took = medians({r: solving(cases, r, damping) for r in routes}, effort)
         chosen = min(routes, key=partial(seconds, s))
         lost.append(took[chosen] / min(took.values()))
         print(f"n {n:5} d {d:4} u {u:4}  {shown(s, took, chosen)}  {lost[-1]:.2f}")
@@ -146,9 +146,9 @@ def solving(cases: UnitCases, route: str, damping: float) -> Run:
     return run
 
 
-def timed(runs: Mapping[str, Run], effort: Effort) -> dict[str, float]:
+def medians(runs: Mapping[str, Run], effort: Effort) -> dict[str, float]:
     times = interleave({name: Candidate.warmed(run) for name, run in runs.items()}, effort)
-    return {name: median(seconds) for name, seconds in times.items()}
+    return {name: median(rounds) for name, rounds in times.items()}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python analysis/claims.py results/bias-shift-mnist/claims.md
 
-puts today's words for the rule into verdicts that were written before; these need the record.
+replaces the rule in that file by its present wording; the verdicts stay as they were written.
 """
 
 import re
@@ -18,7 +18,7 @@ from tables import When, markdown
 from unitfisher.experiments import ACTIVATIONS
 from unitfisher.experiments.markdown import spread
 
-# how often the rule says "holds" of normal differences about 0, by seeds; a test simulates it
+# probability of "holds" if differences are normal with mean 0, by seeds; simulated in a test
 CHANCE: Final = MappingProxyType({2: 0.20, 3: 0.11, 5: 0.03})
 RATES = ", ".join(f"{100 * share:.0f} % ({seeds} seeds)" for seeds, share in CHANCE.items())
 RULE = f"""\
@@ -38,7 +38,7 @@ Verdict = Literal["holds", "does not hold", "depends on the damping", "not decid
 
 
 class Claim(NamedTuple):
-    """A sentence of the paper and the number of a run that speaks for or against it."""
+    """A claim of the paper, and the quantity of a run by which it is judged."""
 
     sentence: str
     quantity: str
@@ -124,18 +124,22 @@ def compare(runs: pd.DataFrame, claim: Claim, when: When) -> list[Comparison]:
 
 def report(runs: Mapping[When, pd.DataFrame]) -> str:
     """Write the rule and every claim with its numbers and verdicts, as Markdown."""
-    present = {name for of in runs.values() for name in of["activation"]}
+    present = {name for frame in runs.values() for name in frame["activation"]}
     if "elu" not in present or len(present) < 2:
         return "The claims compare ELU with other activations: run it with at least one more.\n"
     sections = [
-        _section(f"{i}. {claim.sentence}", claim, [compare(of, claim, w) for w, of in runs.items()])
+        _section(
+            f"{i}. {claim.sentence}",
+            claim,
+            [compare(frame, claim, when) for when, frame in runs.items()],
+        )
         for i, claim in enumerate(CLAIMS, start=1)
     ]
     return "\n".join([f"```\n{RULE}```\n", *sections])
 
 
 def restated(written: str) -> str:
-    """Put the rule, in today's words, into what ``report`` wrote; the verdicts stay."""
+    """Replace the rule in what ``report`` wrote by its present wording; the verdicts stay."""
     return re.sub(
         r"```\n.*?```\n", lambda _: f"```\n{RULE}```\n", written, count=1, flags=re.DOTALL
     )
@@ -155,7 +159,7 @@ def _section(title: str, claim: Claim, moments: Sequence[Sequence[Comparison]]) 
 
 
 def headline(comparisons: Sequence[Comparison]) -> str:
-    """Say one verdict where all agree, else each with those it is against."""
+    """Give the verdict if all agree, else each verdict with the activations it is about."""
     joined = {
         other: over_dampings([c.verdict for c in comparisons if c.against == other])
         for other in dict.fromkeys(c.against for c in comparisons)

@@ -28,7 +28,7 @@ from unitfisher.experiments.presets import PRESETS
 from unitfisher.experiments.trainer import Trainer
 from unitfisher.provenance import plain, provenance
 
-BEGINNINGS = {  # networks, and how many steps are enough to see it
+BEGINNINGS = {  # networks, and how many steps are enough to see them diverge
     "mnist-autoencoder": (replace(PRESETS["mnist-autoencoder"], rates=(1e-2, 1e-3)), 100),
     "cifar100-11": (PRESETS["cifar100-11"], 30),
     "imagenet-15": (
@@ -56,7 +56,7 @@ class Config:
     presets: tuple[str, ...] = tuple(BEGINNINGS)
     """Which to begin."""
     steps: int | None = None
-    """At most; default 100, 30 and 25."""
+    """Most steps to take; default 100, 30 and 25."""
     cache: Path = Path("runs/cache")
     """Folder of whitening and mean images, computed once."""
     out: Path = Path("runs/divergence")
@@ -85,7 +85,7 @@ def main(config: Config) -> int:
     return 0
 
 
-PATHS = ("data_root", "photographs", "cache", "out")  # say nothing of the result
+PATHS = ("data_root", "photographs", "cache", "out")  # options that do not affect the result
 
 
 def begun(name: str, config: Config) -> Iterator[dict[str, object]]:

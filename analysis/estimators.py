@@ -92,7 +92,7 @@ def main(config: Config) -> int:
 
 
 def problems(config: Config) -> Iterator[Problem]:
-    """Networks in double precision: what is seen is the estimators' error alone."""
+    """Networks in double precision, so that only the estimators' error remains."""
     generator = torch.Generator().manual_seed(config.seed)
     x = torch.randn(40, 5, generator=generator, dtype=torch.float64)
     yield Problem("40 cases, 5 inputs", mlp([5, 20, 10], "elu", generator).double(), x, 0.0)
@@ -117,14 +117,14 @@ def compared(problem: Problem, config: Config) -> Iterator[dict[str, object]]:
                 repeated(problem, config.repetitions, config.seed, fisher=fisher, samples=samples)
             )
             columns = samples + (fisher == "top-rademacher")
-            of = {"problem": problem.name, "fisher": fisher, "columns": columns}
-            yield of | errors(drawn, exact)
+            row = {"problem": problem.name, "fisher": fisher, "columns": columns}
+            yield row | errors(drawn, exact)
 
 
 def repeated(
     problem: Problem, times: int, seed: int, *, fisher: str, samples: int = 1
 ) -> Iterator[dict[str, Tensor]]:
-    """Measure so often; yield what every hidden unit has, layer after layer."""
+    """Measure ``times`` times; yield each quantity of all hidden units, layer after layer."""
     options: dict[str, Any] = {
         "damping": problem.damping,
         "seed": seed,
@@ -134,7 +134,7 @@ def repeated(
     with Monitor(problem.model, "hidden*", **options) as monitor:
         for _ in range(times):
             layers = monitor.measure(problem.x).values()
-            yield {name: torch.cat([getattr(of, name) for of in layers]) for name in QUANTITIES}
+            yield {name: torch.cat([getattr(m, name) for m in layers]) for name in QUANTITIES}
 
 
 QUANTITIES = ("c", "s", "k", "c_error", "s_error", "k_error", "n_eff")
@@ -145,23 +145,23 @@ def sizes_of(exact: dict[str, Tensor]) -> dict[str, float]:
 
 
 def errors(drawn: list[dict[str, Tensor]], exact: dict[str, Tensor]) -> dict[str, float]:
-    """Spread and bias over repetitions, and what the measurements told of their spread."""
-    of = {name: torch.stack([one[name] for one in drawn]) for name in drawn[0]}
-    sd = {name: of[name].std(0) for name in ("c", "s", "k")}
-    told = {name: of[f"{name}_error"].square().mean(0).sqrt() / sd[name] for name in sd}
+    """Spread and bias over repetitions, and reported standard errors over the true ones."""
+    values = {name: torch.stack([one[name] for one in drawn]) for name in drawn[0]}
+    sd = {name: values[name].std(0) for name in ("c", "s", "k")}
+    told = {name: values[f"{name}_error"].square().mean(0).sqrt() / sd[name] for name in sd}
     root = len(drawn) ** 0.5
     return {
         "spread_of_c": median(sd["c"] / exact["c"]),
-        "s_ratio": median(of["s"].mean(0) / exact["s"]),
+        "s_ratio": median(values["s"].mean(0) / exact["s"]),
         "s_ratio_error": median(sd["s"] / exact["s"]) / root,
-        "k_bias": median(of["k"].mean(0) - exact["k"]),
+        "k_bias": median(values["k"].mean(0) - exact["k"]),
         "k_bias_error": median(sd["k"]) / root,
         **{f"told_{name}": median(ratio) for name, ratio in told.items()},
     }
 
 
 def median(x: Tensor) -> float:
-    """Over the living units."""
+    """Median over the living units; dead ones are NaN."""
     return float(x.nanmedian())
 
 

@@ -14,7 +14,7 @@ Drawn = tuple[Figure, plotting.Lines]
 
 
 def draw_all(records: Records, folder: Path, conditions: str) -> list[Path]:
-    """Draw every figure as PNG and PDF, with what was run where at its foot."""
+    """Draw every figure as PNG and PDF, with the conditions of the runs at its foot."""
     figures: dict[str, Callable[[Records], Drawn]] = {
         "mean_activation": mean_activation,
         "shares_per_layer": shares_per_layer,

@@ -1,4 +1,4 @@
-"""What Ctrl-C does to whom."""
+"""How scripts and their processes respond to Ctrl-C."""
 
 import os
 import signal
@@ -10,12 +10,14 @@ INTERRUPTED = 130  # exit code, as shells have it
 
 @contextmanager
 def first_interrupt(noted: Callable[[], None]) -> Iterator[None]:
-    """Let a first Ctrl-C only be noted: in a step, the state is of no step. A second one ends."""
+    """Call ``noted`` on a first Ctrl-C, and let the step at hand end; a second one interrupts."""
 
     def note(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # before, `&` had it ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # even if `&` had it ignored
         noted()
-        os.write(2, b"\nEnding after this step; Ctrl-C again ends at once.\n")  # print may be busy
+        os.write(
+            2, b"\nEnding after this step; Ctrl-C again ends at once.\n"
+        )  # print is not reentrant
 
     before = signal.signal(signal.SIGINT, note)
     try:

@@ -32,12 +32,12 @@ from unitfisher.provenance import differences, plain
 WIDTH = 128
 
 TABLES = ("activations", "training", "path", "finished")  # what a report reads of a run
-LIVE = 12  # how often, about, a training batch is measured as it passes
+LIVE = 12  # about how many training batches of a run are measured
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that decides what one run computes, and so what may stand in its folder."""
+    """Everything that decides what a run computes; its folder holds no other run."""
 
     dataset: DatasetName
     activation: ActivationName
@@ -64,7 +64,7 @@ class Job(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What a run tells after each epoch."""
+    """What a run reports after each epoch."""
 
     activation: str
     seed: int

@@ -105,7 +105,7 @@ def problems(config: Config) -> Iterator[Problem]:
 
 
 def read(problem: Problem, config: Config) -> Iterator[dict[str, object]]:
-    """Measure over a loader of each length, within what its sums would not fit in."""
+    """Measure over a loader of each length, with too little memory for its sums."""
     first = next(name for name, _ in problem.model.named_children())
     sums = 8 * config.width**3
     for length in config.lengths:

@@ -28,7 +28,7 @@ def report(jobs: Sequence[Job], folder: Path, seconds: float) -> None:
     records = tables.read(jobs)
     epochs = tables.per_epoch(records)
     runs = {when: tables.per_run(epochs, when) for when in get_args(tables.When)}
-    summaries = {when: tables.summary(of) for when, of in runs.items()}
+    summaries = {when: tables.summary(frame) for when, frame in runs.items()}
     conditions = _conditions(jobs)
     drawn = figures.draw_all(records, folder / "figures", f"{conditions}{RIBBONS}")
     each = records.finished["seconds"].mean()

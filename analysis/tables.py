@@ -149,7 +149,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def save(table: pd.DataFrame, written: str, made: Mapping[str, Any], folder: Path) -> None:
-    """Print what is written of a table; keep it as table.md beside table.csv and config.json."""
+    """Print the written table; save it as table.md, beside table.csv and config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(written)
     (folder / "config.json").write_text(json.dumps(made, indent=2) + "\n")

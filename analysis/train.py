@@ -35,7 +35,7 @@ from unitfisher.experiments.ranks import Ranks
 from unitfisher.experiments.trainer import Trainer
 from unitfisher.experiments.whitening import whitened
 
-OF_WHERE = {"threads": COUNT, "workers": NATURAL, "checkpoint_every": NATURAL}
+WHERE_RANGES = {"threads": COUNT, "workers": NATURAL, "checkpoint_every": NATURAL}
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Where:
     device: str = "cpu"
     """As torch names it: cpu, cuda, ..."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of products in training; parameters and measurements stay in float32."""
+    """Precision of products in training; parameters and measurements stay in float32."""
     compile: bool = False
     """Train through torch.compile."""
     threads: int | None = None
-    """Of torch on the CPU; default all cores."""
+    """Threads of torch on the CPU; default all cores."""
     workers: int = 0
     """Processes that read photographs."""
     resume: bool = False
@@ -64,7 +64,7 @@ class Where:
     """Seconds between checkpoints."""
 
     def __post_init__(self) -> None:
-        require_ranges(asdict(self), OF_WHERE)
+        require_ranges(asdict(self), WHERE_RANGES)
         require_device(self.device)
 
 
@@ -125,7 +125,7 @@ def opened(preset: Preset, where: Where, cache: Path) -> Dataset | PhotographSet
 
 
 def by_form(members: Sequence[Member]) -> list[tuple[str, list[Member]]]:
-    """Part the members by the form of their network: PReLU has parameters of its own."""
+    """Group members whose networks have the same parameters: PReLU has some of its own."""
     by = groupby(sorted(members, key=_form), key=_form)
     return [(form, list(alike)) for form, alike in by]
 
@@ -141,7 +141,7 @@ def follow(trainer: Trainer, title: str) -> None:
         initial=trainer.iteration,
         unit="step",
         desc=title,
-        smoothing=0.1,  # near enough to now: the first steps may be slow
+        smoothing=0.1,  # follows the present speed: the first steps may be slow
         mininterval=1,
         disable=not trainer.ranks.is_first,
     ) as bar:
@@ -154,7 +154,7 @@ def follow(trainer: Trainer, title: str) -> None:
 
 
 def conclusion(trainer: Trainer) -> str:
-    """Say in a line what was trained, how fast, and what the Monitors took of the time."""
+    """Say in a line what was trained, how fast, and the Monitors' share of the time."""
     steps, seconds = trainer.iteration, trainer.seconds
     return (
         f"{len(trainer.members)} networks, {steps} steps in {seconds:.0f} s: "
@@ -188,13 +188,13 @@ def parse(arguments: Sequence[str]) -> tuple[str, Preset, Where]:
 
 
 def listed(presets: Mapping[str, Preset]) -> str:
-    """Say of each preset what it trains."""
+    """List the presets with what they train."""
     lines = [f"  {name:18} {described(preset)}" for name, preset in presets.items()]
     return "\n".join(["Presets; --preset NAME --help lists all options of one:", *lines, ""])
 
 
 def described(preset: Preset) -> str:
-    """Say in a line what a preset trains: on what, whom, how long."""
+    """Say in a line what a preset trains: which networks, on what data, for how long."""
     layers = f", {len(preset.hidden)} hidden layers" if preset.hidden else ""
     rates = f" at rates {', '.join(f'{rate:g}' for rate in preset.rates)}"
     length = f"{preset.iterations} steps" if preset.iterations else f"{preset.epochs} epochs"

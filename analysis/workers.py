@@ -10,7 +10,7 @@ from queue import Empty
 from interrupts import interrupts_ignored
 from jobs import Job, Progress, Tell, run
 
-_messages: "Queue[Progress]"  # of a worker process, which gets them once, at its start
+_messages: "Queue[Progress]"  # set once in each worker process, when it starts
 _stop: Event
 
 

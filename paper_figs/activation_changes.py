@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 from summary import Summary
 
-from unitfisher.experiments import ACTIVATIONS, plotting, scripts
+from unitfisher.experiments import plotting, scripts
 from unitfisher.experiments.panels import panels
 
 
@@ -47,15 +47,8 @@ def draw() -> Figure:
 
 def _deciles(ax: Axes, name: str, variance: pd.Series) -> Line2D:
     values = np.maximum(variance.to_numpy(), 1e-12)
-    (line,) = ax.plot(
-        values,
-        variance.index,
-        label=ACTIVATIONS[name].label,
-        color=plotting.COLOURS[name],
-        marker=plotting.MARKERS[name],
-        markersize=2.5,
-        linewidth=1.1,
-    )
+    look = plotting.look(name, len(values)) | {"markersize": 2.5}
+    (line,) = ax.plot(values, variance.index, **look)
     return line
 
 

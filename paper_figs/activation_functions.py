@@ -21,14 +21,7 @@ def draw() -> Figure:
     for name in SHOWN:
         y = ACTIVATIONS[name].module()(x)
         (slope,) = torch.autograd.grad(y.sum(), x)
-        look = {
-            "color": plotting.COLOURS[name],
-            "marker": plotting.MARKERS[name],
-            "markevery": 100,
-            "markersize": 3.2,
-            "linewidth": 1.1,
-            "label": ACTIVATIONS[name].label,
-        }
+        look = plotting.look(name, len(x)) | {"markevery": 100}
         (lines[name],) = left.plot(x.detach(), y.detach(), **look)
         right.plot(x.detach(), slope, **look)
     for ax in (left, right):

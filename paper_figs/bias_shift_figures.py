@@ -1,22 +1,23 @@
-"""What the figures of bias shift share: whom they show, what stands below, and their command."""
+"""What figures of bias shift share: the networks shown, the caption, and the command line."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Annotated
 
-import numpy as np
 import pandas as pd
 import style
 import tyro
 from matplotlib.figure import Figure
 from summary import Summary, together
 
-HALF = 0.5  # of s: above it, the damping says more of s than the data
+from unitfisher.experiments import plotting
+
+HALF = 0.5  # damping share of s above which s says more of the damping than of the data
 
 Names = Annotated[
     tuple[str, ...],
     tyro.conf.Positional,
-    tyro.conf.arg(help="Of folders in paper_figs/tables."),
+    tyro.conf.arg(help="Folders in paper_figs/tables."),
 ]
 
 
@@ -30,11 +31,11 @@ def receiving(summary: Summary, rate: float) -> pd.DataFrame:
     """The layers that receive activations: all but the first, with the angle in degrees."""
     layers = summary.layers[summary.layers["rate"] == rate]
     after = layers[layers["layer"] != layers["layer"].iloc[0]]
-    return after.assign(angle=np.degrees(np.arccos(after["cosine"].clip(-1, 1))))
+    return after.assign(angle=plotting.degrees(after["cosine"]))
 
 
 def foot(found: Mapping[str, Summary], rate: float) -> str:
-    """What is averaged, and of what; where the damping makes most of it."""
+    """The caption: what is averaged over which units, and where the damping makes most of s."""
     first = next(iter(found.values()))
     several = len(first.training["rate"].unique()) > 1
     notes = [*together(found), *([f"shown: rate {rate:g}"] if several else [])]
@@ -43,7 +44,7 @@ def foot(found: Mapping[str, Summary], rate: float) -> str:
 
 
 def _mostly_damped(summaries: Iterable[Summary], rate: float) -> Iterator[str]:
-    """Say at which dampings most of s is the damping's, at some time of some kind of network."""
+    """Name the dampings that make most of s, for some activation at some time."""
     shares = [
         receiving(s, rate).groupby(["damping", "activation", s.time])["damping_share"].mean()
         for s in summaries

@@ -2,9 +2,9 @@
 
     python paper_figs/bias_shift_over_time.py mnist cifar100-11
 
-What carries the claim (mean share, bias-shift share of the gradient) has no damping in it; what
-has (bias-shift share of the natural gradient, k, s·c, the angle between gradient and unit natural
-gradient) is drawn at three dampings, above how much of s the damping makes.
+The claim rests on quantities without damping: mean share, bias-shift share of the gradient. Those
+that depend on the damping (bias-shift share of the natural gradient, k, s·c, the angle between
+gradient and unit natural gradient) are drawn at three dampings, above the damping share of s.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ SHARES = ("mean_share", "bias_shift_share_gradient", "damping_share")
 
 
 def draw(name: str) -> Figure:
-    """Above what no damping is in, then a column for each damping."""
+    """Quantities without damping in the top row; below, a column for each damping."""
     found = with_and_without_norm(name)
     first = next(iter(found.values()))
     rate = chosen_rate(first)
@@ -69,8 +69,8 @@ def _over_time(
     lines: plotting.Lines = {}
     if value in LOGARITHMIC:
         ax.set_yscale("log")
-    for norm, of_all in layers.items():
-        rows = of_all[of_all["damping"] == damping]
+    for norm, frame in layers.items():
+        rows = frame[frame["damping"] == damping]
         mean = rows.groupby(["activation", "seed", time])[value].mean().reset_index()
         lines = plotting.plot_over(ax, mean, value, x=time, style=style.NORMS[norm]) | lines
     if value in LOGARITHMIC:

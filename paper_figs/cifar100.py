@@ -45,7 +45,7 @@ def draw(name: str = "cifar100-11") -> Figure:
 
 
 def _mark_rates(ax: Axes, summary: Summary) -> None:
-    """Draw a thin line at each step in sight from which on the learning rate is another."""
+    """Draw a thin line at each step in view at which the learning rate changes."""
     first, last = ax.get_xlim()
     for step, *_ in summary.config["phases"]:
         if max(first, 0) < step < last:
@@ -53,7 +53,7 @@ def _mark_rates(ax: Axes, summary: Summary) -> None:
 
 
 def _published(ax: Axes, summary: Summary) -> list[str]:
-    """Mark published errors where our training is as long as theirs; else give them in words."""
+    """Mark published errors where our training is as long as theirs; else state them."""
     dataset, network = summary.config["dataset"], summary.config["network"]
     same = [r for r in style.published()["cifar"] if r.get("network") == network]
     rows = [r for r in same if dataset in r and "iterations" in r]

@@ -2,8 +2,8 @@
 
     python paper_figs/cifar_table.py
 
-draws it, and writes it as Markdown too. published.toml has what others measured; ours are of all
-committed tables of these data sets.
+draws it, and writes it as Markdown too. Published errors are read from
+published.toml, ours from all committed tables of these data sets.
 """
 
 from collections import defaultdict
@@ -29,12 +29,12 @@ ERRORS = [f"{dataset}\n{by}" for dataset in DATASETS.values() for by in ("publis
 HEAD = ("network", "augmented", *ERRORS)
 PUBLISHED = (2, 4)  # columns
 NONE = "–"
-DECIMALS = 2  # as published; what fewer than all test cases say is not worth the second
+DECIMALS = 2  # as published; one fewer where only part of the test set was evaluated
 LINE = 0.15  # inches of height
 
 
 class Kind(NamedTuple):
-    """What a row is of."""
+    """The networks of a row."""
 
     network: str
     activation: str
@@ -127,7 +127,7 @@ def _row(label: str, kind: Kind, published: Errors, ours: Errors) -> list[str]:
 
 
 def _sampled(s: Summary) -> str:
-    """How far an error on a part of the test set may be off by chance."""
+    """Standard error of an error that was measured on part of the test set."""
     if not (cases := s.config.get("tested")):
         return ""
     share = s.final["test_error"].clip(0, 100) / 100

@@ -1,4 +1,4 @@
-"""Where a training has got to, as a table in Markdown: mean ± sd over seeds.
+"""Losses and errors that a training has reached, in Markdown: mean ± sd over seeds.
 
 python paper_figs/final_values.py mnist
 """
@@ -20,14 +20,14 @@ COLUMNS = {
     "test_top5_error": "top-5 error (%)",
     "mean_activation": "mean activation",
 }
-FIVE_OF = ("photographs",)  # data sets whose top-5 error is of interest
+TOP5 = ("photographs",)  # data sets whose top-5 error is of interest
 
 
 def markdown(summary: Summary) -> str:
     """A row per activation and rate; below, what was run where."""
     final = summary.final
     shown = [name for name in COLUMNS if name in final and final[name].notna().any()]
-    if summary.config["dataset"] not in FIVE_OF:
+    if summary.config["dataset"] not in TOP5:
         shown = [name for name in shown if name != "test_top5_error"]
     head = ["network", "rate", *(COLUMNS[name] for name in shown)]
     return f"{markdown_table(head, _rows(final, shown))}\n{summary.conditions}; {TRAINING_LOSS}"
@@ -46,7 +46,7 @@ def main(name: Annotated[str, tyro.conf.Positional]) -> None:
     """Print the table of committed tables.
 
     Args:
-        name: Of the folder in paper_figs/tables.
+        name: The folder in paper_figs/tables.
     """
     print(markdown(Summary.read(name)))
 

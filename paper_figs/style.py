@@ -72,7 +72,7 @@ def mark(ax: Axes, x: float, y: float, activation: str) -> None:
 
 
 def published() -> dict[str, Any]:
-    """What others measured, from the file that names the sources."""
+    """Published values, from the file that names their sources."""
     return tomllib.loads((Path(__file__).parent / "published.toml").read_text())
 
 

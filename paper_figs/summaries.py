@@ -52,12 +52,12 @@ def _summarised(run: Path) -> Iterator[pd.DataFrame]:
     network = {key: config[key] for key in NETWORK}
     training, activations, path = (pd.read_parquet(run / table) for table in RECORDED)
     median = activations.groupby(WHEN)["mean"].median().rename("mean_activation")
-    yield _of(network, training.merge(median.reset_index(), on=WHEN))
-    yield _of(network, _by_layer(path, activations))
-    yield _of(network, _changes(activations))
+    yield _labelled(network, training.merge(median.reset_index(), on=WHEN))
+    yield _labelled(network, _by_layer(path, activations))
+    yield _labelled(network, _changes(activations))
 
 
-def _of(network: dict[str, Any], table: pd.DataFrame) -> pd.DataFrame:
+def _labelled(network: dict[str, Any], table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([pd.DataFrame(network, index=table.index), table], axis=1)
 
 
@@ -72,7 +72,7 @@ def _changes(activations: pd.DataFrame) -> pd.DataFrame:
     """Deciles over a layer's units of the variance, over time, of their mean's change."""
     finite = activations.assign(mean=activations["mean"].where(np.isfinite))
     by_unit = finite.pivot(index="iteration", columns=["layer", "unit"], values="mean")
-    trained = by_unit[by_unit.index > 0]  # the first step off from chance would outweigh the rest
+    trained = by_unit[by_unit.index > 0]  # the first change, from initial weights, would dominate
     variance = trained.diff().iloc[1:].var(ddof=0)
     deciles = np.arange(0, 11) / 10
     table = variance.groupby(level="layer").quantile(deciles).rename("variance").reset_index()
@@ -95,16 +95,16 @@ def _provenance(runs: Sequence[Path], training: pd.DataFrame) -> dict[str, Any]:
         "networks": len(runs),
         "epochs": int(last["epoch"].min()),
         "iterations": int(last["iteration"].min()),
-        # the evaluation whose change from the one before is not in changes.csv, but all later ones
+        # changes.csv has the changes from this evaluation on
         "changes_from_iteration": min((n for n in training["iteration"] if n > 0), default=None),
-        # of one process, which trains several networks side by side
+        # of the process, which trains several networks side by side
         "seconds": float(last["seconds"].max()),
         "seconds_of_monitors": float(last["monitoring"].max()),
     }
 
 
 def _all(values: Iterable[str]) -> str:
-    """What all runs have, or each that some have."""
+    """Join the distinct values of all runs."""
     return ", ".join(dict.fromkeys(values))
 
 
@@ -117,7 +117,7 @@ def main(
 
     Args:
         records: Folders of analysis/train.py.
-        name: Of the folder in paper_figs/tables.
+        name: The folder in paper_figs/tables.
         note: What the record does not know, such as why it ended.
     """
     print(summarise(name, records, note).write())

@@ -1,4 +1,4 @@
-"""What figures are drawn from: small tables of one training, and what they say of it in words.
+"""Small tables of one training, which figures are drawn from, and its conditions in words.
 
 A summary is of one preset in one configuration, and has the preset's name; the same with batch
 normalisation is another, ``<preset>-bn``. summaries.py makes them.
@@ -82,7 +82,7 @@ class Summary:
 
     @property
     def final(self) -> pd.DataFrame:
-        """A row per network, of the last evaluation that all of them had."""
+        """A row per network, of the last evaluation that all of them reached."""
         return self.training[self.training[self.time] == self.done]
 
     @property
@@ -103,7 +103,7 @@ class Summary:
 
     @property
     def changed_from(self) -> str:
-        """What the changes of activations are counted from."""
+        """Whether the change from the untrained network is among the changes of activations."""
         if self.provenance["changes_from_iteration"] == 0:
             return "the change from the untrained network included"
         return "the change from the untrained network left out"
@@ -119,7 +119,7 @@ class Summary:
 
     @property
     def outcome(self) -> str:
-        """How far it got, with how many seeds, who has not begun and who diverged."""
+        """Steps done, seeds, networks that have not begun, and those that diverged, in words."""
         networks, asked_for = (self.provenance.get(key, 0) for key in ("networks", "asked_for"))
         absent = [f"{networks} of {asked_for} networks"] if networks < asked_for else []
         seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
@@ -145,7 +145,7 @@ class Summary:
             yield f"first {config['tested']:,} test cases"
 
     def _extent(self) -> str:
-        """How far it got: of the whole preset, where that is more."""
+        """Steps or epochs done, of those of the whole preset where these are more."""
         unit = f"{self.time}s"
         preset = PRESETS.get(self.name.removesuffix(NORMALISED))
         whole = max(self.config[unit], (preset and getattr(preset, unit)) or 0)
@@ -154,12 +154,12 @@ class Summary:
         )
 
     def _losses(self) -> Iterator[str]:
-        """Who diverged at each rate: of how many seeds, and when that was seen last."""
+        """For each rate: activations whose networks diverged, in how many seeds, and by when."""
         for rate, at in self.diverged.groupby("rate"):
             told = [
-                f"{ACTIVATIONS[str(name)].label} ({len(of)} of {self.seeds} "
-                f"by {self.time} {of[self.time].max():,})"
-                for name, of in at.groupby("activation")
+                f"{ACTIVATIONS[str(name)].label} ({len(rows)} of {self.seeds} "
+                f"by {self.time} {rows[self.time].max():,})"
+                for name, rows in at.groupby("activation")
             ]
             yield f"diverged at rate {rate:g}: {', '.join(told)}"
 
@@ -182,7 +182,7 @@ def with_and_without_norm(name: str) -> dict[str, Summary]:
 
 
 def together(found: Mapping[str, Summary]) -> list[str]:
-    """What was run, for the foot of a figure of both: the conditions of one, and what differs."""
+    """Conditions for a figure of several trainings: those of the first, outcomes of the others."""
     first, *more = found.items()
     notes = [first[1].conditions, *(f"{norm}: {summary.outcome}" for norm, summary in more)]
     return [*notes, UNNORMALISED] if NORMS[1] in found else notes

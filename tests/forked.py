@@ -1,11 +1,11 @@
-"""The command in processes that import nothing anew: forks of one that has what takes seconds."""
+"""Processes that import nothing anew: forks of a test, or of one that has what takes seconds."""
 
 import multiprocessing
 import os
 import runpy
 import signal
 import sys
-from collections.abc import Container
+from collections.abc import Callable, Container
 from itertools import count
 
 import pytest
@@ -17,6 +17,22 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
     ["pandas", "pytest", "torchvision.datasets", "tyro", "unitfisher.experiments.trainer"]
 )
+
+
+def forked(act: Callable[[], bool]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        signal.alarm(20)
+        code = 0 if act() else 1
+    finally:
+        os._exit(code)
+
+
+def succeeded(child: int) -> bool:
+    return os.waitpid(child, 0)[1] == 0
 
 
 def command(*given: str) -> None:

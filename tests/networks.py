@@ -1,57 +1,17 @@
-"""Small networks that do what makes observing hard, each with a batch and its labels."""
+"""Small networks that do what makes observing hard, with batches, labels and gradients."""
 
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from strategies import normal as double
+from strategies import seeded
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 CLASSES = 3
-ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
-    "celu": lambda x: F.celu(x, 0.7),
-    "clamp": lambda x: x.clamp(min=-1),
-    "clamp-above": lambda x: x.clamp_max(0.5),
-    "elu": F.elu,
-    "elu_": lambda x: F.elu(x, inplace=True),
-    "gelu": F.gelu,
-    "hardsigmoid": F.hardsigmoid,
-    "hardswish": F.hardswish,
-    "hardtanh": F.hardtanh,
-    "leaky-relu": F.leaky_relu,
-    "mish": F.mish,
-    "none": lambda x: x,
-    "relu": F.relu,
-    "relu_": torch.relu_,
-    "selu": F.selu,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "softplus": F.softplus,
-    "tanh": torch.tanh,
-    "threshold": lambda x: F.threshold(x, 0.3, -1.0),
-}
-
-
-class Row(nn.Module):
-    """Linear layers in a row on 3 inputs, after each a function; notes what they put out."""
-
-    def __init__(
-        self, widths: list[int], functions: list[Callable[[Tensor], Tensor]], *, bias: bool = True
-    ) -> None:
-        super().__init__()
-        sizes = pairwise([3, *widths])
-        self.layers = nn.ModuleList(nn.Linear(d, u, bias, dtype=torch.double) for d, u in sizes)
-        self.functions, self.put_out = functions, list[Tensor]()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.put_out.clear()
-        for layer, function in zip(self.layers, self.functions, strict=True):
-            x = function(layer(x))
-            self.put_out.append(x.detach().clone())
-        return x
 
 
 class Residual(nn.Module):
@@ -137,6 +97,26 @@ class Faulty(nn.Module):
         return self.head(h)
 
 
+class Sparse(nn.Module):
+    """Calls a layer, or does not, as the first number of its input says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block, self.head = (nn.Linear(4, d) for d in (4, 4, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        return self.head(h + self.block(h) if (x[:, 0] > 0).any() else h)
+
+
+def sparse_batches() -> list[Tensor]:
+    """Three of which the second comes to no block."""
+    batches = list(normal(20, 4).double().split([6, 9, 5]))
+    for batch, sign in zip(batches, (1, -1, 1), strict=True):
+        batch[:, 0] = sign
+    return batches
+
+
 class Answers(nn.Module):
     """Returns its logits among other things, packed in the way it is given."""
 
@@ -149,9 +129,27 @@ class Answers(nn.Module):
         return self.pack(self.head(x))
 
 
+class Means(nn.Module):
+    """The mean over positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
 def mlp(nonlinearity: type[nn.Module] = nn.ELU) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(4, 6), nonlinearity(), nn.Linear(6, 5), nonlinearity(), nn.Linear(5, CLASSES)
+    )
+
+
+def seeded_mlp(nonlinearity: type[nn.Module] = nn.ELU) -> nn.Sequential:
+    torch.manual_seed(0)
+    return mlp(nonlinearity)
+
+
+def grouped() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, groups=2), nn.ELU(), nn.Flatten(), nn.Linear(16, CLASSES)
     )
 
 
@@ -177,6 +175,55 @@ NETWORKS = {
     "checkpoint": Network(Checkpointed, (4,)),
     "softmax-regression": Network(partial(nn.Linear, 4, CLASSES), (4,)),
 }
+NETS = {name: NETWORKS[name] for name in ("mlp", "weight-reuse", "sequence", "softmax-regression")}
+NETS["convolution-in-groups"] = Network(grouped, (2, 4, 4))
+
+
+def prepared(of: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """One of these in double precision, with inputs and labels for several batches."""
+    network, generator = NETS[of], seeded(1)
+    x = double(generator, 120, *network.size)
+    y = torch.randint(0, CLASSES, (120, *network.positions), generator=generator)
+    return network.seeded().double(), x, y
+
+
+def batches(*whole: Tensor) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(t.split([50, 7, 1, 62]) for t in whole), strict=True))
+
+
+def gradient() -> tuple[Tensor, Tensor]:
+    """Of the second layer of ``mlp``."""
+    g = double(seeded(0), 5, 7)
+    return g[:, :6], g[:, 6]
+
+
+def normal(*size: int, seed: int = 0) -> Tensor:
+    """In single precision, as users' batches are."""
+    return torch.randn(*size, generator=seeded(seed))
+
+
+def inputs(*size: int, seed: int = 1) -> Tensor:
+    """In double precision, with a mean and a spread of its own for every feature."""
+    generator = seeded(seed)
+    mean, spread = double(generator, *size[1:]), 0.5 + double(generator, *size[1:]).abs()
+    return mean + spread * double(generator, *size)
+
+
+def filled(model: nn.Module, generator: Generator | None = None) -> nn.Module:
+    """Give it double precision, weights for its fan-in, running statistics that matter."""
+    generator = generator or seeded(0)
+    for parameter in model.double().parameters():
+        fan_in = max(parameter.shape[1:], default=1)
+        parameter.data = double(generator, *parameter.shape) / fan_in**0.5
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.running_mean = double(generator, module.num_features)
+            module.running_var = 0.5 + double(generator, module.num_features) ** 2
+    return model
+
+
+def a_step(model: nn.Module, x: Tensor) -> None:
+    loss_of(model(x), torch.zeros(len(x), dtype=torch.long)).backward()
 
 
 def loss_of(logits: Tensor, y: Tensor) -> Tensor:

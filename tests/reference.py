@@ -165,6 +165,18 @@ def natural_gradient(F: Tensor, g: Tensor, g0: Tensor) -> tuple[np.ndarray, floa
     return step[:-1], step[-1]
 
 
+def damped(F: Tensor, damping: float, *, biased: bool = True) -> Tensor:
+    """Add the mean of the weights' second moments, times damping, to each of them."""
+    d = F.shape[-1] - biased
+    ridge = damping * F.diagonal(dim1=-2, dim2=-1)[..., :d].mean(-1)
+    return F + ridge[..., None, None] * torch.diag((torch.arange(F.shape[-1]) < d).double())
+
+
+def joined(g: Tensor, g0: Tensor | None) -> Tensor:
+    """Return each unit's gradient or step (u, d+1): flattened weight, then bias if there is one."""
+    return torch.cat([g.flatten(1)] + ([] if g0 is None else [g0[:, None]]), dim=1)
+
+
 def frozen(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     """Return a float64 copy in eval mode (the caller's model stays as it is) and its input."""
     model = copy.deepcopy(model).double().eval().requires_grad_(True)
@@ -239,10 +251,18 @@ def sum_of_cases(layer: nn.Module, a: Tensor, D: Tensor) -> Tensor:
     F = []
     for i in range(D.shape[1]):
         a_i = a if a.dim() == 2 else a[i * len(a) // D.shape[1]]
-        if layer.bias is not None:
-            a_i = torch.cat([a_i, torch.ones(len(a_i), 1, dtype=a.dtype)], dim=1)
+        a_i = a_i if layer.bias is None else with_ones(a_i)
         F.append(sum(D_n * torch.outer(a_n, a_n) for D_n, a_n in zip(D[:, i], a_i, strict=True)))
     return torch.stack(F)
+
+
+def with_ones(a: Tensor) -> Tensor:
+    return torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
+
+
+def weighted_fisher(a: Tensor, D: Tensor) -> Tensor:
+    """Compute E D ã ãᵀ of every unit, for D known on paper."""
+    return torch.einsum("nu,nd,ne->ude", D, with_ones(a), with_ones(a)) / len(a)
 
 
 def patches(layer: nn.Module, x: Tensor) -> Tensor:

@@ -3,12 +3,16 @@
 import os
 from typing import NamedTuple
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 TOL = {"rtol": 1e-6, "atol": 1e-7}
+EXACTLY = {"rtol": 0, "atol": 0}
+SINGLE = {"rtol": 1e-4, "atol": 1e-5}  # two routes through a network in single precision
+SHARINGS = ["expand", "joint", "reduce"]
 CHECKED = 4  # examples of a law, the first of them as small as can be: their shapes are checked
 
 settings.register_profile("dev", max_examples=15, deadline=None)
@@ -48,7 +52,13 @@ class Problem(NamedTuple):
     t: Tensor  # (d,)
 
 
-seeds = st.integers(0, 2**32 - 1).map(lambda seed: Generator().manual_seed(seed))
+def seeded(seed: int = 0) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+all_sharings = pytest.mark.parametrize("sharing", SHARINGS)
+any_sharing = st.sampled_from(SHARINGS)
+seeds = st.integers(0, 2**32 - 1).map(seeded)
 widths = st.integers(1, 5)
 units = st.integers(1, 3)
 means = st.floats(-4, 4)
@@ -105,7 +115,7 @@ def problems(draw, positions: int | None = None) -> Problem:
 
 
 def normal(generator: Generator, *size: int) -> Tensor:
-    return torch.randn(*size, generator=generator, dtype=torch.float64)
+    return torch.randn(size, generator=generator, dtype=torch.float64)
 
 
 def activations(generator: Generator, size: tuple[int, ...], mean: float, spread: float) -> Tensor:

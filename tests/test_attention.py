@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import TOL, normal, seeds
+from networks import CLASSES, filled
+from strategies import TOL, any_sharing, normal, seeds
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.testing import assert_close
 
 from unitfisher import LayerSelectionError, Monitor, UncoveredLayersWarning, unit_fisher
 
-WIDTH, HEADS, CLASSES = 4, 2, 3
+WIDTH, HEADS = 4, 2
 
 
 class Attending(nn.Module):
@@ -67,12 +68,6 @@ class Crossing(nn.Module):
         return self.readout(self.attention(x, others, others)[0].mean(1))
 
 
-def filled(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    for parameter in model.parameters():
-        parameter.data = normal(generator, *parameter.shape)
-    return model
-
-
 def encoder(seed: int = 0) -> nn.Sequential:
     """Two layers with dropout and a readout of every position, in training mode."""
     with torch.random.fork_rng():
@@ -84,7 +79,7 @@ def encoder(seed: int = 0) -> nn.Sequential:
 attending = st.builds(Attending, **dict.fromkeys(["batch_first", "bias", "weights"], st.booleans()))
 
 
-@given(model=attending, generator=seeds, sharing=st.sampled_from(["expand", "joint", "reduce"]))
+@given(model=attending, generator=seeds, sharing=any_sharing)
 def test_fishers_of_both_products_are_the_reference(model, generator, sharing):
     filled(model, generator)
     x, spelled = normal(generator, 2, 3, WIDTH), Spelled(model)

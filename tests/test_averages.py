@@ -4,26 +4,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from routes import needs_compiler, per_route
 from strategies import normal, seeds
-from test_scatter import needs_compiler
 from torch import Tensor
 from torch.testing import assert_close
 
 from unitfisher import native
 from unitfisher.averages import averages
 
-
-def by_torch(y: Tensor) -> tuple[Tensor, Tensor]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNITFISHER_NATIVE", "0")
-        return averages(y)
-
-
-per_route = pytest.mark.parametrize(
-    "route",
-    [pytest.param(averages, marks=needs_compiler), by_torch],
-    ids=["compiled", "torch"],
-)
+by_each_route = per_route(averages)
 ORDERS = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 1, 0)]  # how (n, t, u) may lie in memory
 
 
@@ -43,7 +32,7 @@ def grouped(y: Tensor) -> Tensor:
     return torch.stack([y, 3 * y - 1]) if y.is_contiguous() else y.unsqueeze(0)
 
 
-@per_route
+@by_each_route
 @given(y=outputs())
 def test_every_unit_gets_its_own_mean_and_variance(route, y):
     mean, var = route(y)
@@ -52,7 +41,7 @@ def test_every_unit_gets_its_own_mean_and_variance(route, y):
     assert_close(var, y.double().var((1, 2), correction=0), rtol=1e-5, atol=1e-6)
 
 
-@per_route
+@by_each_route
 @pytest.mark.parametrize("units", [1, 16, 20])
 def test_a_large_mean_costs_no_digits(route, units):
     y = (1e4 + normal(torch.Generator(), 1, 64, 9, units)).float()
@@ -60,7 +49,7 @@ def test_a_large_mean_costs_no_digits(route, units):
     assert_close(var, y.double().var((1, 2), correction=0), rtol=1e-3, atol=0.0)
 
 
-@per_route
+@by_each_route
 def test_a_constant_has_no_variance(route):
     mean, var = route(torch.full((1, 50, 3, 20), 0.1))
     assert_close(mean, torch.full((1, 20), 0.1, dtype=torch.float64), rtol=1e-6, atol=0.0)
@@ -68,7 +57,7 @@ def test_a_constant_has_no_variance(route):
     assert (var < 1e-12).all()
 
 
-@per_route
+@by_each_route
 def test_nan_stays_with_its_unit(route):
     y = normal(torch.Generator(), 1, 8, 3, 17).float()
     y[0, 5, 1, 2] = torch.nan
@@ -88,7 +77,7 @@ def test_threads_change_no_bit(monkeypatch, shape):
     assert torch.equal(*found)
 
 
-@per_route
+@by_each_route
 def test_double_and_half_precision_are_averaged_too(route):
     y = normal(torch.Generator(), 1, 30, 2, 9)
     assert_close(route(y)[1], y.var((1, 2), correction=0), rtol=1e-12, atol=0.0)

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from networks import CLASSES, Answers, Checkpointed, mlp
+from networks import CLASSES, Answers, Checkpointed, mlp, normal
 from torch import Tensor, nn
 
 from unitfisher import (
@@ -22,10 +22,6 @@ from unitfisher import (
 )
 
 pytestmark = pytest.mark.usefixtures("as_users_run_it")  # the type checker would answer first
-
-
-def normal(*size: int) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(0))
 
 
 class Named(nn.Module):

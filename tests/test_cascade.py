@@ -8,17 +8,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import ELEMENTWISE, Row
-from strategies import normal, seeds
-from test_scatter import needs_compiler
+from nonlinearities import ELEMENTWISE, Row
+from routes import needs_compiler
+from strategies import normal, seeded, seeds
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from unitfisher import Monitor, native
+from unitfisher.backward import Backward
 from unitfisher.capture import capture
 from unitfisher.cascade import ROWS, Cascade
 from unitfisher.chain import Chain
-from unitfisher.errors import Estimator, Way, columns
+from unitfisher.columns import Estimator, columns
 from unitfisher.layers import select
 from unitfisher.likelihoods import likelihood_of
 from unitfisher.memory import within
@@ -59,7 +60,7 @@ def one_by_one(model: nn.Module, x: Tensor) -> list[Tensor]:
     """D of each layer, in double, by autograd."""
     seen, z = passed(copy.deepcopy(model).double(), x.double())
     edges = [call.edge for call in seen.calls]
-    sent = [Way(z, edges).send_back(column) for column in roots(z, together=1)]
+    sent = [Backward(z, edges).send_back(column) for column in roots(z, together=1)]
     return [torch.cat(of_layer).square().sum(0) for of_layer in zip(*sent, strict=True)]
 
 
@@ -81,7 +82,7 @@ def network() -> nn.Sequential:
 
 
 def batch(n: int = 50) -> Tensor:
-    return normal(torch.Generator().manual_seed(n), n, 3).float()
+    return normal(seeded(n), n, 3).float()
 
 
 def test_threads_change_no_bit(monkeypatch):
@@ -208,13 +209,13 @@ def test_a_weight_that_is_made_from_activations_is_another_way_for_errors():
             super().__init__()
             self.first, self.second, self.last = (nn.Linear(3, d) for d in (3, 3, 2))
             del self.second._parameters["weight"]
-            self.own = nn.Parameter(normal(torch.Generator().manual_seed(0), 3, 3).float())
+            self.own = nn.Parameter(normal(seeded(0), 3, 3).float())
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.first(x).relu()
             self.second.weight = self.own * h.mean(0)
             return self.last(self.second(h).relu())
 
-    seen, z = passed(Made(), normal(torch.Generator().manual_seed(1), 4, 3).float())
+    seen, z = passed(Made(), normal(seeded(1), 4, 3).float())
     assert seen.row  # in a row all the same
     assert Cascade.of(seen, z) is None

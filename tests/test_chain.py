@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import ELEMENTWISE, Row
-from test_statistics import OUTPUTS
+from nonlinearities import ELEMENTWISE, OUTPUTS, Row
 from torch import Tensor, nn
 from torch.testing import assert_close
 

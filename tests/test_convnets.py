@@ -10,6 +10,7 @@ from math import ceil, floor, sqrt
 import pytest
 import torch
 import torch.nn.functional as F
+from strategies import seeded
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -36,10 +37,6 @@ from unitfisher.experiments.stacks import Conv, HalvingPool, Maker, Stack, set_d
 
 PLAN = ((Conv(4, 3),), (Conv(5, 1), Conv(6, 2)))
 SMALL = sorted(set(NETWORKS) - {"imagenet15"})  # its 165 million numbers are made on no device
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def on_no_device(builder: Callable[..., nn.Module], classes: int, **options: str) -> nn.Module:

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from networks import CLASSES, Network, Sequential, mlp
+from measured import THEORY
+from networks import CLASSES, Sequential, mlp, normal, seeded_mlp
+from reference import damped
+from strategies import all_sharings
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -17,24 +20,14 @@ from unitfisher import (
 )
 
 DAMPING = 1e-2
-THEORY = ("mean_q", "s", "k", "corrected_mean", "n_eff", "damping_share", "mean_share_q")
 BATCHES = {"one-sample": 1, "fewer-than-inputs": 3, "more-than-inputs": 20}
 per_batch = pytest.mark.parametrize("n", BATCHES.values(), ids=BATCHES)
-per_sharing = pytest.mark.parametrize("sharing", ["expand", "joint", "reduce"])
 per_fisher = pytest.mark.parametrize("fisher", ["exact", "mc", "rademacher", "empirical"])
 DEAD, CONSTANT = 1, torch.tensor([1.0, -2.0, 0.5, 3.0])
 
 
-def normal(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
-
-
-def seeded(nonlinearity: type[nn.Module] = nn.ELU) -> nn.Sequential:
-    return Network(lambda: mlp(nonlinearity), (4,)).seeded()
-
-
 def with_a_dead_unit() -> nn.Sequential:
-    model = seeded(nn.ReLU)
+    model = seeded_mlp(nn.ReLU)
     model[0].bias.data[DEAD] = -1e3
     return model
 
@@ -56,7 +49,7 @@ def all_finite(m: UnitStatistics) -> bool:
     return all(bool(getattr(m, name).isfinite().all()) for name in THEORY)
 
 
-@per_sharing
+@all_sharings
 @per_batch
 def test_a_dead_unit_is_told_and_its_quantities_are_nan(n, sharing):
     m = measure(with_a_dead_unit(), normal(n, 4), sharing=sharing)["0"]
@@ -65,7 +58,7 @@ def test_a_dead_unit_is_told_and_its_quantities_are_nan(n, sharing):
     assert all(getattr(m, name)[DEAD].isnan().all() for name in THEORY)
 
 
-@per_sharing
+@all_sharings
 @per_batch
 def test_other_units_are_those_of_the_network_without_the_dead_one(n, sharing):
     model, x = with_a_dead_unit().double(), normal(n, 4).double()
@@ -103,7 +96,7 @@ def constant_input(n: int) -> Tensor:
 
 @per_batch
 def test_on_constant_inputs_only_the_damping_tells_weights_from_bias(n):
-    m = measure(seeded(), constant_input(n))["0"]
+    m = measure(seeded_mlp(), constant_input(n))["0"]
     squared = 4 / DAMPING  # μ_qᵀ Var_q⁻¹ μ_q with Var_q = (damping ‖a‖² / 4) I
     assert_close(m.s * m.c, torch.full_like(m.s, 1 + squared))
     assert_close(m.k, torch.zeros_like(m.k), atol=1e-6 * squared, rtol=0)
@@ -113,7 +106,7 @@ def test_on_constant_inputs_only_the_damping_tells_weights_from_bias(n):
 @pytest.mark.parametrize("nonlinearity", [nn.ELU, nn.Tanh])
 @per_batch
 def test_units_that_are_fed_with_zeros_are_biases_only(n, nonlinearity):
-    m = measure(seeded(nonlinearity), torch.zeros(n, 4))["0"]
+    m = measure(seeded_mlp(nonlinearity), torch.zeros(n, 4))["0"]
     dw, dw0 = m.natural_gradient(torch.zeros(6, 4), torch.ones(6))
     assert_close(m.s, 1 / m.c)
     assert_close(m.k, torch.zeros(6).double())
@@ -123,7 +116,7 @@ def test_units_that_are_fed_with_zeros_are_biases_only(n, nonlinearity):
 
 @per_batch
 def test_in_a_network_of_zeros_only_the_logits_are_alive(n):
-    model = seeded(nn.Tanh)
+    model = seeded_mlp(nn.Tanh)
     for parameter in model.parameters():
         parameter.data.zero_()
     measured = measure(model, normal(n, 4))
@@ -133,7 +126,7 @@ def test_in_a_network_of_zeros_only_the_logits_are_alive(n):
 
 @per_fisher
 def test_a_saturated_softmax_kills_every_unit_and_nothing_else(fisher):
-    model, x = seeded(), normal(20, 4)
+    model, x = seeded_mlp(), normal(20, 4)
     model[4].bias.data[0] = 1e4  # π = (1, 0, 0) exactly
     y = torch.zeros(20, dtype=torch.long)
     with Monitor(model, fisher=fisher) as monitor:
@@ -155,23 +148,20 @@ def test_saturated_samples_weigh_nothing_however_far_they_lie(scale):
 
 @per_batch
 def test_few_samples_say_what_the_dense_fisher_says(n):
-    model, x = seeded().double(), normal(n, 4).double()
+    model, x = seeded_mlp().double(), normal(n, 4).double()
     blocks = unit_fisher(model, x)
     for name, m in measure(model, x).items():
-        d = m.mean_q.shape[1]
-        ridge = DAMPING * blocks[name][:, :d, :d].diagonal(dim1=1, dim2=2).mean(1)
-        damped = blocks[name] + ridge[:, None, None] * torch.diag(torch.tensor([1.0] * d + [0.0]))
-        dense = torch.stack([torch.linalg.inv(block)[-1, -1] for block in damped])
-        assert_close(m.s, dense, rtol=1e-6, atol=0)
+        dense = torch.linalg.inv(damped(blocks[name], DAMPING))
+        assert_close(m.s, dense[:, -1, -1], rtol=1e-6, atol=0)
 
 
 def test_without_damping_few_samples_are_an_error_that_names_layer_and_unit():
     with pytest.raises(SingularFisherError, match=r"unit 0.*layer '0'|layer '0'.*unit 0"):
-        Monitor(seeded(), damping=0.0).measure(normal(3, 4))
+        Monitor(seeded_mlp(), damping=0.0).measure(normal(3, 4))
 
 
 def test_a_singular_unit_is_named_by_its_number_in_the_layer():
-    monitor = Monitor(seeded(), layers="0", damping=0.0, units=2, seed=4)
+    monitor = Monitor(seeded_mlp(), layers="0", damping=0.0, units=2, seed=4)
     first = int(monitor.state_dict()["units"]["0"][0])
     assert first > 0
     with pytest.raises(SingularFisherError, match=f"unit {first} "):
@@ -184,14 +174,14 @@ def test_a_dead_unit_is_no_singular_one():
 
 
 def test_without_damping_enough_samples_are_measured():
-    m = Monitor(seeded(), damping=0.0).measure(normal(30, 4))["0"]
+    m = Monitor(seeded_mlp(), damping=0.0).measure(normal(30, 4))["0"]
     assert all_finite(m)
     assert_close(m.damping_share, torch.zeros(6).double())
 
 
 def test_the_advice_on_a_singular_fisher_is_one_for_a_monitor():
     with pytest.raises(SingularFisherError, match="damping=1e-3"):
-        Monitor(seeded(), damping=0.0).measure(normal(3, 4))
+        Monitor(seeded_mlp(), damping=0.0).measure(normal(3, 4))
 
 
 SCALES = {"loss-scaled-down": 1e-18, "float32-nearly-gone": 1e-30, "huge": 1e15}
@@ -203,7 +193,7 @@ def test_the_scale_of_the_errors_kills_no_unit_and_changes_no_correction(scale, 
     class Scaled(nn.Module):
         def __init__(self, by: float) -> None:
             super().__init__()
-            self.net, self.by = seeded(), by
+            self.net, self.by = seeded_mlp(), by
 
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x) * self.by
@@ -216,7 +206,7 @@ def test_the_scale_of_the_errors_kills_no_unit_and_changes_no_correction(scale, 
 
 
 def test_the_variance_of_the_likelihood_scales_the_fisher_and_nothing_else():
-    model, x = seeded(), normal(20, 4)
+    model, x = seeded_mlp(), normal(20, 4)
     one, small = (measure(model, x, likelihood=Gaussian(v))["2"] for v in (1.0, 1e-12))
     assert_close(small.c, one.c * 1e12, rtol=1e-6, atol=0)
     assert_close(small.k, one.k, rtol=1e-4, atol=1e-6)  # δ is rounded to float32
@@ -231,7 +221,7 @@ def test_positions_without_error_are_no_dead_units():
 
 
 def spoiled(where: str, value: float) -> tuple[nn.Module, Tensor]:
-    model, x = seeded(nn.ReLU), normal(8, 4)
+    model, x = seeded_mlp(nn.ReLU), normal(8, 4)
     if where == "input":
         x[3, 1] = value
     elif where == "inner-weights":
@@ -267,7 +257,7 @@ def test_labels_that_cannot_be_drawn_are_no_other_error(likelihood):
 
 
 def test_of_a_pass_that_is_not_finite_nothing_is_recorded():
-    model = seeded()
+    model = seeded_mlp()
     monitor = Monitor(model, every=1)
     model(normal(8, 4))
     before = monitor.latest
@@ -289,16 +279,16 @@ def test_a_pass_that_is_not_finite_can_be_recorded_as_such(fisher):
 
 
 def test_the_pass_after_one_that_was_not_finite_is_measured_as_ever():
-    model, x = seeded(), normal(8, 4)
+    model, x = seeded_mlp(), normal(8, 4)
     monitor = Monitor(model, every=1, on_nonfinite="record")
     model(x * torch.nan)
     model(x)
     assert monitor.latest["2"].finite
-    assert_close(monitor.latest["2"].k, Monitor(seeded()).measure(x)["2"].k)
+    assert_close(monitor.latest["2"].k, Monitor(seeded_mlp()).measure(x)["2"].k)
 
 
 def test_natural_gradients_by_a_fisher_that_is_not_finite_are_nan():
-    model, x = seeded(), normal(8, 4)
+    model, x = seeded_mlp(), normal(8, 4)
     monitor = Monitor(model, every=1, on_nonfinite="record")
     model(x * torch.nan)
     for parameter in model.parameters():

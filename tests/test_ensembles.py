@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from forked import FORKED
-from test_gram import forked, succeeded
+from forked import FORKED, forked, succeeded
+from strategies import seeded
 from torch import nn
 from torch.testing import assert_close
 
@@ -41,10 +41,6 @@ SMALL = replace(
     measurements=2,
 )
 CLOCKS = ["seconds", "monitoring"]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @cache

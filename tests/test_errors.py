@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 import reference
 import torch
-from strategies import TOL, normal
+from networks import filled, inputs
+from strategies import TOL, all_sharings, normal, seeded
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from unitfisher import Bernoulli, Categorical, Gaussian, Monitor, OutputError, unit_fisher
-from unitfisher.errors import Estimator, Way, columns, columns_together
+from unitfisher.backward import Backward, columns_together
+from unitfisher.columns import Estimator, columns
 from unitfisher.likelihoods import Likelihood
 from unitfisher.memory import within
 from unitfisher.observed import MANY, _squared
 
-SHARINGS = ["expand", "joint", "reduce"]
-all_sharings = pytest.mark.parametrize("sharing", SHARINGS)
 DRAWS = 3000
 
 
@@ -39,19 +39,8 @@ def test_an_output_of_very_many_columns_says_so():
     next(columns(logits[:, :100], exact, torch.Generator(), None))
 
 
-def filled(model: nn.Module, seed: int = 0) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.double().parameters():
-        parameter.data = normal(generator, *parameter.shape)
-    return model
-
-
 def vectors(outputs: int = 3) -> nn.Module:
     return filled(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, outputs)))
-
-
-def inputs(*size: int) -> Tensor:
-    return normal(torch.Generator().manual_seed(1), *size)
 
 
 # Drawn labels and signs are unbiased, whatever their number
@@ -288,7 +277,7 @@ def test_columns_sent_back_together_equal_columns_one_by_one(together):
         columns(z.detach()[:, None], estimator, torch.Generator(), None, most)
         for most in (5, together)
     )
-    delta = torch.cat([block[0] for block in Way(z, edges).send_all_back(parted)])
+    delta = torch.cat([block[0] for block in Backward(z, edges).send_all_back(parted)])
     (S,) = (block[:, :, 0] for block in whole)
     expected = [torch.autograd.grad(z, net, column, retain_graph=True)[0] for column in S]
     assert_close(delta, torch.stack(expected), **TOL)
@@ -322,7 +311,7 @@ def test_operation_that_vmap_cannot_follow_gives_the_same_fisher(sharing):
     ids=["vectors", "positions"],
 )
 def test_checkpointed_segments_give_the_same_fisher(sharing, segment, x):
-    head = filled(nn.Linear(segment(x).shape[-1], 4), seed=1)
+    head = filled(nn.Linear(segment(x).shape[-1], 4), seeded(1))
     found = unit_fisher(nn.Sequential(Checkpointed(segment), nn.Tanh(), head), x, sharing=sharing)
     plain = unit_fisher(nn.Sequential(segment, nn.Tanh(), head), x, sharing=sharing)
     assert_same_blocks(found, plain)
@@ -338,7 +327,7 @@ def test_columns_that_fit_in_memory_go_together_and_at_least_one_goes():
 
 def test_squares_beyond_single_precision_are_those_of_double_precision():
     scale = torch.tensor([1.0, 1e-22, 1e22, 0.0, 1e-3, 1e-40])
-    delta = normal(torch.Generator().manual_seed(0), 2, MANY // 12 + 1, 1, 6).float() * scale
+    delta = normal(seeded(0), 2, MANY // 12 + 1, 1, 6).float() * scale
     assert delta.numel() >= MANY
     assert_close(_squared(delta), (delta.double() ** 2).sum(0), rtol=1e-6, atol=0)
 

@@ -5,6 +5,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torch.nn.functional as F
+from strategies import seeded
 from torch import nn
 from torch.testing import assert_close
 
@@ -20,10 +21,6 @@ from unitfisher.experiments import (
 )
 from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.training import batches
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def few() -> Dataset:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from strategies import all_sharings, seeded
 from torch import nn
 from torch.testing import assert_close
 
@@ -28,12 +29,12 @@ def network():
 
 
 def batch():
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     x = torch.randn(32, 2, 5, 5, generator=generator)
     return x, torch.randint(4, (32,), generator=generator)
 
 
-@pytest.mark.parametrize("sharing", ["expand", "joint", "reduce"])
+@all_sharings
 def test_statistics_on_a_gpu_equal_those_on_the_cpu(sharing):
     x, y = batch()
     here = unitfisher.Monitor(network(), sharing=sharing).measure(x, targets=y)

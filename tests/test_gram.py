@@ -1,16 +1,15 @@
 """Systems that share a Gram matrix, compiled and in torch, against numpy on one at a time."""
 
-import os
-import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import forked, succeeded
 from hypothesis import given
 from hypothesis import strategies as st
+from routes import by_torch, needs_compiler, per_route
 from strategies import mostly_ones, normal, seeds
 from torch import Generator, Tensor, nan
 
@@ -18,18 +17,7 @@ from unitfisher import gram, native
 from unitfisher.gram import GramSolution, System, solve_grams
 from unitfisher.memory import within
 
-
-def by_torch(*s: Tensor) -> GramSolution:
-    return gram._by_torch(System(*s))
-
-
-COMPILER = any(map(shutil.which, [os.environ.get("CC", "").split(" ")[0] or "cc", "gcc", "clang"]))
-needs_compiler = pytest.mark.skipif(not COMPILER, reason="NOT TESTED COMPILED: no C compiler")
-per_route = pytest.mark.parametrize(
-    "solve",
-    [pytest.param(solve_grams, marks=needs_compiler), by_torch],
-    ids=["compiled", "torch"],
-)
+by_each_route = per_route(solve_grams)
 
 
 def system(
@@ -95,68 +83,52 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     native._library.cache_clear()
 
 
-def forked(act: Callable[[], bool]) -> int:
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        signal.alarm(20)
-        code = 0 if act() else 1
-    finally:
-        os._exit(code)
-
-
-def succeeded(child: int) -> bool:
-    return os.waitpid(child, 0)[1] == 0
-
-
 def assert_solves(found: GramSolution, s: System, rtol: float) -> None:
     for unit, y in enumerate(found.Y):
         expected = np.linalg.solve(matrix(s, unit).numpy(), s.rhs[unit].T.numpy()).T
         assert np.linalg.norm(y.numpy() - expected) <= rtol * np.linalg.norm(expected)
 
 
-@per_route
+@by_each_route
 @given(s=systems())
-def test_every_unit_gets_its_own_solution(solve, s):
-    found = solve(*s)
+def test_every_unit_gets_its_own_solution(route, s):
+    found = route(*s)
     assert found.regular.all()
     assert_solves(found, s, rtol=1e-11)
 
 
-@per_route
+@by_each_route
 @given(s=systems())
-def test_products_are_of_solutions_with_right_hand_sides_and_with_one_another(solve, s):
-    found = solve(*s)
+def test_products_are_of_solutions_with_right_hand_sides_and_with_one_another(route, s):
+    found = route(*s)
     others = torch.cat([s.rhs, found.Y], 1)
     expected = torch.einsum("urn,usn->urs", found.Y, others)
     size = found.Y.norm(dim=-1)[:, :, None] * others.norm(dim=-1)[:, None]
     assert ((found.products - expected).abs() <= 1e-14 * size).all()
 
 
-@per_route
-def test_a_condition_of_1e8_costs_the_digits_it_must(solve):
+@by_each_route
+def test_a_condition_of_1e8_costs_the_digits_it_must(route):
     s = system(9, 65, 2, rank=20, ridge=1e-10)
     assert torch.linalg.cond(matrix(s, 0)) > 1e8
-    assert_solves(solve(*s), s, rtol=1e-6)
+    assert_solves(route(*s), s, rtol=1e-6)
 
 
-@per_route
-def test_no_ridge_is_needed_where_the_gram_matrix_is_regular(solve):
+@by_each_route
+def test_no_ridge_is_needed_where_the_gram_matrix_is_regular(route):
     s = system(9, 13, 2)
     K = s.K + torch.eye(13, dtype=torch.float64)
     s = s._replace(K=K, v=1 + s.v**2, epsilon=0 * s.epsilon, x=0 * s.x)
-    found = solve(*s)
+    found = route(*s)
     assert found.regular.all()
     assert_solves(found, s, rtol=1e-11)
 
 
-@per_route
-def test_a_unit_without_errors_divides_by_its_ridge(solve):
+@by_each_route
+def test_a_unit_without_errors_divides_by_its_ridge(route):
     s = system(9, 13, 2)
     s.v[4] = s.x[4] = 0
-    assert torch.allclose(solve(*s).Y[4], s.rhs[4] / s.epsilon[4], rtol=1e-14)
+    assert torch.allclose(route(*s).Y[4], s.rhs[4] / s.epsilon[4], rtol=1e-14)
 
 
 SPOILS = {
@@ -172,14 +144,14 @@ SPOILS = {
 }
 
 
-@per_route
+@by_each_route
 @pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
-def test_irregular_units_are_named_and_leave_the_others_alone(solve, spoil):
+def test_irregular_units_are_named_and_leave_the_others_alone(route, spoil):
     s, spoiled = system(33, 13, 3), torch.tensor([0, 5, 17, 32])
-    before = solve(*s)
+    before = route(*s)
     for unit in spoiled:
         spoil(s, unit)
-    found, kept = solve(*s), torch.ones(33, dtype=torch.bool)
+    found, kept = route(*s), torch.ones(33, dtype=torch.bool)
     kept[spoiled] = False
     assert torch.equal(found.regular, kept)
     assert torch.equal(found.Y[kept], before.Y[kept])
@@ -191,28 +163,28 @@ def test_both_routes_draw_the_line_of_singular_at_the_same_pivot():
     epsilon = torch.tensor([2.0**-44, 2.0**-46, 2.0**-48], dtype=torch.float64)
     one, none = torch.ones(3, 2, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
     s = System(K, one, epsilon, normal(Generator(), 3, 1, 2), none, none)
-    assert by_torch(*s).regular.tolist() == [True, True, False]
+    assert by_torch(solve_grams)(*s).regular.tolist() == [True, True, False]
     assert solve_grams(*s).regular.tolist() == [True, True, False]
 
 
-@per_route
+@by_each_route
 @pytest.mark.parametrize("off", [0.0, 2.0**-52, 2.0**-50])
-def test_what_is_subtracted_leaves_nothing_but_rounding(solve, off):
+def test_what_is_subtracted_leaves_nothing_but_rounding(route, off):
     K, one = torch.tensor([[[4.0, 0.0], [0.0, 1.0]]]).double(), torch.ones(1, 2).double()
     x = torch.tensor([[2 * (1 - off), 0.0]], dtype=torch.float64)  # whose square is K's first entry
     rhs, none = one.unsqueeze(1), torch.zeros_like(one)
-    assert not solve(K, one, none[:, 0], rhs, x, none).regular
-    assert solve(K, one, none[:, 0] + 1e-6, rhs, x, none).regular
+    assert not route(K, one, none[:, 0], rhs, x, none).regular
+    assert route(K, one, none[:, 0] + 1e-6, rhs, x, none).regular
 
 
-@per_route
-def test_a_pivot_must_be_more_than_the_noise_of_its_entry(solve):
+@by_each_route
+def test_a_pivot_must_be_more_than_the_noise_of_its_entry(route):
     s = system(9, 13, 2, ridge=1e-3)
     pivots = torch.stack([torch.linalg.cholesky(matrix(s, i)).diagonal() ** 2 for i in range(9)])
     below, above = s._replace(noise=0.99 * pivots), s._replace(noise=0.99 * pivots)
     above.noise[[2, 5], [0, 12]] = 1.01 * pivots[[2, 5], [0, 12]]
-    assert solve(*below).regular.all()
-    assert (~solve(*above).regular).nonzero().flatten().tolist() == [2, 5]
+    assert route(*below).regular.all()
+    assert (~route(*above).regular).nonzero().flatten().tolist() == [2, 5]
 
 
 @pytest.mark.parametrize("pool", ["torch's", "python's"])
@@ -243,19 +215,19 @@ def test_units_must_share_gram_matrices_evenly():
         solve_grams(s.K, *(x[:8] for x in s[1:]))
 
 
-@per_route
-def test_memory_beside_the_system_is_left_alone(solve):
+@by_each_route
+def test_memory_beside_the_system_is_left_alone(route):
     s = system(9, 13, 3)
     beside = [torch.cat([x.flatten(), torch.full((99,), nan)]) for x in s]
     inside = [x[: y.numel()].view(y.shape) for x, y in zip(beside, s, strict=True)]
-    assert torch.equal(solve(*inside).Y, solve(*s).Y)
+    assert torch.equal(route(*inside).Y, route(*s).Y)
 
 
 def test_torch_takes_units_in_parts_that_fit():
     s = system(9, 13, 2)
-    whole = by_torch(*s)
+    whole = by_torch(solve_grams)(*s)
     with within(24 * 13**2 * 4):
-        parts = by_torch(*s).Y
+        parts = by_torch(solve_grams)(*s).Y
     assert torch.allclose(parts, whole.Y, rtol=1e-12)
 
 
@@ -273,7 +245,7 @@ def test_the_environment_can_switch_the_kernel_off(monkeypatch):
     monkeypatch.setenv("UNITFISHER_NATIVE", "0")
     s = system(9, 13, 2)
     assert not native.compiled()
-    assert torch.equal(solve_grams(*s).Y, by_torch(*s).Y)
+    assert torch.equal(solve_grams(*s).Y, gram._by_torch(s).Y)
 
 
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler", " "])

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from networks import CLASSES, mlp
+from measured import measured_steps
+from networks import CLASSES, a_step, mlp, normal, seeded_mlp
 from pandas.testing import assert_frame_equal
-from test_monitor import a_step, measured_steps, normal, seeded
+from strategies import all_sharings
 from torch import Tensor, nn
 
 import unitfisher
@@ -44,10 +45,10 @@ OPTIONS = {"fisher": "mc", "every": 2, "units": 3}
 
 
 def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path):
-    whole = seeded()
+    whole = seeded_mlp()
     expected = passes(whole, Monitor(whole, **OPTIONS), range(9))
 
-    model = seeded()
+    model = seeded_mlp()
     monitor = Monitor(model, **OPTIONS)
     passes(model, monitor, range(5))
     torch.save([model.state_dict(), monitor.state_dict()], tmp_path / "checkpoint.pt")
@@ -61,10 +62,10 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path):
 
 
 def test_a_record_that_is_resumed_loses_what_came_after_the_state(tmp_path):
-    whole = seeded()
+    whole = seeded_mlp()
     expected = passes(whole, Monitor(whole, **OPTIONS), range(9))
 
-    model = seeded()
+    model = seeded_mlp()
     monitor = Monitor(model, **OPTIONS, record=Run(tmp_path, {}))
     passes(model, monitor, range(5))
     weights, state = copy.deepcopy(model.state_dict()), monitor.state_dict()
@@ -252,14 +253,14 @@ RECORDS = {"folder": lambda folder: folder, "run": Run, "text": str}
 
 @pytest.mark.parametrize("record_in", RECORDS.values(), ids=RECORDS)
 def test_a_record_holds_the_rows_of_a_monitor_without_one(tmp_path, record_in):
-    first, second = seeded(), seeded()
+    first, second = seeded_mlp(), seeded_mlp()
     expected = passes(first, Monitor(first, every=2), range(5))
     recording = Monitor(second, every=2, record=record_in(tmp_path))
     assert_frame_equal(passes(second, recording, range(5)), expected, check_dtype=False)
 
 
 def test_a_record_is_a_table_that_anyone_reads(tmp_path):
-    model = seeded()
+    model = seeded_mlp()
     monitor = Monitor(model, every=2, record=tmp_path)
     expected = passes(model, monitor, range(5))
     monitor.detach()
@@ -352,7 +353,7 @@ def of_theory(table: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns=["step", "route", "output_mean", "output_var"])
 
 
-@pytest.mark.parametrize("sharing", ["expand", "joint", "reduce"])
+@all_sharings
 @pytest.mark.parametrize("of", ["mlp", "convolutional"])
 def test_a_window_measures_its_batches_as_one(of, sharing):
     linear, size = of == "mlp", (4,) if of == "mlp" else (2, 5, 5)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import TOL, normal, seeds
+from strategies import TOL, normal, seeded, seeds
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -28,10 +28,6 @@ from unitfisher.experiments.images import (
     load_cifar,
 )
 from unitfisher.experiments.whitening import Zca, contrast_normalised, whitened
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def unreachable(*_: object, **__: object) -> None:

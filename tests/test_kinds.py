@@ -8,9 +8,11 @@ from typing import NamedTuple
 import pytest
 import reference
 import torch
+from drawn import CONVOLUTIONS, TRANSPOSED, Case, convolutions, linear_layers, transposed
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import TOL, normal, seeds
+from networks import filled
+from strategies import TOL, any_sharing, normal, seeded
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
@@ -20,78 +22,10 @@ from unitfisher.kinds import at_units, incoming, join, supported, turning
 from unitfisher.patches import unfolded
 from unitfisher.steps import LayerStep
 
-CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-any_sharing = st.sampled_from(["expand", "joint", "reduce"])
-
-
-class Case(NamedTuple):
-    """A layer and an input of two samples for it."""
-
-    layer: nn.Module
-    x: Tensor
-
-
-@st.composite
-def linear_layers(draw, leading: st.SearchStrategy) -> Case:
-    d, units, generator = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(seeds)
-    layer = nn.Linear(d, units, bias=draw(st.booleans()))
-    return Case(filled(layer, generator), normal(generator, 2, *draw(leading), d))
-
-
-@st.composite
-def geometries(draw, axes: int) -> tuple[tuple[int, ...], ...]:
-    """Draw kernel, dilation, stride and a size, a small number for each axis."""
-    few = 2 if axes == 3 else 3
-    per_axis = st.lists(st.integers(1, few), min_size=axes, max_size=axes).map(tuple)
-    kernel, dilation, stride, size = (draw(per_axis) for _ in range(4))
-    return kernel, tuple(min(rate, 2) for rate in dilation), stride, size
-
-
-@st.composite
-def convolutions(draw, axes: int) -> Case:
-    kernel, dilation, stride, margin = draw(geometries(axes))
-    size = [r * (k - 1) + m for r, k, m in zip(dilation, kernel, margin, strict=True)]
-    padding = draw(st.sampled_from(["same", "valid", "numbers"]))
-    if padding == "same":
-        stride = (1,) * axes
-    if padding == "numbers":
-        padding = tuple(draw(st.integers(0, min(2, length - 1))) for length in size)
-    groups, c_in, c_out = draw(st.sampled_from([(1, 2, 2), (2, 4, 2), (2, 2, 4), (3, 3, 3)]))
-    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    options |= {"padding_mode": mode, "bias": draw(st.booleans())}
-    generator = draw(seeds)
-    layer = CONVOLUTIONS[axes](c_in, c_out, kernel, **options)
-    return Case(filled(layer, generator), normal(generator, 2, c_in, *size))
-
-
-@st.composite
-def transposed(draw, axes: int) -> Case:
-    kernel, dilation, stride, size = draw(geometries(axes))
-    spans = zip(kernel, dilation, strict=True)
-    padding = tuple(draw(st.integers(0, rate * (taps - 1) // 2)) for taps, rate in spans)
-    steps = zip(stride, dilation, strict=True)
-    more = tuple(draw(st.integers(0, max(pair) - 1)) for pair in steps)
-    groups, c_in, c_out = draw(st.sampled_from([(1, 2, 3), (2, 4, 2), (2, 2, 4), (3, 3, 3)]))
-    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    options |= {"output_padding": more, "bias": draw(st.booleans())}
-    generator = draw(seeds)
-    layer = TRANSPOSED[axes](c_in, c_out, kernel, **options)
-    return Case(filled(layer, generator), normal(generator, 2, c_in, *size))
-
-
-def filled(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    for parameter in model.double().parameters():
-        parameter.data = normal(generator, *parameter.shape)
-    return model
-
 
 def classifier_on(case: Case) -> nn.Module:
     width = prod(case.layer(case.x).shape[1:])
-    head = filled(nn.Linear(width, 3), torch.Generator().manual_seed(0))
-    head.weight.data /= width**0.5
-    return nn.Sequential(case.layer, nn.Tanh(), nn.Flatten(), head)
+    return nn.Sequential(case.layer, nn.Tanh(), nn.Flatten(), filled(nn.Linear(width, 3)))
 
 
 def assert_units_give_the_output(layer: nn.Module, x: Tensor) -> None:
@@ -196,7 +130,7 @@ def gpt2(monkeypatch: pytest.MonkeyPatch) -> type[nn.Module]:
 
 
 def test_the_linear_layer_of_gpt2_is_one_with_its_weight_turned(gpt2):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     layer, x = filled(gpt2(4, 4), generator), normal(generator, 5, 2, 4)
     assert supported(layer)
     assert_units_give_the_output(layer, x)
@@ -221,7 +155,7 @@ class Halves(nn.Module):
 
 
 def test_a_kind_of_ones_own_can_join():
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     layer, x = filled(Halves(), generator), normal(generator, 5, 3)
     assert not supported(layer)
     join([Halves], lambda layer, x, out: torch.cat([x, x / 2], -1)[None, :, None], at_units_of_rows)
@@ -257,7 +191,7 @@ def at_units_of_rows(layer: nn.Module, y: Tensor) -> Tensor:
 )
 def test_a_turned_weight_may_be_computed(gpt2, compute):
     torch.manual_seed(0)
-    layer, x = filled(gpt2(3, 4), torch.Generator().manual_seed(0)), torch.randn(5, 4).double()
+    layer, x = filled(gpt2(3, 4), seeded(0)), torch.randn(5, 4).double()
     model = nn.Sequential(compute(layer), nn.Tanh(), nn.Linear(3, 3).double())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with Monitor(model):
@@ -289,18 +223,16 @@ def measured(model: nn.Module, x: Tensor, **options: object) -> Measured:
 
 @pytest.mark.parametrize("axes", TRANSPOSED)
 def test_natural_gradients_of_transposed_convolutions_have_the_shape_of_their_weights(axes):
-    generator = torch.Generator().manual_seed(axes)
+    generator = seeded(axes)
     layer = filled(TRANSPOSED[axes](4, 6, 2, stride=2, groups=2), generator)
     x = normal(generator, 6, 4, *[2] * axes)
     model = classifier_on(Case(layer, x))
     _, (dw, dw0), again = measured(model, x, sharing="joint")
     assert again.dw.equal(dw)
     F = reference.unit_fisher(model, "0", x, sharing="joint")
-    for unit, own in enumerate(F):
-        d = len(own) - 1
-        ridge = 1e-2 * own[:d, :d].trace() / d * (torch.arange(d + 1) < d)
+    for unit, own in enumerate(reference.damped(F, 1e-2)):
         g = reference.weight_of_unit(layer, layer.weight.grad, unit).flatten()
-        step = torch.linalg.solve(own + ridge.diag(), torch.cat([g, layer.bias.grad[unit, None]]))
+        step = torch.linalg.solve(own, torch.cat([g, layer.bias.grad[unit, None]]))
         found = reference.weight_of_unit(layer, dw, unit).flatten()
         assert_close(torch.cat([found, dw0[unit, None]]), step, rtol=1e-7, atol=1e-9)
 

@@ -18,8 +18,10 @@ CHOICES = {
     "name": ("4", ["4"]),
     "pattern": ("0.*", ["0.0"]),
     "type": (nn.Linear, ["2", "4"]),
-    "predicate": (lambda name, module: name > "1", ["2", "4"]),
+    "predicate": (lambda name, module: name > "1" and module.bias.numel() == 2, ["4"]),
     "several": (["4", nn.Conv2d], ["0.0", "4"]),
+    "patterns": (["4", "0.*"], ["0.0", "4"]),
+    "mixed": (("0.0", lambda name, module: name == "4"), ["0.0", "4"]),
     "overlapping": (("*", nn.Linear), ["0.0", "2", "4"]),
 }
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import TOL, normal, seeds
+from strategies import TOL, normal, seeded, seeds
 from torch import Tensor
 from torch.autograd.functional import jacobian
 from torch.testing import assert_close
@@ -27,7 +27,7 @@ DRAWS = 20_000
 
 
 def logits(rows: int = 4, classes: int = 5, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return 2 * normal(generator, rows, 2, classes)
 
 
@@ -200,7 +200,7 @@ SPREADS = {  # of logits; for the cost of two backward columns: labels, signs, t
 
 @pytest.mark.parametrize(("scale", "order"), SPREADS.values(), ids=SPREADS)
 def test_which_two_columns_have_the_least_spread_depends_on_how_peaked_the_softmax_is(scale, order):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     J = normal(generator, 10, 500)  # of 500 units at the logits of one sample
     found = dict.fromkeys(order, 0.0)
     for _ in range(10):
@@ -225,7 +225,7 @@ def test_which_two_columns_have_the_least_spread_depends_on_how_peaked_the_softm
 
 @likelihoods
 def test_drawn_labels_have_a_score_of_mean_zero_and_the_fisher_as_covariance(likelihood):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     z = logits(rows=1, classes=3).expand(DRAWS, 2, 3)
     score = likelihood.score(z, likelihood.sample(z, generator))
     products = score.unsqueeze(-1) * score.unsqueeze(-2)
@@ -241,7 +241,7 @@ def assert_mean(draws: Tensor, expected: Tensor) -> None:
 @likelihoods
 def test_labels_come_from_the_given_generator_alone(likelihood):
     z, before = logits(), torch.get_rng_state()
-    first, again = (likelihood.sample(z, torch.Generator().manual_seed(7)) for _ in range(2))
+    first, again = (likelihood.sample(z, seeded(7)) for _ in range(2))
     assert_close(first, again, rtol=0, atol=0)
     assert torch.get_rng_state().equal(before)
 

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from networks import CLASSES, NETWORKS, loss_of, mlp
-from test_measurement import WITH_GRADIENT
-from test_monitor import SINGLE, a_step, normal, seeded
+from measured import WITH_GRADIENT
+from networks import CLASSES, NETWORKS, a_step, loss_of, mlp, normal, seeded_mlp
+from reference import joined
+from strategies import SINGLE
 from torch import nn
 from torch.testing import assert_close
 
-import unitfisher
-from unitfisher import Monitor
+from unitfisher import Monitor, unit_fisher
 
 
 @pytest.mark.parametrize("every", [1, 2], ids=["measured", "not-measured"])
@@ -84,10 +84,8 @@ def test_a_natural_gradient_solves_the_fisher_for_the_gradient():
     model, x = mlp().double(), normal(40, 4).double()
     monitor = Monitor(model, every=1, damping=0.0)
     a_step(model, x)
-    dw, dw0 = monitor.natural_gradient()["2"]
-    fisher = unitfisher.unit_fisher(model, x)["2"]
-    step = torch.cat([dw, dw0[:, None]], 1)
-    gradient = torch.cat([model[2].weight.grad, model[2].bias.grad[:, None]], 1)
+    step, fisher = joined(*monitor.natural_gradient()["2"]), unit_fisher(model, x)["2"]
+    gradient = joined(model[2].weight.grad, model[2].bias.grad)
     assert_close((fisher @ step.unsqueeze(-1)).squeeze(-1), gradient)
 
 
@@ -132,7 +130,7 @@ def test_a_layer_with_half_a_gradient_is_left_out(absent):
 
 
 def test_steps_along_the_natural_gradient_bring_the_loss_down():
-    model, x = seeded(), normal(60, 4)
+    model, x = seeded_mlp(), normal(60, 4)
     y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
     monitor = Monitor(model, every=1, damping=1e-2)
     losses = []

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import loss_of, mlp
+from measured import WITH_GRADIENT
+from networks import a_step, normal, seeded_mlp
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -15,25 +16,14 @@ from unitfisher import Monitor, SingularFisherError
 ROUTES = {"rows": 3, "sums": 40}  # cases
 TOL = {"rtol": 1e-9, "atol": 1e-12}
 SAID = ("c", "mean_q", "s", "k", "corrected_mean", "damping_share", "mean_share_q", "output_mean")
-WITH_GRADIENT = ("cosine", "bias_shift_share_gradient", "bias_shift_share_natural")
 
 
 def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return mlp().double()
+    return seeded_mlp().double()
 
 
 def batch(n: int) -> Tensor:
-    return torch.randn(n, 4, generator=torch.Generator().manual_seed(1)).double()
-
-
-def labels(x: Tensor) -> Tensor:
-    return torch.zeros(len(x), dtype=torch.long)
-
-
-def a_step(model: nn.Module, x: Tensor) -> None:
-    model.zero_grad()
-    loss_of(model(x), labels(x)).backward()
+    return normal(n, 4, seed=1).double()
 
 
 @pytest.fixture
@@ -87,6 +77,7 @@ def test_with_its_gradient_or_before_it_a_pass_says_the_same(n, bias, damping):
     alone = monitor.latest  # solved without the gradient
     later = monitor.natural_gradient()
     completed = monitor.latest
+    model.zero_grad()
     a_step(model, x)
     together = monitor.natural_gradient()
     assert list(together) == list(later) == list(alone)
@@ -140,13 +131,13 @@ def test_layers_without_a_gradient_are_solved_without():
 
 
 def test_targets_of_a_pass_count_where_its_gradient_is_missing():
-    model, x = network(), batch(9)
+    model, x, y = network(), batch(9), torch.zeros(9, dtype=torch.long)
     monitor = Monitor(model, every=1)
-    monitor.targets = labels(x)
+    monitor.targets = y
     a_step(model, x)
     model[2].weight.grad = None
     assert "2" not in monitor.natural_gradient()
-    expected = Monitor(network()).measure(x, labels(x))
+    expected = Monitor(network()).measure(x, y)
     for name, of in monitor.latest.items():
         assert_close(of.cosine, expected[name].cosine)
 

@@ -1,26 +1,19 @@
 """A budget of memory holds, by the profiler's count, or is refused before anything is allocated."""
 
-import gc
 import logging
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from measured import peak
 from torch import Tensor, nn
-from torch.autograd.profiler import profile
 
 from unitfisher import MemoryBudgetError, Monitor
 from unitfisher.memory import bytes_in, readable, within, workspace
-
-
-class MeanOverPositions(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(1)
 
 
 def dense(d: int, u: int, classes: int = 10) -> nn.Sequential:
@@ -48,23 +41,6 @@ SETTINGS = {
     "drawn-rows": (convolutional, IMAGES, {"rows": 128}),
 }
 per_setting = pytest.mark.parametrize(("make", "size", "options"), SETTINGS.values(), ids=SETTINGS)
-
-
-def peak(run: Callable[[], object]) -> tuple[int, int]:
-    """The most bytes that torch held beyond those at the start, and those held at the end."""
-    gc.disable()  # or what earlier tests have left would be freed in the midst of it
-    try:
-        with profile(profile_memory=True) as seen:  # of autograd: events are read when asked for
-            result = run()
-    finally:
-        gc.enable()
-    events = [e for e in seen.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    del result
-    return most, held
 
 
 def bytes_used(model: nn.Module, x: Tensor, **options: object) -> tuple[int, Monitor]:
@@ -151,6 +127,15 @@ def test_a_batch_that_is_not_pooled_is_not_planned_as_a_window():
         pooling.measure(x)
     assert [of.sizes for of in pooling.plan.layers] == [of.sizes for of in alone.layers]
     assert pooling.plan.known
+
+
+def test_nor_is_one_that_follows_a_training_pass_of_its_shape():
+    model, x = dense(30, 32), torch.randn(20, 30)
+    monitor = Monitor(model, window=5, every=1)
+    model(x)
+    for _ in range(2):
+        monitor.measure(x)
+        assert {of.sizes.rows for of in monitor.plan.layers} == {20}
 
 
 def test_a_training_pass_after_a_loader_is_planned_as_before_it():

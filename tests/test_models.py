@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from strategies import TOL
-from test_monitor import EXACTLY, a_step, normal
+from networks import a_step, normal, seeded_mlp
+from strategies import EXACTLY, SINGLE, TOL
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -25,11 +25,6 @@ from unitfisher import (
 from unitfisher.condensed import sums
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.ELU(), nn.Linear(6, 5), nn.ELU(), nn.Linear(5, 3))
-
-
 def without_bias(layer: nn.Linear) -> None:
     layer.bias = None
     parametrizations.weight_norm(layer)
@@ -45,7 +40,7 @@ COMPUTED: dict[str, Callable[[nn.Linear], object]] = {
 
 
 def trained(compute: Callable[[nn.Linear], object], *, observed: bool) -> tuple[list[Tensor], int]:
-    model = network()
+    model = seeded_mlp()
     compute(model[2])
     monitor = Monitor(model, every=1, units=3) if observed else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -65,17 +60,17 @@ def test_training_with_computed_weights_is_bit_identical(compute):
 
 @pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
 def test_computed_weights_are_measured_as_if_they_were_given(compute):
-    model, plain = network(), network()
+    model, plain = seeded_mlp(), seeded_mlp()
     compute(model[2])
     plain[2].bias = model[2].bias
     plain[2].weight.data = model.eval()[2].weight.detach()
     found, expected = (Monitor(m).measure(normal(8, 4)) for m in (model, plain))
     for name in ("0", "2", "4"):
-        assert_close(found[name].k, expected[name].k, rtol=1e-4, atol=1e-5)
+        assert_close(found[name].k, expected[name].k, **SINGLE)
 
 
 def test_natural_gradients_are_of_the_weights_that_are_parameters():
-    model = network()
+    model = seeded_mlp()
     parametrizations.weight_norm(model[2])
     monitor = Monitor(model, every=1)
     a_step(model, normal(8, 4))
@@ -83,7 +78,7 @@ def test_natural_gradients_are_of_the_weights_that_are_parameters():
 
 
 def test_a_pass_with_swapped_weights_is_measured():
-    model, swapped = network(), network()
+    model, swapped = seeded_mlp(), seeded_mlp()
     monitor, other = Monitor(model, every=1), Monitor(swapped, every=1)
     weights = {name: 2 * p.detach() for name, p in model.named_parameters()}
     trained = {name: p.requires_grad_() for name, p in weights.items()}
@@ -112,7 +107,7 @@ def test_a_sparse_buffer_is_left_as_it_is():
 
 
 def test_passes_without_numbers_are_none():
-    model = network()
+    model = seeded_mlp()
     monitor = Monitor(model, every=1)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model(normal(8, 4))
@@ -122,7 +117,7 @@ def test_passes_without_numbers_are_none():
 
 
 def test_a_model_that_is_frozen_for_a_while_is_not_measured_meanwhile():
-    model = network()
+    model = seeded_mlp()
     monitor = Monitor(model, every=1)
     model.requires_grad_(False)
     with pytest.warns(UncoveredLayersWarning, match=r"pass is not measured: .* frozen"):
@@ -136,7 +131,7 @@ def test_a_model_that_is_frozen_for_a_while_is_not_measured_meanwhile():
 
 
 def test_a_layer_that_is_frozen_for_a_while_is_not_measured_meanwhile():
-    model = network()
+    model = seeded_mlp()
     monitor = Monitor(model, "0", every=1)
     model[0].requires_grad_(False)
     with pytest.warns(UncoveredLayersWarning, match="layer '0' ran without a graph"):
@@ -145,7 +140,7 @@ def test_a_layer_that_is_frozen_for_a_while_is_not_measured_meanwhile():
 
 
 def test_a_hook_registered_later_changes_what_is_measured():
-    models = network(), network()
+    models = seeded_mlp(), seeded_mlp()
     models[0].register_forward_hook(lambda model, args, z: z / 4)
     monitors = [Monitor(model, every=1) for model in models]
     models[1].register_forward_hook(lambda model, args, z: z / 4)
@@ -201,7 +196,7 @@ def test_backward_functions_outside_torch_get_numbers_and_one_column_at_a_time(f
     found = Monitor(Through(function.apply)).measure(normal(8, 4))
     expected = Monitor(Through(lambda x: x * 2)).measure(normal(8, 4))
     for name in ("fc", "head"):
-        assert_close(found[name].k, expected[name].k, rtol=1e-4, atol=1e-5)
+        assert_close(found[name].k, expected[name].k, **SINGLE)
 
 
 def test_a_backward_function_that_works_once_says_who_called_it():
@@ -213,7 +208,7 @@ def test_a_backward_function_that_works_once_says_who_called_it():
 @pytest.mark.parametrize("gap", [20, 40])
 @pytest.mark.parametrize("fisher", ["exact", "rademacher"])
 def test_units_of_a_half_precision_model_that_is_sure_are_alive(gap, fisher):
-    model = network()
+    model = seeded_mlp()
     model[4].bias.data = torch.tensor([0.0, gap, 0.0])
     found = Monitor(copy.deepcopy(model).half(), fisher=fisher).measure(normal(64, 4).half())
     expected = Monitor(model, fisher=fisher).measure(normal(64, 4))
@@ -256,9 +251,7 @@ class Masking(nn.Module):
 
     def __init__(self, lowest: float) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(4, 5), nn.ELU(), nn.Linear(5, 3))
-        self.lowest = lowest
+        self.layers, self.lowest = seeded_mlp(), lowest
 
     def forward(self, x: Tensor) -> Tensor:
         forbidden = torch.tensor([False, True, False])
@@ -271,7 +264,7 @@ def test_a_class_that_cannot_be_takes_no_part(fisher):
         Monitor(Masking(lowest).double(), fisher=fisher).measure(normal(8, 4).double())
         for lowest in (-torch.inf, -1e9)
     )
-    for name in found:
+    for name in ("layers.0", "layers.2", "layers.4"):
         assert_close(found[name].k, expected[name].k, **TOL, equal_nan=True)
 
 
@@ -290,7 +283,7 @@ def test_logits_that_no_layer_has_spoiled_are_told(spoil):
 
 
 def test_a_buffer_of_numbers_that_share_their_place_is_left_alone():
-    model = network()
+    model = seeded_mlp()
     model.register_buffer("prior", torch.zeros(1).expand(3))
     monitor = Monitor(model, every=1)
     a_step(model, normal(8, 4))
@@ -298,7 +291,7 @@ def test_a_buffer_of_numbers_that_share_their_place_is_left_alone():
 
 
 def test_a_layer_that_is_frozen_later_is_named_and_the_others_are_measured():
-    model = network()
+    model = seeded_mlp()
     monitor = Monitor(model, every=1)
     model[0].requires_grad_(False)
     with pytest.warns(UncoveredLayersWarning, match=r"'0' .*without a graph.*[Ff]rozen"):
@@ -325,7 +318,7 @@ def model_without_graph(model: nn.Module, x: Tensor) -> None:
 
 
 def test_a_bias_that_is_not_trained_leaves_the_weights_to_be_corrected():
-    model = network()
+    model = seeded_mlp()
     model[2].bias.requires_grad_(False)
     monitor = Monitor(model, every=1)
     a_step(model, normal(8, 4))
@@ -343,7 +336,7 @@ LOOSE = {"rtol": 1e-3, "atol": 1e-3}  # single precision
 
 
 def test_weights_that_two_modules_share_are_named():
-    model = network()
+    model = seeded_mlp()
     model.append(nn.Linear(5, 3))
     model[5].weight = model[4].weight
     with pytest.warns(TiedWeightsWarning, match=r"4\.weight and 5\.weight.*natural_gradient"):
@@ -353,7 +346,7 @@ def test_weights_that_two_modules_share_are_named():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch 2.11, tracing
 @pytest.mark.parametrize("in_place", [True, False])
 def test_what_was_compiled_after_attaching_is_measured_when_asked(in_place):
-    model, expected = network(), Monitor(network()).measure(normal(8, 4))
+    model, expected = seeded_mlp(), Monitor(seeded_mlp()).measure(normal(8, 4))
     monitor = Monitor(model)
     if in_place:
         model.compile(backend="eager")
@@ -364,7 +357,7 @@ def test_what_was_compiled_after_attaching_is_measured_when_asked(in_place):
 
 
 def test_the_default_device_is_no_concern_of_a_measurement():
-    model, expected = network(), Monitor(network()).measure(normal(8, 4))
+    model, expected = seeded_mlp(), Monitor(seeded_mlp()).measure(normal(8, 4))
     with torch.device("meta"):
         found = Monitor(model).measure(normal_on_cpu())
     assert_close(found["0"].k, expected["0"].k, **EXACTLY)
@@ -406,3 +399,17 @@ def test_what_vmap_cannot_take_has_unit_fishers_too():
         pi = model(x).softmax(-1)[:, y].detach()
         expected += torch.einsum("n,nud,nue->ude", pi, g, g) / len(x)
     assert_close(F, expected, **TOL)
+
+
+def test_a_kind_without_a_form_has_empirical_fishers_too_and_exact_ones_ignore_targets():
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 3)).double()
+    x, y = normal(6, 4).double(), torch.tensor([0, 1, 2, 0, 1, 2])
+    options = {"layers": "1", "sharing": "joint"}
+    F = unit_fisher(model, x, fisher="empirical", targets=y, **options)["1"]
+    G = per_sample_gradients(model, x, y)
+    g = torch.stack([G["1.weight"], G["1.bias"]], -1)
+    assert_close(F, torch.einsum("nue,nuf->uef", g, g) / len(x), **TOL)
+    exact, given = (unit_fisher(model, x, targets=each, **options)["1"] for each in (None, y))
+    assert exact.equal(given)
+    with pytest.raises(ValueError, match="needs the observed labels"):
+        unit_fisher(model, x, fisher="empirical", **options)

@@ -1,12 +1,20 @@
 """The Monitor in live use: when it measures, and what of."""
 
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import NamedTuple
-
 import pytest
 import torch
-from networks import CLASSES, NETWORKS, Answers, loss_of, mlp
+from measured import measured_steps
+from networks import (
+    CLASSES,
+    NETWORKS,
+    Answers,
+    Sparse,
+    a_step,
+    mlp,
+    normal,
+    seeded_mlp,
+    sparse_batches,
+)
+from strategies import EXACTLY, all_sharings
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -20,27 +28,6 @@ from unitfisher import (
     unit_natural_gradient,
 )
 from unitfisher.schedule import Overhead
-
-EXACTLY = {"rtol": 0, "atol": 0}
-SINGLE = {"rtol": 1e-4, "atol": 1e-5}  # two routes through a network in single precision
-
-
-def normal(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
-
-
-def seeded(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return mlp()
-
-
-def measured_steps(monitor: Monitor) -> list[int]:
-    return sorted(set(monitor.to_pandas()["step"]))
-
-
-def a_step(model: nn.Module, x: Tensor) -> None:
-    loss_of(model(x), torch.zeros(len(x), dtype=torch.long)).backward()
-
 
 SCHEDULES = {
     "each": (1, [0, 1, 2, 3, 4, 5, 6]),
@@ -89,7 +76,7 @@ def test_paused_passes_pay_for_no_measurement():
 
 
 def test_a_monitor_says_what_it_watches():
-    model = seeded()
+    model = seeded_mlp()
     monitor = Monitor(model)
     model(normal(5, 4))
     assert repr(monitor) == "<Monitor of Sequential after 1 training passes: 0, 2, 4>"
@@ -111,7 +98,7 @@ def test_a_monitor_that_nobody_keeps_measures(tmp_path):
     assert set(run.read()["step"]) >= {0, 1}
 
 
-@pytest.mark.parametrize("sharing", ["expand", "joint", "reduce"])
+@all_sharings
 @pytest.mark.parametrize("name", ["mlp", "weight-reuse", "softmax-regression"])
 def test_a_training_pass_says_what_measuring_its_input_says(name, sharing):
     model = NETWORKS[name].seeded()
@@ -167,13 +154,8 @@ def test_a_layer_that_no_row_was_sent_to_is_left_out_of_the_measurement():
     assert list(monitor.latest) == ["experts.0", "head"]
 
 
-class Routed(nn.Module):
+class Routed(Experts):
     """Sends each row to one of two experts; the second one is called on the first's rows, too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
-        self.head = nn.Linear(4, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         first, h = x[:, 0] > 0, x.new_zeros(len(x), 4)
@@ -205,26 +187,6 @@ def test_errors_of_rows_whose_samples_are_not_known_are_not_told():
         assert all(found[f"experts.{i}"].c_error.isnan().all() for i in range(2))
         assert found["head"].c_error.isfinite().all()
         monitor.detach()
-
-
-class Sparse(nn.Module):
-    """Calls a layer, or does not, as the first number of its input says."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.block, self.head = (nn.Linear(4, d) for d in (4, 4, CLASSES))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.first(x).tanh()
-        return self.head(h + self.block(h) if (x[:, 0] > 0).any() else h)
-
-
-def sparse_batches() -> list[Tensor]:
-    """Three of which the second comes to no block."""
-    batches = list(normal(20, 4).double().split([6, 9, 5]))
-    for batch, sign in zip(batches, (1, -1, 1), strict=True):
-        batch[:, 0] = sign
-    return batches
 
 
 def expected_of_blocks(model: nn.Module, batches: list[Tensor], damping: float) -> UnitMoments:
@@ -344,57 +306,19 @@ def test_inputs_to_measure_are_what_forward_takes(inputs_of):
     assert measured["head"].c.shape == (CLASSES,)
 
 
-class Output(NamedTuple):
-    loss: Tensor
-    z: Tensor
-
-
-@dataclass
-class Record:
-    hidden: Tensor
-    scores: Tensor
-
-
-PACKED = {
-    "alone": (lambda z: z, None),
-    "tuple": (lambda z: (z.sum(), z), 1),
-    "last": (lambda z: [z.sum(), z], -1),
-    "named-tuple": (lambda z: Output(z.sum(), z), "z"),
-    "dict": (lambda z: {"loss": z.sum(), "z": z}, "z"),
-    "dict-logits": (lambda z: {"loss": z.sum(), "logits": z}, None),
-    "only-tensor": (lambda z: {"z": z, "cache": None}, None),
-    "dataclass": (lambda z: Record(z.sum(), z), "scores"),
-    "object": (lambda z: SimpleNamespace(z=z), "z"),
-    "callable": (lambda z: [z], lambda answer: answer[0]),
-    "computed": (lambda z: z.T, lambda z: z.T),
-}
-
-
-@pytest.mark.parametrize(("pack", "output"), PACKED.values(), ids=PACKED)
-def test_logits_are_found_in_what_the_model_returns(pack, output):
-    plain, packing = Answers(lambda z: z), Answers(pack)
+def test_logits_are_found_in_what_the_model_returns():
+    plain, packing = Answers(lambda z: z), Answers(lambda z: [z.sum(), z.T])
     packing.load_state_dict(plain.state_dict())
-    monitor, x = Monitor(packing, every=1, output=output), normal(8, 4)
+    monitor, x = Monitor(packing, every=1, output=lambda answer: answer[1].T), normal(8, 4)
     packing(x)
     assert_close(monitor.latest["head"].k, Monitor(plain).measure(x)["head"].k)
 
 
-LAYERS = {
-    "pattern": ("[02]", ["0", "2"]),
-    "patterns": (["4", "0"], ["0", "4"]),
-    "type": (nn.Linear, ["0", "2", "4"]),
-    "predicate": (lambda name, module: module.bias.numel() == CLASSES, ["4"]),
-    "mixed": (("0", lambda name, module: name == "4"), ["0", "4"]),
-    "all": (None, ["0", "2", "4"]),
-}
-
-
-@pytest.mark.parametrize(("layers", "names"), LAYERS.values(), ids=LAYERS)
-def test_layers_are_chosen_by_name_type_or_predicate(layers, names):
+def test_layers_that_are_chosen_are_measured_in_the_order_of_the_model():
     model = mlp()
-    monitor = Monitor(model, layers=layers, every=1)
+    monitor = Monitor(model, layers=[lambda name, module: name == "4", "0"], every=1)
     model(normal(8, 4))
-    assert list(monitor.layers) == list(monitor.latest) == names
+    assert list(monitor.layers) == list(monitor.latest) == ["0", "4"]
 
 
 def test_a_wrapped_model_is_seen_through():
@@ -446,7 +370,7 @@ def test_natural_gradients_of_a_sample_are_its_rows():
 
 
 def drawn(seed: int, **options: object) -> dict[str, Tensor]:
-    monitor = Monitor(seeded(), seed=seed, **options)
+    monitor = Monitor(seeded_mlp(), seed=seed, **options)
     measured = monitor.measure(normal(12, 4))["0"]
     return {"units": measured.units, "c": measured.c}
 

@@ -15,8 +15,10 @@ import scipy.sparse.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import TOL, normal, orthogonal
-from torch import Generator, Tensor, nn
+from networks import Means, filled
+from reference import damped, joined
+from strategies import SHARINGS, TOL, normal, orthogonal, seeded
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,11 +31,6 @@ from unitfisher.operator import UnitFisherOperator, unit_fisher_operator
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 biases = pytest.mark.parametrize("bias", [True, False])
-
-
-class Means(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(1)
 
 
 def network(kind: str, d: int, bias: bool) -> tuple[nn.Module, tuple[int, ...]]:
@@ -71,12 +68,6 @@ class Case(NamedTuple):
         return unit_fisher_operator(self.measured(), self.unit, damping=self.damping)
 
 
-def damped(F: Tensor, damping: float, biased: bool) -> Tensor:
-    d = len(F) - biased
-    ridge = damping * F.diagonal()[:d].mean()
-    return F + torch.diag(torch.where(torch.arange(len(F)) < d, ridge, 0.0))
-
-
 class Setting(NamedTuple):
     kind: str
     sharing: str
@@ -86,7 +77,7 @@ class Setting(NamedTuple):
 SETTINGS = [
     Setting(kind, sharing, bias)
     for kind in ("mlp", "sequence", "convolution", "groups")
-    for sharing in ("expand", "joint", "reduce")
+    for sharing in SHARINGS
     for bias in (True, False)
     if kind != "mlp" or sharing == "expand"  # without positions the sharings are one
 ]
@@ -106,9 +97,8 @@ class Drawn(NamedTuple):
 
     def case(self, setting: Setting) -> Case:
         model, size = network(setting.kind, self.d, setting.bias)
-        generator = Generator().manual_seed(self.seed)
-        for parameter in model.double().parameters():
-            parameter.data = normal(generator, *parameter.shape) / 2
+        generator = seeded(self.seed)
+        filled(model, generator)
         x = self.mean * normal(generator, *size) + normal(generator, self.n, *size)
         return Case(model, x, setting.sharing, self.damping, self.unit)
 
@@ -120,7 +110,7 @@ def draws(*dampings: float) -> st.SearchStrategy[Drawn]:
 
 
 def vectors(F: UnitFisherOperator, *size: int) -> Tensor:
-    return normal(Generator().manual_seed(1), F.shape[0], *size)
+    return normal(seeded(1), F.shape[0], *size)
 
 
 def gaussian(x: Tensor, *, bias: bool, damping: float = 0.0) -> UnitFisherOperator:
@@ -132,7 +122,7 @@ def gaussian(x: Tensor, *, bias: bool, damping: float = 0.0) -> UnitFisherOperat
 
 def spectrum(n: int, values: Tensor) -> Tensor:
     """Return n inputs with E x xᵀ of these eigenvalues, in random directions, and mean zero."""
-    generator, d = Generator().manual_seed(2), len(values)
+    generator, d = seeded(2), len(values)
     half = torch.linalg.qr(normal(generator, n // 2, d)).Q * (n / 2) ** 0.5
     return torch.cat([half, -half]) * values.sqrt() @ orthogonal(generator, d)
 
@@ -146,7 +136,7 @@ def spectrum(n: int, values: Tensor) -> Tensor:
 def test_the_operator_is_the_damped_block_of_the_independent_reference(setting, drawn):
     case = drawn.case(setting)
     F, block = case.operator(), reference.unit_fisher(case.model, "0", case.x, sharing=case.sharing)
-    expected = damped(block[case.unit], case.damping, case.biased)
+    expected = damped(block[case.unit], case.damping, biased=case.biased)
     assert_close(F.dense(), expected, **TOL)
     assert (F.shape, F.dtype, F.device) == (expected.shape, torch.float64, case.x.device)
     assert (F.layer, F.unit, F.biased) == ("0", case.unit, case.biased)
@@ -158,7 +148,7 @@ def test_the_operator_is_the_damped_block_of_the_independent_reference(setting, 
 def test_products_are_those_of_the_damped_block_of_the_package(setting, drawn):
     case = drawn.case(setting)
     block = unit_fisher(case.model, case.x, layers="0", sharing=case.sharing)["0"][case.unit]
-    F, expected = case.operator(), damped(block, case.damping, case.biased)
+    F, expected = case.operator(), damped(block, case.damping, biased=case.biased)
     v = vectors(F, 3)
     assert_close(F @ v, expected @ v, **CLOSE)
     assert_close(F.matmat(v), F @ v)
@@ -208,13 +198,10 @@ def test_solve_is_the_inverse(setting, drawn):
 def test_solve_is_the_natural_gradient_of_the_monitor(setting, drawn):
     case = drawn.case(setting)
     measured, weight = case.measured(damping=case.damping), case.model[0].weight
-    g = normal(Generator().manual_seed(3), *weight.shape)
+    g = normal(seeded(3), *weight.shape)
     g0 = g.flatten(1)[:, 0] if case.biased else None
     dw, dw0 = measured.natural_gradient(g, g0)
-    rhs, expected = (
-        torch.cat([w.flatten(1)] + ([] if w0 is None else [w0[:, None]]), 1)[case.unit]
-        for w, w0 in ((g, g0), (dw, dw0))
-    )
+    rhs, expected = (joined(*pair)[case.unit] for pair in ((g, g0), (dw, dw0)))
     found = unit_fisher_operator(measured, case.unit).solve(rhs)  # at the Monitor's damping
     assert_close(found, expected, rtol=1e-6, atol=1e-6 * expected.norm().item())
 
@@ -222,17 +209,17 @@ def test_solve_is_the_natural_gradient_of_the_monitor(setting, drawn):
 @biases
 def test_with_observed_labels_it_is_the_empirical_fisher(bias):
     model, size = network("sequence", 2, bias)
-    x, y = normal(Generator().manual_seed(15), 9, *size), torch.arange(9) % 3
-    for sharing in ("expand", "joint", "reduce"):
+    x, y = normal(seeded(15), 9, *size), torch.arange(9) % 3
+    for sharing in SHARINGS:
         with Monitor(model.double(), layers="0", fisher="empirical", sharing=sharing) as monitor:
             F = unit_fisher_operator(monitor.measure(x, targets=y)["0"], 3, damping=0.1)
         expected = reference.unit_fisher_empirical(model, "0", x, y, sharing=sharing)[3]
-        assert_close(F.dense(), damped(expected, 0.1, bias), **TOL)
+        assert_close(F.dense(), damped(expected, 0.1, biased=bias), **TOL)
 
 
 @biases
 def test_columns_of_cases_without_positions_fold(bias):
-    generator = Generator().manual_seed(17)
+    generator = seeded(17)
     a, delta = normal(generator, 1, 9, 1, 3), normal(generator, 2, 9, 1, 4)
     measured = Case(network("mlp", 3, bias)[0], torch.ones(9, 3)).measured()
     F = unit_fisher_operator(with_cases(measured, a, delta), 1, damping=0.0)
@@ -329,7 +316,7 @@ def test_an_ill_conditioned_fisher_is_known_and_solved(condition, bias):
     F = gaussian(x, bias=bias)
     assert F.condition_number() == pytest.approx(condition, rel=1e-16 * condition**0.5 * 1e3)
     assert_close(F.top_eigenvalues(2), values[:2], **CLOSE)
-    expected = normal(Generator().manual_seed(4), F.shape[0])
+    expected = normal(seeded(4), F.shape[0])
     error = (F.solve(F @ expected) - expected).norm() / expected.norm()
     assert error < 1e-15 * condition
 
@@ -384,7 +371,7 @@ def far_from_zero(mean: float, n: int, bias: bool) -> UnitStatistics:
     model, _ = network("mlp", 5, bias)
     with torch.no_grad():
         model[0].weight -= model[0].weight.mean(1, keepdim=True)  # so that no unit saturates
-    x = mean + normal(Generator().manual_seed(5), n, 5).float()
+    x = mean + normal(seeded(5), n, 5).float()
     return Monitor(model, layers="0").measure(x)["0"]
 
 
@@ -408,7 +395,7 @@ def test_a_large_mean_costs_no_digits(mean, n, damping, bias):
     F = unit_fisher_operator(measured, 2, damping=damping)
     exact = exact_fisher(measured, 2, float(F.ridge))
     inverse = exact_inverse(exact)
-    rhs = normal(Generator().manual_seed(6), F.shape[0])
+    rhs = normal(seeded(6), F.shape[0])
     expected = inverse @ rhs.numpy()
     error = np.linalg.norm(F.solve(rhs).numpy() - expected) / np.linalg.norm(expected)
     assert error < 1e-6
@@ -427,21 +414,21 @@ def test_at_a_large_mean_numpy_says_the_same_where_it_can(n, bias):
     rows = np.hstack([a, np.ones((n, 1))])[:, : F.shape[0]]
     dense = (D[:, None] * rows).T @ rows / n
     dense[range(5), range(5)] += measured.damping * np.trace(dense[:5, :5]) / 5
-    rhs = normal(Generator().manual_seed(6), F.shape[0])
+    rhs = normal(seeded(6), F.shape[0])
     expected = np.linalg.solve(dense, rhs.numpy())
     assert np.linalg.norm(F.solve(rhs).numpy() - expected) < 1e-4 * np.linalg.norm(expected)
     assert F.condition_number() == pytest.approx(np.linalg.cond(dense), rel=1e-4)
 
 
 def test_a_shift_of_the_inputs_changes_no_weight_of_a_solution():
-    x = (normal(Generator().manual_seed(16), 30, 4) * 2**20).round() / 2**20  # shifts exactly
+    x = (normal(seeded(16), 30, 4) * 2**20).round() / 2**20  # shifts exactly
     near, far = (gaussian(x + shift, bias=True) for shift in (0, 2**26))
     rhs = torch.tensor([1.0, -2.0, 3.0, 4.0, 0.0])
     assert_close(far.solve(rhs)[:4], near.solve(rhs)[:4], **CLOSE)
 
 
 def test_inputs_without_weight_cost_no_digits_however_far_they_lie():
-    cases = Case(network("mlp", 4, True)[0], normal(Generator().manual_seed(7), 40, 4).float())
+    cases = Case(network("mlp", 4, True)[0], normal(seeded(7), 40, 4).float())
     measured = cases.measured()
     a, delta = measured.cases.a, measured.cases.delta.clone()
     delta[:, :20] = 0
@@ -460,7 +447,7 @@ def with_cases(measured: UnitStatistics, a: Tensor, delta: Tensor) -> UnitStatis
 
 
 def test_duplicated_inputs_have_no_inverse_without_damping():
-    x = normal(Generator().manual_seed(8), 30, 3)
+    x = normal(seeded(8), 30, 3)
     x = torch.cat([x, x[:, :1]], 1)
     for bias in (True, False):
         F = gaussian(x, bias=bias)
@@ -472,7 +459,7 @@ def test_duplicated_inputs_have_no_inverse_without_damping():
 
 
 def test_duplicated_cases_change_nothing():
-    x = normal(Generator().manual_seed(8), 3, 5)
+    x = normal(seeded(8), 3, 5)
     few, many = (gaussian(x.repeat(k, 1), bias=True, damping=1e-3) for k in (1, 4))
     assert len(few.R) < 5 < len(many.R)
     v = torch.arange(6.0)
@@ -483,14 +470,14 @@ def test_duplicated_cases_change_nothing():
 
 @pytest.mark.parametrize(("n", "bias"), [(3, False), (3, True), (4, True)])
 def test_too_few_cases_have_no_inverse_without_damping(n, bias):
-    F = gaussian(normal(Generator().manual_seed(9), n, 4), bias=bias)
+    F = gaussian(normal(seeded(9), n, 4), bias=bias)
     assert F.condition_number() == math.inf
     with pytest.raises(SingularFisherError, match="more samples"):
         F.solve(torch.ones(F.shape[0]))
 
 
 def test_as_many_cases_as_weights_have_an_inverse_without_bias():
-    F = gaussian(normal(Generator().manual_seed(9), 4, 4), bias=False)
+    F = gaussian(normal(seeded(9), 4, 4), bias=False)
     assert_close(F.solve(F @ torch.ones(4)), torch.ones(4).double(), **TOL)
 
 
@@ -510,14 +497,14 @@ def test_a_dead_unit_is_zero_and_has_no_inverse(n, bias):
 
 
 def test_errors_that_cancel_leave_the_weights_of_a_layer_without_bias():
-    generator = Generator().manual_seed(10)
+    generator = seeded(10)
     a, delta = normal(generator, 1, 9, 2, 3), normal(generator, 1, 9, 1, 4)
     delta = torch.cat([delta, -delta], 2)  # Σ_t δ = 0
     measured = Case(network("mlp", 3, False)[0], torch.ones(9, 3)).measured()
     found = with_cases(measured, a, delta)
     F = unit_fisher_operator(found, 0, damping=1e-3)
     G = (delta[0, :, :, :1] * a[0]).sum(1)
-    A = damped(G.T @ G / 9, 1e-3, False)
+    A = damped(G.T @ G / 9, 1e-3, biased=False)
     assert_close(F.dense(), A, **CLOSE)
     assert_close(F @ F.solve(torch.ones(3)), torch.ones(3).double(), **CLOSE)
     F = unit_fisher_operator(replace(found, biased=True), 0, damping=1e-3)
@@ -632,7 +619,7 @@ def test_with_few_rows_nothing_is_as_large_as_the_matrix():
 
 
 def test_with_many_rows_a_product_takes_vectors_only():
-    F = gaussian(normal(Generator().manual_seed(12), 300, 100), bias=True)
+    F = gaussian(normal(seeded(12), 300, 100), bias=True)
     with Largest() as largest:
         F @ torch.ones(101)
     assert largest.numel == F.R.numel()  # a view: its transpose
@@ -643,12 +630,12 @@ def test_with_many_rows_a_product_takes_vectors_only():
 @pytest.mark.parametrize("n", [40, 3])
 def test_on_a_gpu_it_says_the_same(n, bias):
     model, _ = network("mlp", 5, bias)
-    x = normal(Generator().manual_seed(13), n, 5)
+    x = normal(seeded(13), n, 5)
     here, there = (
         unit_fisher_operator(Monitor(m, layers="0").measure(y)["0"], 1)
         for m, y in ((model.double(), x), (copy.deepcopy(model).double().cuda(), x.cuda()))
     )
-    v = normal(Generator().manual_seed(14), here.shape[0])
+    v = normal(seeded(14), here.shape[0])
     assert there.device.type == "cuda"
     assert_close((there @ v.cuda()).cpu(), here @ v, **TOL)
     assert_close(there.solve(v.cuda()).cpu(), here.solve(v), **TOL)

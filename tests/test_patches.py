@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import CONVOLUTIONS, convolutions, transposed
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import TOL, normal, seeds
-from test_kinds import CONVOLUTIONS, convolutions, transposed
 from torch import nn
 from torch.testing import assert_close
 
@@ -106,7 +106,7 @@ def test_many_say_what_few_say(options, monkeypatch):
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ELU(), nn.Flatten(), nn.Linear(108, 3))
     x = torch.randn(9, 2, 6, 6)
     few = Monitor(model, **options).measure(x)["0"]
-    monkeypatch.setattr("unitfisher.cases.FEW", 0)
+    monkeypatch.setattr("unitfisher.cases.UNFOLDED_WHOLE", 0)
     many = Monitor(copy.deepcopy(model), **options).measure(x)["0"]
     for name in ("c", "mean", "mean_q", "s", "k"):
         assert_close(getattr(many, name), getattr(few, name), rtol=1e-4, atol=1e-5)

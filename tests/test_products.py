@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import unitfisher.condensed
-import unitfisher.plan
+import unitfisher.planner
 import unitfisher.products
 from unitfisher import Monitor, UnconvergedWarning
 from unitfisher.cases import UnitCases
@@ -147,7 +147,7 @@ def test_a_monitor_iterates_where_that_was_planned(monkeypatch):
     with Monitor(model, layers="0", solver="direct") as monitor:
         direct = monitor.measure(x)["0"]
     assert direct.route == "sums"
-    monkeypatch.setattr(unitfisher.plan, "route_of", lambda *_: "products")
+    monkeypatch.setattr(unitfisher.planner, "route_of", lambda *_: "products")
     with Monitor(model, layers="0") as monitor:
         found = monitor.measure(x)["0"]
         assert found.route == "products"

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import unitfisher.parts
+import unitfisher.table
 from unitfisher.record import RecordExistsError, Run
 
-ROOT = Path(unitfisher.parts.__file__).parents[1]
+ROOT = Path(unitfisher.table.__file__).parents[1]
 NEVER = float("inf")
 
 
@@ -145,7 +145,7 @@ def test_append_does_not_wait_for_the_gpu(tmp_path):
 
 
 def test_every_reader_sees_one_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(unitfisher.parts, "PART_ROWS", 10)
+    monkeypatch.setattr(unitfisher.table, "PART_ROWS", 10)
     with Run(tmp_path / "run") as run:
         for step in range(25):
             run.append("units", {"step": step, "layer": "a" * step, "k": np.float32([0, step])})
@@ -163,7 +163,7 @@ def test_every_reader_sees_one_table(tmp_path, monkeypatch):
 
 
 def test_many_appends_leave_few_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(unitfisher.parts, "PART_ROWS", 1_500)
+    monkeypatch.setattr(unitfisher.table, "PART_ROWS", 1_500)
     with Run(tmp_path / "run", flush_interval=0.02) as run:
         for step in range(5_000):
             run.append("units", {"step": step})
@@ -172,7 +172,7 @@ def test_many_appends_leave_few_files(tmp_path, monkeypatch):
 
 
 def test_a_closed_part_is_never_touched_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(unitfisher.parts, "PART_ROWS", 2)
+    monkeypatch.setattr(unitfisher.table, "PART_ROWS", 2)
     with Run(tmp_path / "run") as run:
         run.append("units", {"step": [0, 1]})
         run.flush()
@@ -200,7 +200,7 @@ def test_rows_reach_the_disk_by_themselves(tmp_path):
 
 
 def test_a_reader_meanwhile_sees_the_rows_up_to_some_moment(tmp_path, monkeypatch):
-    monkeypatch.setattr(unitfisher.parts, "PART_ROWS", 500)
+    monkeypatch.setattr(unitfisher.table, "PART_ROWS", 500)
     run = Run(tmp_path / "run", flush_interval=0.005)
     done = threading.Event()
 
@@ -238,10 +238,10 @@ def test_a_reader_meanwhile_sees_the_rows_up_to_some_moment(tmp_path, monkeypatc
 # anew for each of them would take most of this file's time.
 WRITERS = """
 import os, sys, time
-import unitfisher.parts
+import unitfisher.table
 from unitfisher.record import Run
 
-unitfisher.parts.PART_ROWS = 1000
+unitfisher.table.PART_ROWS = 1000
 
 
 def write_forever(folder, step):
@@ -425,7 +425,7 @@ def test_a_kill_before_the_configuration_leaves_an_empty_folder(tmp_path):
 def test_a_truncated_table_has_its_first_rows_and_goes_on_after_them(
     tmp_path, monkeypatch, resumed, kept
 ):
-    monkeypatch.setattr(unitfisher.parts, "PART_ROWS", 3)
+    monkeypatch.setattr(unitfisher.table, "PART_ROWS", 3)
     run = Run(tmp_path)
     for step in range(7):
         run.append("units", {"step": [step]})
@@ -441,7 +441,7 @@ def test_a_truncated_table_has_its_first_rows_and_goes_on_after_them(
 
 
 def test_a_kill_while_truncating_leaves_first_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(unitfisher.parts, "PART_ROWS", 3)
+    monkeypatch.setattr(unitfisher.table, "PART_ROWS", 3)
     run = Run(tmp_path)
     for step in range(9):
         run.append("units", {"step": [step]})

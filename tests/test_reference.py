@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from networks import Means, filled, inputs
 from reference import (
     cases,
     natural_gradient,
@@ -10,57 +11,39 @@ from reference import (
     unit_fisher,
     unit_fisher_empirical,
     unit_fisher_joint,
+    weighted_fisher,
+    with_ones,
 )
-from strategies import TOL
-from torch import Tensor, nn
+from strategies import TOL, all_sharings
+from torch import nn
 from torch.testing import assert_close
 
-SHARINGS = ["expand", "reduce", "joint"]
-MEAN_OF_POSITIONS = [nn.AdaptiveAvgPool2d((1, None)), nn.Flatten(1)]  # n t u -> n 1 u -> n u
 N, D_IN, UNITS = 7, 3, 4
 
 
-def normal(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).double()
-
-
-def seeded(model: nn.Module) -> nn.Module:
-    for seed, parameter in enumerate(model.parameters()):
-        parameter.data = normal(*parameter.shape, seed=100 + seed)
-    return model.double()
-
-
-def with_ones(a: Tensor) -> Tensor:
-    return torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
-
-
-def weighted_fisher(a: Tensor, D: Tensor) -> Tensor:
-    return torch.einsum("nu,nd,ne->ude", D, with_ones(a), with_ones(a)) / len(a)
-
-
-@pytest.mark.parametrize("sharing", SHARINGS)
+@all_sharings
 def test_gaussian_output_unit_weighs_every_sample_by_the_inverse_variance(sharing):
-    model, x = seeded(nn.Sequential(nn.Linear(D_IN, UNITS))), normal(N, D_IN)
+    model, x = filled(nn.Sequential(nn.Linear(D_IN, UNITS))), inputs(N, D_IN)
     D = torch.full((N, UNITS), 1 / 0.3).double()
     F = unit_fisher(model, "0", x, "gaussian", 0.3, sharing)
     assert_close(F, weighted_fisher(x, D), **TOL)
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
+@all_sharings
 @pytest.mark.parametrize("likelihood", ["categorical", "bernoulli"])
 def test_logit_unit_weighs_a_sample_by_the_variance_of_its_label(likelihood, sharing):
-    model, x = seeded(nn.Sequential(nn.Linear(D_IN, UNITS))), normal(N, D_IN)
+    model, x = filled(nn.Sequential(nn.Linear(D_IN, UNITS))), inputs(N, D_IN)
     z = model(x).detach()
     pi = z.softmax(-1) if likelihood == "categorical" else z.sigmoid()
     F = unit_fisher(model, "0", x, likelihood, 1.0, sharing)
     assert_close(F, weighted_fisher(x, pi * (1 - pi)), **TOL)
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
+@all_sharings
 @pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
 def test_hidden_unit_sees_the_output_fisher_through_its_outgoing_weights(likelihood, sharing):
-    model = seeded(nn.Sequential(nn.Linear(D_IN, 5), nn.Tanh(), nn.Linear(5, UNITS)))
-    x = normal(N, D_IN)
+    model = filled(nn.Sequential(nn.Linear(D_IN, 5), nn.Tanh(), nn.Linear(5, UNITS)))
+    x = inputs(N, D_IN)
     z = model(x).detach()
     pi = z.softmax(-1)
     output_fisher = {
@@ -76,8 +59,8 @@ def test_hidden_unit_sees_the_output_fisher_through_its_outgoing_weights(likelih
 
 
 def test_trace_of_the_joint_fishers_is_the_trace_of_the_output_fisher_pulled_back():
-    model = seeded(nn.Sequential(nn.Linear(D_IN, UNITS)))
-    x = normal(N, D_IN)
+    model = filled(nn.Sequential(nn.Linear(D_IN, UNITS)))
+    x = inputs(N, D_IN)
     pi = model(x).detach().softmax(-1)
     expected = ((1 - (pi**2).sum(1)) * (1 + (x**2).sum(1))).mean()
     F = unit_fisher_joint(model, "0", x, "categorical")
@@ -85,7 +68,7 @@ def test_trace_of_the_joint_fishers_is_the_trace_of_the_output_fisher_pulled_bac
 
 
 def test_independent_label_per_position_makes_expand_exact():
-    model, x = seeded(nn.Sequential(nn.Linear(D_IN, UNITS))), normal(N, 2, D_IN)
+    model, x = filled(nn.Sequential(nn.Linear(D_IN, UNITS))), inputs(N, 2, D_IN)
     pi = model(x).detach().softmax(-1).flatten(0, 1)
     expected = 2 * weighted_fisher(x.flatten(0, 1), pi * (1 - pi))  # a sum over positions
     assert_close(unit_fisher(model, "0", x, sharing="expand"), expected, **TOL)
@@ -93,8 +76,8 @@ def test_independent_label_per_position_makes_expand_exact():
 
 
 def test_mean_over_positions_makes_reduce_exact():
-    model = seeded(nn.Sequential(nn.Linear(D_IN, UNITS), *MEAN_OF_POSITIONS))
-    x = normal(N, 5, D_IN)
+    model = filled(nn.Sequential(nn.Linear(D_IN, UNITS), Means()))
+    x = inputs(N, 5, D_IN)
     pi = model(x).detach().softmax(-1)
     expected = weighted_fisher(x.mean(1), pi * (1 - pi))
     assert_close(unit_fisher(model, "0", x, sharing="reduce"), expected, **TOL)
@@ -102,8 +85,8 @@ def test_mean_over_positions_makes_reduce_exact():
 
 
 def test_expand_differs_from_joint_when_positions_share_a_label():
-    model = seeded(nn.Sequential(nn.Linear(D_IN, UNITS), *MEAN_OF_POSITIONS))
-    x = normal(N, 5, D_IN)
+    model = filled(nn.Sequential(nn.Linear(D_IN, UNITS), Means()))
+    x = inputs(N, 5, D_IN)
     pi = model(x).detach().softmax(-1)
     every_position = (pi * (1 - pi) / 25).repeat_interleave(5, 0)
     expected = 5 * weighted_fisher(x.flatten(0, 1), every_position)
@@ -113,7 +96,7 @@ def test_expand_differs_from_joint_when_positions_share_a_label():
 
 def test_calls_of_one_module_are_positions():
     layer = nn.Linear(D_IN, D_IN)
-    model, x = seeded(nn.Sequential(layer, layer)), normal(N, D_IN)
+    model, x = filled(nn.Sequential(layer, layer)), inputs(N, D_IN)
     first, second = with_ones(x), with_ones(layer(x).detach())
     own, passed_on = torch.eye(D_IN).double(), layer.weight.detach()  # errors of output y, unit u
     G = torch.einsum("yu,nd->nyud", passed_on, first) + torch.einsum("yu,nd->nyud", own, second)
@@ -124,29 +107,29 @@ def test_calls_of_one_module_are_positions():
     assert_close(unit_fisher(model, "0", x, "gaussian", sharing="expand"), expand, **TOL)
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
+@all_sharings
 def test_layer_without_bias_has_only_the_weight_block(sharing):
-    with_bias = seeded(nn.Sequential(nn.Linear(D_IN, UNITS)))
+    with_bias = filled(nn.Sequential(nn.Linear(D_IN, UNITS)))
     without = nn.Sequential(nn.Linear(D_IN, UNITS, bias=False)).double()
     with_bias[0].bias.data.zero_()
     without[0].weight.data = with_bias[0].weight.data
-    x = normal(N, D_IN)
+    x = inputs(N, D_IN)
     F = unit_fisher(without, "0", x, sharing=sharing)
     assert_close(F, unit_fisher(with_bias, "0", x, sharing=sharing)[:, :-1, :-1], **TOL)
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
+@all_sharings
 def test_empirical_fisher_squares_the_misfit(sharing):
-    model, x, y = seeded(nn.Sequential(nn.Linear(D_IN, UNITS))), normal(N, D_IN), normal(N, UNITS)
+    model, x, y = filled(nn.Sequential(nn.Linear(D_IN, UNITS))), inputs(N, D_IN), inputs(N, UNITS)
     D = ((y - model(x).detach()) / 0.3) ** 2
     F = unit_fisher_empirical(model, "0", x, y, "gaussian", 0.3, sharing)
     assert_close(F, weighted_fisher(x, D), **TOL)
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
+@all_sharings
 def test_empirical_fisher_averages_to_the_exact_one_over_the_labels(sharing):
-    model = seeded(nn.Sequential(nn.Linear(D_IN, 5), nn.Tanh(), nn.Linear(5, 3)))
-    x = normal(1, D_IN)
+    model = filled(nn.Sequential(nn.Linear(D_IN, 5), nn.Tanh(), nn.Linear(5, 3)))
+    x = inputs(1, D_IN)
     pi = model(x).detach().softmax(-1)[0]
     labels = [torch.tensor([y]) for y in range(3)]
     F = [unit_fisher_empirical(model, "0", x, y, sharing=sharing) for y in labels]
@@ -154,17 +137,17 @@ def test_empirical_fisher_averages_to_the_exact_one_over_the_labels(sharing):
     assert_close(average, unit_fisher(model, "0", x, sharing=sharing), **TOL)
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
+@all_sharings
 def test_empirical_bernoulli_error_is_label_minus_probability(sharing):
-    model, x = seeded(nn.Sequential(nn.Linear(D_IN, UNITS))), normal(N, D_IN)
-    y = (normal(N, UNITS, seed=1) > 0).double()
+    model, x = filled(nn.Sequential(nn.Linear(D_IN, UNITS))), inputs(N, D_IN)
+    y = (inputs(N, UNITS, seed=2) > 0).double()
     D = (y - model(x).detach().sigmoid()) ** 2
     F = unit_fisher_empirical(model, "0", x, y, "bernoulli", sharing=sharing)
     assert_close(F, weighted_fisher(x, D), **TOL)
 
 
 def test_empirical_joint_fisher_keeps_cross_terms_of_observed_labels():
-    model, x = seeded(nn.Sequential(nn.Linear(D_IN, UNITS))), normal(N, 2, D_IN)
+    model, x = filled(nn.Sequential(nn.Linear(D_IN, UNITS))), inputs(N, 2, D_IN)
     y = torch.arange(2 * N).reshape(N, 2) % UNITS
     delta = nn.functional.one_hot(y, UNITS) - model(x).detach().softmax(-1)
     G = torch.einsum("ntu,ntd->nud", delta, with_ones(x))
@@ -195,7 +178,7 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_patches_times_weight_plus_bias_is_the_convolution(kind):
     layer, size = CONVOLUTIONS[kind]
-    model, x = seeded(nn.Sequential(layer)), normal(2, layer.in_channels, *size)
+    model, x = filled(nn.Sequential(layer)), inputs(2, layer.in_channels, *size)
     a, _ = cases(model, "0", x, "gaussian")
     a = a if layer.groups > 1 else a[None]
     weight = layer.weight.detach().reshape(layer.groups, -1, a.shape[-1])
@@ -207,7 +190,7 @@ def test_patches_times_weight_plus_bias_is_the_convolution(kind):
 @pytest.mark.parametrize("kind", ["1d", "2d-padding", "2d-groups"])
 def test_gaussian_convolution_output_gives_each_position_weight_one(kind):
     layer, size = CONVOLUTIONS[kind]
-    model, x = seeded(nn.Sequential(layer)), normal(2, layer.in_channels, *size)
+    model, x = filled(nn.Sequential(layer)), inputs(2, layer.in_channels, *size)
     _, D = cases(model, "0", x, "gaussian")
     assert_close(D, torch.ones_like(D), **TOL)
 
@@ -215,7 +198,7 @@ def test_gaussian_convolution_output_gives_each_position_weight_one(kind):
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_independent_positions_make_expand_and_joint_agree_on_convolutions(kind):
     layer, size = CONVOLUTIONS[kind]
-    model, x = seeded(nn.Sequential(layer)), normal(1, layer.in_channels, *size)
+    model, x = filled(nn.Sequential(layer)), inputs(1, layer.in_channels, *size)
     expand = unit_fisher(model, "0", x, "gaussian", sharing="expand")
     assert_close(expand, unit_fisher(model, "0", x, "gaussian", sharing="joint"), **TOL)
 
@@ -223,14 +206,14 @@ def test_independent_positions_make_expand_and_joint_agree_on_convolutions(kind)
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_global_average_makes_reduce_and_joint_agree_on_convolutions(kind):
     layer, size = CONVOLUTIONS[kind]
-    model = seeded(nn.Sequential(layer, nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(1)))
-    x = normal(2, layer.in_channels, *size)
+    model = filled(nn.Sequential(layer, nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(1)))
+    x = inputs(2, layer.in_channels, *size)
     reduce = unit_fisher(model, "0", x, sharing="reduce")
     assert_close(reduce, unit_fisher(model, "0", x, sharing="joint"), **TOL)
 
 
 def test_quantities_are_the_moments_of_the_weighted_activations():
-    a, D = normal(20, D_IN) + 1, normal(20, 1, seed=1) ** 2
+    a, D = inputs(20, D_IN) + 1, inputs(20, 1, seed=2) ** 2
     q = (D / D.sum()).squeeze(1)
     mu_p, mu_q = a.mean(0), q @ a
     V = torch.einsum("n,nd,ne->de", q, a - mu_q, a - mu_q)
@@ -250,12 +233,12 @@ def test_natural_gradient_of_two_uncorrelated_inputs_is_known_by_hand():
     np.testing.assert_allclose([*dw, dw0], [-0.5, 2.0, 2.0])
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
+@all_sharings
 def test_dropout_is_off_and_the_model_is_left_as_it_was(sharing):
     layers = [nn.Linear(D_IN, 5), nn.Dropout(0.5), nn.ReLU(inplace=True), nn.Linear(5, 2)]
     model = nn.Sequential(*layers).train()
     model[3].weight.requires_grad_(False)
-    x = normal(N, D_IN).float()
+    x = inputs(N, D_IN).float()
     F = unit_fisher(model, "3", x, sharing=sharing)
     a = torch.relu(copy_of(model[0])(x.double()))
     pi = copy_of(model[3])(a).softmax(-1)

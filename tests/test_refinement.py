@@ -3,59 +3,16 @@
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
-from strategies import mostly_ones, normal, seeds
+from routes import per_route
+from systems import benign, factored, systems
 from torch import nn
 from torch.testing import assert_close
 
 from unitfisher import Monitor, gram, refinement
-from unitfisher.gram import GramSolution, System, solve_grams
-from unitfisher.native import compiled
+from unitfisher.gram import solve_grams
 from unitfisher.refinement import solve_refined
 
-U, N = 6, 40
-
-per_route = pytest.mark.parametrize(
-    "solve",
-    [
-        pytest.param(
-            solve_refined,
-            marks=pytest.mark.skipif(not compiled(), reason="NOT TESTED COMPILED: no C compiler"),
-        ),
-        lambda *system: by_torch(*system),
-    ],
-    ids=["compiled", "torch"],
-)
-
-
-def by_torch(*system: torch.Tensor) -> GramSolution:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNITFISHER_NATIVE", "0")
-        return solve_refined(*system)
-
-
-@st.composite
-def systems(draw) -> System:
-    """Weights of heavy tails, a fifth of them zero; duplicates; all conditions up to 1e8."""
-    generator, groups = draw(seeds), draw(st.sampled_from([1, 2, 3]))
-    a = normal(generator, groups, N, draw(st.sampled_from([3, N, 4 * N])))
-    a[:, 7] = a[:, 3]
-    a[:, 11] = 0
-    a *= draw(st.sampled_from([1e-25, 1.0, 1e25]))  # whose products no single number holds
-    v = (normal(generator, N, U) ** 3 * mostly_ones(generator, N, U)).T.contiguous()
-    K = a @ a.mT
-    largest = torch.linalg.eigvalsh(K).amax() * (v**2).amax(1)
-    epsilon = largest * draw(st.sampled_from([1e-8, 1e-4, 1.0]))
-    return System(K, v, epsilon, normal(generator, U, 3, N), *2 * [torch.zeros_like(v)])
-
-
-def benign(condition: float = 1e3) -> System:
-    generator = torch.Generator().manual_seed(3)
-    a = normal(generator, 1, N, N // 2)
-    v = 1 + torch.rand(U, N, generator=generator, dtype=torch.float64)
-    K = a @ a.mT
-    epsilon = torch.linalg.eigvalsh(K).amax().expand(U) / condition
-    return System(K, v, epsilon.contiguous(), normal(generator, U, 2, N), 0 * v, 0 * v)
+by_each_route = per_route(solve_refined)
 
 
 def assert_equal_solutions(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -63,35 +20,29 @@ def assert_equal_solutions(found: torch.Tensor, expected: torch.Tensor, toleranc
     assert_close(found / size, expected / size, rtol=0, atol=tolerance)
 
 
-@per_route
-@given(system=systems())
-def test_every_unit_gets_its_own_solution(solve, system):
-    found = solve(*system[:4])
+@by_each_route
+@given(system=systems(scales=(1e-25, 1.0, 1e25)))  # whose products no single number holds
+def test_every_unit_gets_its_own_solution(route, system):
+    found = route(*system[:4])
     assert found.regular.all()
     assert_equal_solutions(found.Y, solve_grams(*system).Y, 1e-7)
 
 
-@per_route
+@by_each_route
 @pytest.mark.parametrize("condition", [1e2, 1e4])
-def test_refinement_reaches_double_precision_by_itself(solve, condition, monkeypatch):
+def test_refinement_reaches_double_precision_by_itself(route, condition, monkeypatch):
     system = benign(condition)
     expected = solve_grams(*system).Y
     monkeypatch.setattr(gram, "solve_grams", None)
-    assert_equal_solutions(solve(*system[:4]).Y, expected, 1e-15 * condition)
+    assert_equal_solutions(route(*system[:4]).Y, expected, 1e-15 * condition)
 
 
-@per_route
-def test_only_who_is_too_ill_conditioned_gets_a_factor_in_double(solve, monkeypatch):
-    system, taken = benign(), []
+@by_each_route
+def test_only_who_is_too_ill_conditioned_gets_a_factor_in_double(route, monkeypatch):
+    system = benign()
     system.epsilon[2] *= 1e-7  # to a condition of 3e10
-    expected = solve_grams(*system)
-
-    def counted(K, v, epsilon, rhs):
-        taken.append(len(v))
-        return solve_grams(K, v, epsilon, rhs)
-
-    monkeypatch.setattr(gram, "solve_grams", counted)
-    found = solve(*system[:4])
+    expected, taken = solve_grams(*system), factored(monkeypatch)
+    found = route(*system[:4])
     assert taken == [1]
     assert_equal_solutions(found.Y, expected.Y, 1e-5)
 
@@ -103,34 +54,34 @@ SPOILS = {
 }
 
 
-@per_route
+@by_each_route
 @pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
-def test_irregular_units_are_named_and_leave_the_others_alone(solve, spoil):
+def test_irregular_units_are_named_and_leave_the_others_alone(route, spoil):
     system = benign()
-    before = solve(*system[:4])
+    before = route(*system[:4])
     spoil(system, 4)
-    found = solve(*system[:4])
+    found = route(*system[:4])
     assert found.regular.tolist() == [True, True, True, True, False, True]
     assert found.Y[4].isnan().all()
     assert_equal_solutions(found.Y[:4], before.Y[:4], 1e-14)
 
 
-@per_route
-def test_nothing_on_the_right_gives_nothing(solve):
+@by_each_route
+def test_nothing_on_the_right_gives_nothing(route):
     system = benign()
     system.rhs[1] = 0
-    found = solve(*system[:4]).Y
+    found = route(*system[:4]).Y
     assert found[1].eq(0).all()
     assert_equal_solutions(found[2:], solve_grams(*system).Y[2:], 1e-12)
 
 
-@per_route
-def test_units_may_be_more_than_are_treated_together(solve):
+@by_each_route
+def test_units_may_be_more_than_are_treated_together(route):
     s = benign()
     many = [x.repeat(9, *[1] * (x.dim() - 1)) for x in (s.v, s.epsilon, s.rhs)]
     assert len(many[0]) > refinement.TOGETHER * torch.get_num_threads()
-    found = solve(s.K, *many).Y
-    assert_equal_solutions(found, solve(*s[:4]).Y.repeat(9, 1, 1), 1e-13)
+    found = route(s.K, *many).Y
+    assert_equal_solutions(found, route(*s[:4]).Y.repeat(9, 1, 1), 1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -8,17 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import CLASSES
+from measured import peak
+from networks import CLASSES, NETS, Sparse, batches, gradient, prepared, sparse_batches
 from pandas.testing import assert_frame_equal
-from strategies import normal, seeds
-from test_memory import peak
-from test_monitor import Sparse, sparse_batches
-from test_streaming import NETS, batches, gradient, prepared
+from strategies import normal, seeded, seeds
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-import unitfisher.plan
+import unitfisher.planner
 import unitfisher.products
 from unitfisher import MemoryBudgetError, Monitor, UnconvergedWarning, unit_fisher_operator
 from unitfisher.costs import Sizes
@@ -49,8 +47,8 @@ def measured(
 ) -> Monitor:
     """Measure, for want of memory for the sums of some layers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unitfisher.plan, "bytes_of_sums", lambda s: 2**40 * passing(s))
-        patch.setattr(unitfisher.plan, "bytes_of_passes", lambda s: 0)
+        patch.setattr(unitfisher.planner, "bytes_of_sums", lambda s: 2**40 * passing(s))
+        patch.setattr(unitfisher.planner, "bytes_of_passes", lambda s: 0)
         with Monitor(model, **options) as monitor:
             for _ in range(times):
                 monitor.measure(loader)
@@ -229,7 +227,7 @@ def test_a_loader_that_shuffles_by_the_global_generator_is_replayed():
 
 def test_a_loader_that_shuffles_otherwise_is_told():
     model, x, _ = prepared("mlp")
-    loader = shuffled(x, torch.Generator().manual_seed(0))
+    loader = shuffled(x, seeded(0))
     with pytest.raises(LoaderError, match=r"a batch 1 .*'0', '2', '4'.*shuffle=False.*memory="):
         measured(model, loader)
 
@@ -334,6 +332,7 @@ def test_a_model_that_has_changed_since_is_told():
 def test_a_units_operator_takes_one_more_pass(of):
     model, x, y = prepared(of)
     found, expected = (measured(model, batches(x, y), passing) for passing in (every, none))
+    assert routes(found)
     for name in found.latest:
         operators = [unit_fisher_operator(m.latest[name], 1) for m in (found, expected)]
         assert_close(operators[0].dense(), operators[1].dense(), **TOL)

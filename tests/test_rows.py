@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from networks import inputs
+from reference import damped, joined
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -18,21 +20,17 @@ SHARINGS = ["expand", "joint"]
 def dense() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     layers = nn.Linear(5, 4), nn.ELU(), nn.Linear(4, 4), nn.ELU(), nn.Linear(4, 4), nn.Linear(4, 3)
-    return nn.Sequential(*layers).double(), normal(9, 5)
+    return nn.Sequential(*layers).double(), inputs(9, 5)
 
 
 def convolutional() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     head = nn.Flatten(), nn.Linear(4 * 9, 3)
     model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.ELU(), *head)
-    return model.double(), normal(6, 2, 3, 3)
+    return model.double(), inputs(6, 2, 3, 3)
 
 
 NETWORKS = {"dense": dense, "convolution-in-groups": convolutional}
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def fishers(m: UnitStatistics) -> Tensor:
@@ -63,17 +61,11 @@ def test_all_is_solved_from_the_rows_drawn(make, sharing, rows):
     monitor = Monitor(model, rows=rows, sharing=sharing, damping=1e-2)
     y = torch.zeros(len(x), dtype=torch.long)
     for m in monitor.measure(x, y).values():
-        F = fishers(m)
-        d = F.shape[-1] - 1
-        ridge = 1e-2 * F[:, :d, :d].diagonal(dim1=1, dim2=2).sum(1) / d
-        F[:, range(d), range(d)] += ridge[:, None]
-        g = torch.cat([m.gradient.g.flatten(1), m.gradient.g0[:, None]], 1)
+        F, g = damped(fishers(m), 1e-2), joined(*m.gradient)
         step = m.natural_gradient(*m.gradient)
-        expected = torch.stack([torch.linalg.solve(*one) for one in zip(F, g, strict=True)])
-        assert_close(torch.cat([step.dw.flatten(1), step.dw0[:, None]], 1), expected, **TOL)
-        assert_close(m.c, F[:, d, d], **TOL)
-        s = [torch.linalg.inv(one)[d, d] for one in F]  # Theorem 1: s is that entry of the inverse
-        assert_close(m.s, torch.stack(s), **TOL)
+        assert_close(joined(*step), torch.linalg.solve(F, g), **TOL)
+        assert_close(m.c, F[:, -1, -1], **TOL)
+        assert_close(m.s, torch.linalg.inv(F)[:, -1, -1], **TOL)  # Theorem 1
         assert int((m.cases.D.sum(1) > 0).sum()) == min(rows, m.cases.a.shape[1])
 
 
@@ -97,7 +89,7 @@ def test_as_many_rows_as_cases_are_all_of_them():
 
 @pytest.mark.parametrize("solver", ["rows", "sums", "products"])
 def test_units_of_groups_may_be_taken_one_at_a_time(solver, monkeypatch):
-    a, delta = normal(2, 20, 1, 3), normal(1, 20, 1, 6)
+    a, delta = inputs(2, 20, 1, 3), inputs(1, 20, 1, 6)
     held = Condensed(UnitCases(a, delta, 20).drawn(18, torch.Generator()), solver)
     ((_, _, together),) = held.damped_parts(1e-2)
     monkeypatch.setattr(unitfisher.condensed, "units_together", lambda *_: 1)

@@ -1,34 +1,17 @@
 """Second moments of weighted cases, compiled and in torch, against a plain sum in double."""
 
-import os
-import shutil
-
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import mostly_ones, normal, seeds
+from routes import needs_compiler, per_route
+from strategies import mostly_ones, normal, seeded, seeds
 from torch import Tensor
 from torch.testing import assert_close
 
 from unitfisher import native, scatter
 
-COMPILER = any(map(shutil.which, [os.environ.get("CC", "").split(" ")[0] or "cc", "gcc", "clang"]))
-needs_compiler = pytest.mark.skipif(not COMPILER, reason="NOT TESTED COMPILED: no C compiler")
 EPS = torch.finfo(torch.float32).eps
-
-
-def by_torch(a: Tensor, D: Tensor, origin: Tensor) -> scatter.Scatter:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNITFISHER_NATIVE", "0")
-        return scatter.scatter(a, D, origin)
-
-
-per_route = pytest.mark.parametrize(
-    "route",
-    [pytest.param(scatter.scatter, marks=needs_compiler), by_torch],
-    ids=["compiled", "torch"],
-)
+by_each_route = per_route(scatter.scatter)
 
 
 @st.composite
@@ -53,7 +36,7 @@ def about(a: Tensor, origin: Tensor, u: int) -> Tensor:
     return own - origin.double().expand(u, -1).unsqueeze(1)
 
 
-@per_route
+@by_each_route
 @given(layer=layers())
 def test_every_unit_gets_its_own_sums(route, layer):
     a, D, origin = layer
@@ -77,7 +60,7 @@ def test_compiled_sums_grow_in_double_precision(layer):
 
 @needs_compiler
 def test_threads_change_no_bit(monkeypatch):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     a, D = normal(generator, 1, 200, 30).float(), normal(generator, 200, 9) ** 2
     alone = scatter.scatter(a, D, a.mean(1)[0])
     monkeypatch.setattr(native, "FLOP_PER_THREAD", 1)
@@ -90,7 +73,7 @@ def test_threads_change_no_bit(monkeypatch):
 
 def test_what_is_not_plain_single_precision_goes_by_torch(monkeypatch):
     monkeypatch.setattr(scatter, "_by_kernel", None)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     a, D = normal(generator, 1, 20, 3), normal(generator, 20, 2) ** 2
     x = about(a, a.mean(1)[0], 2)
     expected = (D.T.unsqueeze(-1) * x).mT @ x
@@ -100,9 +83,9 @@ def test_what_is_not_plain_single_precision_goes_by_torch(monkeypatch):
     assert a.grad.isfinite().all()
 
 
-@per_route
+@by_each_route
 def test_memory_beside_the_cases_is_left_alone(route):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     a, D = normal(generator, 1, 70, 30).float(), normal(generator, 70, 3) ** 2
     origin = normal(generator, 3, 30).float()
     beside = [
@@ -112,9 +95,9 @@ def test_memory_beside_the_cases_is_left_alone(route):
     assert torch.equal(route(inside[0], D, inside[1]).second, route(a, D, origin).second)
 
 
-@per_route
+@by_each_route
 def test_a_unit_without_weights_sums_to_zero(route):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     a, D = normal(generator, 1, 70, 30).float(), normal(generator, 70, 3) ** 2
     D[:, 1] = 0
     found = route(a, D, a.mean(1)[0])

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from networks import ELEMENTWISE
-from strategies import TOL, normal
+from nonlinearities import ELEMENTWISE
+from strategies import TOL, normal, seeded
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from unitfisher.errors import Way, _stacked
+from unitfisher.backward import Backward, _stacked
 from unitfisher.stack import Stack
 
 OTHERWISE = ("clamp", "clamp-above", "elu_", "relu_")  # unknown to a stack, or in place
@@ -29,7 +29,7 @@ UNKNOWN = {
 
 def network() -> list[nn.Linear]:
     layers = [nn.Linear(2, 3).double(), nn.Linear(3, 4).double()]
-    chance = torch.Generator().manual_seed(0)
+    chance = seeded(0)
     for parameter in (p for layer in layers for p in layer.parameters()):
         parameter.data = normal(chance, *parameter.shape)
     return layers
@@ -37,17 +37,17 @@ def network() -> list[nn.Linear]:
 
 def passed(function) -> tuple[Tensor, list]:
     below, above = network()
-    net = below(normal(torch.Generator().manual_seed(1), 5, 2))
+    net = below(normal(seeded(1), 5, 2))
     z = above(function(net))
     return z, [get_gradient_edge(net)]
 
 
 def one_by_one(z: Tensor, edges: list, block: Tensor) -> Tensor:
-    return torch.cat([Way(z, edges).send_back(column)[0] for column in block.split(1)])
+    return torch.cat([Backward(z, edges).send_back(column)[0] for column in block.split(1)])
 
 
 def block() -> Tensor:
-    return normal(torch.Generator().manual_seed(2), 6, 5, 1, 4)
+    return normal(seeded(2), 6, 5, 1, 4)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
@@ -60,7 +60,7 @@ def test_a_stack_brings_the_errors_of_its_columns(function):
 @pytest.mark.parametrize("function", UNKNOWN.values(), ids=UNKNOWN)
 def test_what_a_stack_does_not_know_goes_another_way_with_the_same_errors(function):
     z, edges = passed(function)
-    ((found,),) = Way(z, edges).send_all_back(iter([block()]))
+    ((found,),) = Backward(z, edges).send_all_back(iter([block()]))
     assert_close(found, one_by_one(z, edges, block()), **TOL)
 
 
@@ -84,10 +84,10 @@ def test_who_asks_where_its_numbers_lie_is_refused(ask):
 
 def test_hooks_of_the_user_act_on_every_column():
     below, above = network()
-    net = below(normal(torch.Generator().manual_seed(1), 5, 2))
+    net = below(normal(seeded(1), 5, 2))
     net.register_hook(lambda g: -2 * g)
     z, edges = above(net.tanh()), [get_gradient_edge(net)]
-    ((found,),) = Way(z, edges).send_all_back(iter([block()]))
+    ((found,),) = Backward(z, edges).send_all_back(iter([block()]))
     assert_close(found, one_by_one(z, edges, block()), **TOL)
 
 

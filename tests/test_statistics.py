@@ -1,7 +1,6 @@
 """A layer's statistics against the same numbers in numpy, from the reference's Fisher."""
 
 import copy
-from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -9,45 +8,24 @@ import numpy as np
 import pytest
 import reference
 import torch
-from strategies import TOL, normal
+from measured import THEORY
+from networks import Means, filled, inputs
+from nonlinearities import OUTPUTS
+from strategies import SHARINGS, TOL, all_sharings, normal, seeded
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 import unitfisher.condensed
-from unitfisher import Gaussian, Monitor, SingularFisherError, UnitStatistics
+from unitfisher import Gaussian, Monitor, SingularFisherError, UnitStatistics, unit_fisher
 from unitfisher.memory import within
-
-all_sharings = pytest.mark.parametrize("sharing", ["expand", "joint", "reduce"])
-
-
-def filled(model: nn.Module, seed: int = 0) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.double().parameters():
-        fan_in = max(parameter.shape[1:], default=1)
-        parameter.data = normal(generator, *parameter.shape) / fan_in**0.5
-    return model
-
-
-def inputs(*size: int, seed: int = 1) -> Tensor:
-    """With a mean and a spread of its own for every feature."""
-    generator = torch.Generator().manual_seed(seed)
-    mean, spread = normal(generator, *size[1:]), 0.5 + normal(generator, *size[1:]).abs()
-    return mean + spread * normal(generator, *size)
 
 
 def measure(model: nn.Module, x: Tensor, y: Tensor | None = None, **options) -> UnitStatistics:
     """Statistics of the first layer."""
     with Monitor(model, **options) as monitor:
         return next(iter(monitor.measure(x, targets=y).values()))
-
-
-class Means(nn.Module):
-    """The mean over positions."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(1)
 
 
 def mlp(d: int, *, bias: bool = True) -> nn.Module:
@@ -89,7 +67,7 @@ SETTINGS = {
 SHARED = {  # without positions the sharings are one
     f"{name}-{sharing}": (setting, sharing)
     for name, setting in SETTINGS.items()
-    for sharing in ["expand", "joint", "reduce"]
+    for sharing in SHARINGS
     if setting.x.dim() > 2 or sharing == "expand" or name == "more-cases-than-inputs"
 }
 as_users = pytest.mark.usefixtures("as_users_run_it")  # quantities and angles are checked without
@@ -179,16 +157,15 @@ def test_theorem_quantities_are_those_of_the_damped_reference_fisher(setting, sh
 def test_natural_gradient_solves_the_damped_reference_fisher(setting, sharing):
     found, F = measured(setting, sharing=sharing), expected_of(setting, sharing).F
     weight, bias = setting.model[0].weight, setting.model[0].bias
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     g = normal(generator, *weight.shape)
     g0 = None if bias is None else normal(generator, *bias.shape)
     dw, dw0 = found.natural_gradient(g, g0)
     assert dw.shape == weight.shape
     assert (dw0 is None) == (bias is None)
     F = F if bias is not None else F[:, :-1, :-1]  # A⁻¹ g without a bias
-    rhs = torch.cat([g.flatten(1)] + ([] if g0 is None else [g0[:, None]]), 1).numpy()
-    step = torch.cat([dw.flatten(1)] + ([] if dw0 is None else [dw0[:, None]]), 1)
-    assert_equal_to(step, np.linalg.solve(F, rhs[:, :, None])[:, :, 0])
+    rhs = reference.joined(g, g0).numpy()
+    assert_equal_to(reference.joined(dw, dw0), np.linalg.solve(F, rhs[:, :, None])[:, :, 0])
 
 
 @each_sharing
@@ -256,16 +233,12 @@ def test_angles_and_bias_shift_shares_are_those_of_the_gradient_and_its_step(set
     g, g0 = gradients(setting)
     step = found.natural_gradient(g, g0)
     means = found.mean.expand(len(g), -1).numpy()
-    v, w = (joined(*pair).numpy() for pair in ((g, g0), step))
+    v, w = (reference.joined(*pair).numpy() for pair in ((g, g0), step))
     if g0 is not None:
         means = np.append(means, np.ones((len(g), 1)), axis=1)
     assert_equal_to(found.cosine, cosines(v, w))
     assert_equal_to(found.bias_shift_share_gradient, np.abs(cosines(means, v)))
     assert_equal_to(found.bias_shift_share_natural, np.abs(cosines(means, w)))
-
-
-def joined(g: Tensor, g0: Tensor | None) -> Tensor:
-    return torch.cat([g.flatten(1)] + ([] if g0 is None else [g0[:, None]]), 1)
 
 
 def cosines(v: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -324,12 +297,20 @@ def test_sample_of_units_has_the_rows_of_those_units(setting, sharing):
 # Units known on paper
 
 
+def assert_cases_weigh(D: Tensor, model: nn.Module, x: Tensor, **options) -> UnitStatistics:
+    F = next(iter(unit_fisher(model, x, **options).values()))
+    found = measure(model, x, **options, damping=0.0)
+    assert_close(F, reference.weighted_fisher(x, D), **TOL)
+    assert_close(found.c, D.mean(0), **TOL)
+    assert_close(found.mean_q, (D.T @ x) / D.sum(0)[:, None], **TOL)
+    return found
+
+
 def test_gaussian_linear_unit_has_the_precision_of_its_noise_and_no_correction():
     model, x = filled(nn.Linear(3, 2)), inputs(12, 3)
-    found = measure(model, x, likelihood=Gaussian(variance=0.4), damping=0.0)
+    D = torch.full((12, 2), 2.5).double()
+    found = assert_cases_weigh(D, model, x, likelihood=Gaussian(variance=0.4))
     mean, spread = x.mean(0), torch.cov(x.T, correction=0)
-    assert_close(found.c, torch.full((2,), 2.5).double(), **TOL)
-    assert_close(found.mean_q, mean.expand(2, 3), **TOL)
     assert_close(found.k, torch.zeros(2).double(), **TOL)
     assert_close(found.corrected_mean, torch.zeros(2, 3).double(), **TOL)
     m = mean @ torch.linalg.solve(spread, mean)
@@ -337,86 +318,23 @@ def test_gaussian_linear_unit_has_the_precision_of_its_noise_and_no_correction()
     assert_close(found.n_eff, torch.full((2,), 12.0).double(), **TOL)
 
 
-def test_softmax_logit_unit_weighs_cases_by_the_variance_of_its_label():
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli"])
+def test_logit_unit_weighs_a_case_by_the_variance_of_its_label(likelihood):
     model, x = filled(nn.Linear(3, 4)), inputs(12, 3)
-    found = measure(model, x)
-    pi = model(x).detach().softmax(-1)
-    D = pi * (1 - pi)
-    assert_close(found.c, D.mean(0), **TOL)
-    assert_close(found.mean_q, (D.T @ x) / D.sum(0)[:, None], **TOL)
+    z = model(x).detach()
+    pi = z.softmax(-1) if likelihood == "categorical" else z.sigmoid()
+    assert_cases_weigh(pi * (1 - pi), model, x, likelihood=likelihood)
 
 
 def test_hidden_unit_weighs_cases_by_slope_and_outgoing_weights():
     model, x = SETTINGS["more-cases-than-inputs"][:2]
-    found = measure(model, x)
     net, pi, v = model[0](x).detach(), model(x).detach().softmax(-1), model[2].weight.detach()
     slope = torch.where(net > 0, 1.0, net.exp())
     variance = pi @ v**2 - (pi @ v) ** 2  # vᵀ (diag π - π πᵀ) v for every unit
-    D = slope**2 * variance
-    assert_close(found.c, D.mean(0), **TOL)
-    assert_close(found.mean_q, (D.T @ x) / D.sum(0)[:, None], **TOL)
+    assert_cases_weigh(slope**2 * variance, model, x)
 
 
 # Outputs of the units, after the nonlinearity
-
-
-class Written(nn.Module):
-    """A hidden layer whose activation is written as a function."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.layer, self.head, self.function = nn.Linear(3, 4), nn.Linear(4, 3), function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.function(self.layer(x)))
-
-
-def hidden(*modules: nn.Module) -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 4), *modules, nn.Linear(4, 3))
-
-
-def normalised() -> nn.Module:
-    norm = nn.BatchNorm1d(4, affine=False)
-    norm.running_mean, norm.running_var = torch.linspace(-1, 1, 4), torch.linspace(0.5, 2, 4)
-    return norm
-
-
-def relu_and_a_half(x: Tensor) -> Tensor:
-    x = x.relu_()
-    return x + 0.5
-
-
-OUTPUTS = {
-    "module": (hidden(nn.ELU()), F.elu, "elu"),
-    "function": (Written(F.elu), F.elu, "elu"),
-    "function-with-options": (
-        Written(lambda x: F.leaky_relu(x, 0.1)), lambda x: F.leaky_relu(x, 0.1), "leaky_relu"
-    ),
-    "method": (Written(lambda x: x.tanh()), torch.tanh, "tanh"),
-    "module-in-place": (hidden(nn.ReLU(inplace=True)), F.relu, "relu"),
-    "method-in-place": (Written(lambda x: x.relu_()), F.relu, "relu"),
-    "keyword": (Written(lambda x: F.selu(input=x)), F.selu, "selu"),
-    "shifted-relu": (Written(lambda x: torch.clamp(x, min=-1)), lambda x: x.clamp(min=-1), "clamp"),
-    "dropout": (hidden(nn.Dropout(0.5), nn.ELU()), F.elu, "elu"),
-    "batch-norm": (
-        hidden(normalised(), nn.ReLU()), lambda x: normalised().double().eval()(x).relu(), "relu"
-    ),
-    "only-the-first": (Written(lambda x: x.tanh().sigmoid()), torch.tanh, "tanh"),
-    "changed-afterwards": (Written(relu_and_a_half), F.relu, "relu"),
-    "layer-norm": (
-        Written(lambda x: torch.layer_norm(x, [4], x.new_ones(4), x.new_zeros(4)).relu()),
-        lambda x: F.layer_norm(x, [4]).relu(), "relu"
-    ),
-    "number-first": (Written(lambda x: torch.max(torch.zeros(()), x)), F.relu, "max"),
-    "written-out": (Written(lambda x: torch.where(x > 0, x, x.expm1())), F.elu, "where"),
-    "none": (hidden(), lambda x: x, None),
-    "largest": (Written(lambda x: x - x.max()), lambda x: x, None),
-    "largest-of-each": (Written(lambda x: x - x.max(1, True).values), lambda x: x, None),
-    "sum-before": (Written(lambda x: (x + 1).relu()), lambda x: x, None),
-    "sum-in-place-before": (Written(lambda x: x.add_(1).relu()), lambda x: x, None),
-    "sum-after-dropout": (Written(lambda x: F.dropout(x, 0.5, False).add_(1)), lambda x: x, None),
-    "none-but-scaled": (Written(lambda x: 2 * x), lambda x: x, None),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(("model", "function", "name"), OUTPUTS.values(), ids=OUTPUTS)
@@ -471,7 +389,7 @@ def test_dead_unit_is_nan_and_does_not_touch_its_neighbours(n, sharing):
     alone[2].weight.data = alone[2].weight[:, 1:]
     assert found.dead.tolist() == [True, False, False, False]
     assert found.c[0] == 0
-    for name in ("mean_q", "s", "k", "corrected_mean", "n_eff", "damping_share", "mean_share_q"):
+    for name in THEORY:
         assert getattr(found, name)[0].isnan().all()
     assert not torch.cat([part[:1].flatten() for part in found.natural_gradient(*ones())]).any()
     without = measure(alone, x, labels(Setting(model, x)), sharing=sharing)
@@ -490,12 +408,11 @@ def test_a_bias_that_moves_nothing_is_dead_and_no_rounding_alive(dtype):
     of, step = monitor.latest["0"], monitor.natural_gradient()["0"]
     assert of.dead.all()
     assert not of.c.any()
-    for name in ("mean_q", "s", "k", "corrected_mean", "n_eff", "damping_share", "mean_share_q"):
+    for name in THEORY:
         assert getattr(of, name).isnan().all()
     assert not monitor.latest["4"].dead.any()
     F = reference.unit_fisher(model, "0", x, sharing="joint")[:, :-1, :-1]
-    ridge = 1e-3 * F.diagonal(dim1=1, dim2=2).mean(1)
-    damped = F + ridge[:, None, None] * torch.eye(6).double()
+    damped = reference.damped(F, 1e-3, biased=False)
     expected = torch.linalg.solve(damped, model[0].weight.grad.flatten(1).double())
     assert_close(step.dw.flatten(1).double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
     assert not step.dw0.any()
@@ -578,12 +495,12 @@ class Gated(nn.Module):
 
 def far_from_zero(*size: int) -> Tensor:
     """Mean 1000 and standard deviation 1 in steps of 1/64: exact in single precision."""
-    return (1000 + (64 * normal(torch.Generator().manual_seed(3), *size)).round() / 64).float()
+    return (1000 + (64 * normal(seeded(3), *size)).round() / 64).float()
 
 
 def gated(*size: int) -> tuple[nn.Module, tuple[Tensor, Tensor], str]:
     a, units = far_from_zero(*size), 4
-    direction = normal(torch.Generator().manual_seed(4), size[-1], units) / size[-1] ** 0.5
+    direction = normal(seeded(4), size[-1], units) / size[-1] ** 0.5
     gate = ((a.double() - 1000) @ direction / 2).exp().float()
     return Gated(size[-1], units), (a, gate), "gaussian"
 
@@ -591,7 +508,7 @@ def gated(*size: int) -> tuple[nn.Module, tuple[Tensor, Tensor], str]:
 def logits(n: int, d: int) -> tuple[nn.Module, tuple[Tensor], str]:
     """Weights in steps of 1/32 that sum to zero: the logits are exact and do not saturate."""
     layer = nn.Linear(d, 4, bias=True)
-    weight = (4 * normal(torch.Generator().manual_seed(0), 4, d)).round() / 32
+    weight = (4 * normal(seeded(0), 4, d)).round() / 32
     layer.weight.data = torch.cat([weight[:, 1:], -weight[:, 1:].sum(1, keepdim=True)], 1).float()
     layer.bias.data.zero_()
     return layer, (far_from_zero(n, d),), "categorical"
@@ -617,13 +534,13 @@ def test_single_precision_keeps_its_digits_at_a_mean_of_a_thousand(
     model, x, likelihood, damping, sharing
 ):
     double, x_double = copy.deepcopy(model).double(), tuple(part.double() for part in x)
-    noise = normal(torch.Generator().manual_seed(5), len(x[0]), 4)
+    noise = normal(seeded(5), len(x[0]), 4)
     y = noise.argmax(1) if likelihood == "categorical" else double(*x_double).detach() + noise
     options = {"likelihood": likelihood, "damping": damping, "sharing": sharing}
     single, double = measure(model, x, y, **options), measure(double, x_double, y, **options)
     for name in ("s", "k", "mean_q", "corrected_mean", "damping_share"):
         assert_within_1e_4(getattr(single, name), getattr(double, name))
-    other = normal(torch.Generator().manual_seed(6), 4, x[0].shape[-1] + 1).float()
+    other = normal(seeded(6), 4, x[0].shape[-1] + 1).float()
     for g, g0 in [double.gradient, (other[:, :-1], other[:, -1])]:
         step, exact = single.natural_gradient(g, g0), double.natural_gradient(g, g0)
         for found, expected in zip(step, exact, strict=True):

@@ -2,46 +2,20 @@
 
 import pytest
 import torch
-from networks import CLASSES, NETWORKS, mlp
+from networks import CLASSES, NETS, batches, gradient, mlp, prepared
 from pandas.testing import assert_frame_equal
-from strategies import TOL
-from torch import Tensor, nn
+from strategies import TOL, all_sharings
+from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import unitfisher.condensed
 from unitfisher import MemoryBudgetError, Monitor
-from unitfisher.observer import NonFiniteError
+from unitfisher.observation import NonFiniteError
 from unitfisher.operator import unit_fisher_operator
 
-NETS = {name: NETWORKS[name] for name in ("mlp", "weight-reuse", "sequence", "softmax-regression")}
-NETS["convolution-in-groups"] = None
-SHARINGS = ["expand", "joint", "reduce"]
 
-
-def grouped() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, groups=2), nn.ELU(), nn.Flatten(), nn.Linear(16, CLASSES)
-    )
-
-
-def prepared(of: str) -> tuple[nn.Module, Tensor, Tensor]:
-    network = NETS[of]
-    generator = torch.Generator().manual_seed(1)
-    if network is None:
-        torch.manual_seed(0)
-        model, size, labels = grouped(), (2, 4, 4), ()
-    else:
-        model, size, labels = network.seeded(), network.size, network.positions
-    x = torch.randn(120, *size, generator=generator, dtype=torch.float64)
-    return model.double(), x, torch.randint(0, CLASSES, (120, *labels), generator=generator)
-
-
-def batches(*whole: Tensor) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(t.split([50, 7, 1, 62]) for t in whole), strict=True))
-
-
-@pytest.mark.parametrize("sharing", SHARINGS)
+@all_sharings
 @pytest.mark.parametrize("of", NETS)
 def test_a_loader_measures_its_batches_as_one(of, sharing):
     model, x, y = prepared(of)
@@ -66,12 +40,6 @@ def test_units_in_parts_stream_as_all_together(monkeypatch):
         assert_close(getattr(parts, name), getattr(whole, name), **TOL)
     assert_close(parts.natural_gradient(*gradient()), whole.natural_gradient(*gradient()), **TOL)
     assert_close(parts.damped(0.1).k, whole.damped(0.1).k, **TOL)
-
-
-def gradient() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    g = torch.randn(5, 7, generator=generator, dtype=torch.float64)
-    return g[:, :6], g[:, 6]
 
 
 def test_a_unit_that_is_dead_in_one_batch_only_is_alive():

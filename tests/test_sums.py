@@ -7,26 +7,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import (
-    TOL,
-    activations,
-    batches,
-    means,
-    normal,
-    problems,
-    rows,
-    seeds,
-    spreads,
-)
-from test_theorems import (
+from laws import (
     DAMPING,
     any_block,
-    any_sharing,
     assert_same,
     damped,
     everything,
     moments,
     weight_block,
+)
+from routes import kernels, per_native
+from strategies import (
+    TOL,
+    activations,
+    any_sharing,
+    batches,
+    means,
+    normal,
+    problems,
+    rows,
+    seeded,
+    seeds,
+    spreads,
 )
 from torch.testing import assert_close
 
@@ -122,7 +124,7 @@ def test_units_of_a_group_see_the_activations_of_their_group(batch):
 @pytest.mark.parametrize("quantity", ["bias_shift_correction", "unit_natural_gradient"])
 @pytest.mark.parametrize("damping", [0.0, 1e-2])
 def test_gradients_flow_to_activations_and_errors(quantity, damping):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     a = activations(generator, (8, 2), 1.0, 1.0).requires_grad_()
     D = (0.1 + normal(generator, 8, 2) ** 2).requires_grad_()
     arguments = [normal(generator, 2, 2), normal(generator, 2)]
@@ -209,7 +211,7 @@ ORIGINS = {
 
 
 @pytest.mark.parametrize("origin", ORIGINS.values(), ids=ORIGINS)
-@pytest.mark.parametrize("native", ["0", "1"])
+@per_native
 @given(
     generator=seeds,
     n=st.sampled_from([40, 300, 3000]),
@@ -221,8 +223,7 @@ def test_rounding_hides_no_constant_input(origin, native, generator, n, value, o
     a, D = activations(generator, (n, 4), 1.0, 1.0).to(of_a), normal(generator, n, 2).to(of_D) ** 4
     last_digit = torch.finfo(of_a).eps * torch.randint(0, 2, (n,), generator=generator)
     a[:, 2] = value * (1 - last_digit / 2)  # as of a function that is saturated
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNITFISHER_NATIVE", native)
+    with kernels(native):
         m = UnitMoments.of(a, D, origin=origin(a, D))
         with pytest.raises(SingularFisherError, match="unit 0 "):
             bias_shift_correction(m)
@@ -257,26 +258,24 @@ def test_rounding_hides_no_constant_input_of_joint_gradients(r, value):
     assert bias_shift_correction(m.damped(1e-6)).s.isfinite().all()
 
 
-@pytest.mark.parametrize("native", ["0", "1"])
+@per_native
 @given(generator=seeds)
 def test_an_input_that_others_nearly_tell_is_not_taken_for_constant(native, generator):
     a, D = normal(generator, 100, 3), normal(generator, 100, 2) ** 2
     a[:, 2] = a[:, 0] + a[:, 1] + 5e-3 * a[:, 2]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNITFISHER_NATIVE", native)
+    with kernels(native):
         s, _ = bias_shift_correction(UnitMoments.of(a.float(), D))
     assert_close(s, bias_shift_correction(UnitMoments.of(a, D)).s, rtol=0.3, atol=0)
 
 
-@pytest.mark.parametrize("native", ["0", "1"])
+@per_native
 @given(generator=seeds, d=st.integers(4, 40), more=st.integers(-3, 3), mean=means)
 def test_little_damping_makes_up_for_few_cases_in_single_precision(
     native, generator, d, more, mean
 ):
     a = activations(generator, (d + more, d), mean, 1.0)
     D = normal(generator, d + more, 3) ** 2
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNITFISHER_NATIVE", native)
+    with kernels(native):
         s, _ = bias_shift_correction(UnitMoments.of(a.float(), D).damped(DAMPED))
     exact, _ = bias_shift_correction(UnitMoments.of(a, D).damped(DAMPED))
     assert_close(s, exact, rtol=1.0, atol=0)

@@ -10,14 +10,29 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import outcomes, parameter_gradient
+from laws import (
+    DAMPING,
+    any_block,
+    assert_same,
+    case_sharing,
+    cases,
+    damped,
+    gradients,
+    moments,
+    ridge,
+    weight_block,
+)
+from networks import Means
+from reference import joined, outcomes, parameter_gradient, with_ones
 from strategies import (
     TOL,
     Problem,
+    any_sharing,
     batches,
     normal,
     problems,
     rows,
+    seeded,
     seeds,
     uncorrelated_batches,
 )
@@ -34,16 +49,6 @@ from unitfisher import (
 )
 from unitfisher.theorems import damping_share, weight_natural_gradient
 
-DAMPING = 1e-2
-any_sharing = st.sampled_from(["expand", "reduce", "joint"])
-case_sharing = st.sampled_from(["expand", "reduce"])
-any_block = st.sampled_from([None, "weight", "full"])
-weight_block = st.sampled_from([None, "weight"])
-
-
-def with_ones(a: Tensor) -> Tensor:
-    return torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
-
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(-1)
@@ -57,46 +62,6 @@ def outer(x: Tensor) -> Tensor:
     return x[..., :, None] * x[..., None, :]
 
 
-def cases(p: Problem, sharing: str) -> tuple[Tensor, Tensor]:
-    if sharing == "reduce":
-        return p.a.mean(1), (p.delta.sum(2) ** 2).sum(1)
-    return p.a.flatten(0, 1), (p.delta**2).sum(1).flatten(0, 1)
-
-
-def gradients(p: Problem, sharing: str) -> Tensor:
-    """Rows (r, u, d+1) with F = Σ row rowᵀ / samples."""
-    if sharing == "joint":
-        return torch.einsum("nytu,ntd->nyud", p.delta, with_ones(p.a)).flatten(0, 1)
-    a, D = cases(p, sharing)
-    return D.sqrt()[:, :, None] * with_ones(a)[:, None, :]
-
-
-def moments(p: Problem, sharing: str, origin: Tensor | None = None) -> UnitMoments:
-    if sharing == "joint":
-        G, mean = gradients(p, sharing), p.a.flatten(0, 1).mean(0)
-        return UnitMoments.of_gradients(
-            G[..., :-1], G[..., -1], mean, origin=origin, samples=len(p.a)
-        )
-    return UnitMoments.of(*cases(p, sharing), origin=origin, samples=len(p.a))
-
-
-def ridge(p: Problem, sharing: str) -> Tensor:
-    G = gradients(p, sharing)[..., :-1]
-    return DAMPING * (G**2).sum((0, 2)) / len(p.a) / G.shape[-1]
-
-
-def damped(p: Problem, sharing: str, block: str | None) -> tuple[UnitMoments, Tensor]:
-    """Moments under test, and the Fisher matrices they must stand for."""
-    G, m = gradients(p, sharing), moments(p, sharing)
-    F = torch.einsum("rud,rue->ude", G, G) / len(p.a)
-    if block is None:
-        return m, F
-    diagonal = torch.ones(F.shape[-1], dtype=F.dtype)
-    diagonal[-1] = block == "full"
-    F = F + ridge(p, sharing)[:, None, None] * torch.diag(diagonal)
-    return m.damped(DAMPING, block=block), F
-
-
 def mapped(p: Problem, M: Tensor, t: Tensor) -> Problem:
     g = p.g @ M.T + p.g0[:, None] * t
     return p._replace(a=p.a @ M.T + t, g=g)
@@ -106,20 +71,13 @@ def shifted(p: Problem, t: Tensor) -> Problem:
     return mapped(p, torch.eye(len(t), dtype=t.dtype), t)
 
 
-def everything(m: UnitMoments, g: Tensor, g0: Tensor) -> list[Tensor]:
-    return [*bias_shift_correction(m), *unit_natural_gradient(m, g, g0)]
-
-
-def assert_same(m: UnitMoments, other: UnitMoments) -> None:
-    for name in ("c", "mu_p", "mu_q", "mean_shift", "b", "A", "Var_q", "n_eff", "alive", "ridge"):
-        assert_close(getattr(m, name), getattr(other, name), **TOL, msg=lambda s, n=name: n + s)
-
-
 # Moments
 
 
 @given(sharing=any_sharing, p=problems(), block=any_block)
-def test_blocks_of_the_fisher_are_sums_over_positions_averaged_over_samples(sharing, p, block):
+def test_identity_1_blocks_of_the_fisher_are_sums_over_positions_averaged_over_samples(
+    sharing, p, block
+):
     m, F = damped(p, sharing, block)
     assert_close(m.A, F[:, :-1, :-1], **TOL)
     assert_close(m.b, F[:, :-1, -1], **TOL)
@@ -137,14 +95,6 @@ def test_identity_1_mu_q_and_Var_q_are_the_mean_and_covariance_under_q(sharing, 
     assert_close(m.Var_q, V, **TOL)
     assert_close(m.n_eff, 1 / (q**2).sum(0), **TOL)
     assert_close(m.mu_p, a.mean(0), **TOL)
-
-
-@given(sharing=any_sharing, p=problems(), block=any_block)
-def test_identity_1_second_moment_is_variance_plus_square_of_the_mean(sharing, p, block):
-    m, F = damped(p, sharing, block)
-    A, b, c = F[:, :-1, :-1], F[:, :-1, -1], F[:, -1, -1]
-    assert_close(c[:, None] * m.mu_q, b, **TOL)
-    assert_close(c[:, None, None] * (m.Var_q + outer(m.mu_q)), A, **TOL)
 
 
 @given(sharing=case_sharing, p=problems())
@@ -233,7 +183,7 @@ def test_identity_8_blocks_of_the_inverse_fisher(sharing, p, block):
 @given(sharing=any_sharing, p=problems(), block=any_block)
 def test_theorem_1_solves_the_dense_system(sharing, p, block):
     m, F = damped(p, sharing, block)
-    dense = torch.linalg.solve(F, torch.cat([p.g, p.g0[:, None]], dim=1))
+    dense = torch.linalg.solve(F, joined(p.g, p.g0))
     dw, dw0 = theorem_1(m, p.g, p.g0)
     assert_close(dw, dense[:, :-1], **TOL)
     assert_close(dw0, dense[:, -1], **TOL)
@@ -244,16 +194,16 @@ def test_theorem_1_counts_joint_gradients_that_cancel_in_the_bias(r):
     m = UnitMoments.of_gradients(r.G, r.S, r.mean, samples=r.samples)
     G = torch.cat([r.G, r.S[..., None]], dim=-1)
     F = torch.einsum("rud,rue->ude", G, G) / r.samples
-    dense = torch.linalg.solve(F, torch.cat([r.g, r.g0[:, None]], dim=1))
+    dense = torch.linalg.solve(F, joined(r.g, r.g0))
     assert ((r.S.abs() < 1e-12) & (r.G.abs().sum(-1) > 1e-3)).any()
     for dw, dw0 in (theorem_1(m, r.g, r.g0), unit_natural_gradient(m, r.g, r.g0)):
-        assert_close(torch.cat([dw, dw0[:, None]], dim=1), dense, **TOL)
+        assert_close(joined(dw, dw0), dense, **TOL)
 
 
 @given(sharing=any_sharing, p=problems(), block=any_block)
 def test_identity_9_centred_form_solves_the_dense_system(sharing, p, block):
     m, F = damped(p, sharing, block)
-    dense = torch.linalg.solve(F, torch.cat([p.g, p.g0[:, None]], dim=1))
+    dense = torch.linalg.solve(F, joined(p.g, p.g0))
     dw, dw0 = unit_natural_gradient(m, p.g, p.g0)
     assert_close(dw, dense[:, :-1], **TOL)
     assert_close(dw0, dense[:, -1], **TOL)
@@ -282,7 +232,7 @@ def test_natural_gradient_of_the_weights_alone_solves_with_the_second_moment(sha
 def test_theorem_2_is_the_bias_shift_of_the_step(sharing, p, block):
     m, F = damped(p, sharing, block)
     nu = cases(p, "expand")[0].mean(0)
-    dense = torch.linalg.solve(F, torch.cat([p.g, p.g0[:, None]], dim=1))
+    dense = torch.linalg.solve(F, joined(p.g, p.g0))
     assert_close(theorem_2(m, p.g, p.g0), dense @ with_ones(nu), **TOL)
 
 
@@ -342,7 +292,7 @@ def test_identity_14_norm_of_the_step_splits_into_mean_and_variance(sharing, p):
     m, G = moments(p, sharing), gradients(p, sharing)
     dw, dw0 = unit_natural_gradient(m, p.g, p.g0)
     norm = dot(p.g, dw) + p.g0 * dw0
-    change = dot(G, torch.cat([dw, dw0[:, None]], dim=1))  # √D Δnet
+    change = dot(G, joined(dw, dw0))  # √D Δnet
     mean, variance = p.g0**2 / m.c, m.c * dot(dw, apply(m.Var_q, dw))
     centred = p.g - p.g0[:, None] * m.mu_q
     assert_close(norm, (change**2).sum(0) / len(p.a), **TOL)
@@ -502,8 +452,8 @@ def test_identity_22_distance_of_the_means_is_bounded_by_the_spread_of_D(sharing
 def test_identity_23_condition_bounds_the_angle_to_the_gradient(sharing, p, block):
     m, F = damped(p, sharing, block)
     dw, dw0 = unit_natural_gradient(m, p.g, p.g0)
-    gradient = torch.cat([p.g, p.g0[:, None]], dim=1)
-    step = torch.cat([dw, dw0[:, None]], dim=1)
+    gradient = joined(p.g, p.g0)
+    step = joined(dw, dw0)
     condition = eigvalsh(F)[:, -1] / eigvalsh(F)[:, 0]
     bound = 2 * condition.sqrt() / (condition + 1)
     assert (torch.cosine_similarity(gradient, step) >= bound - 1e-9).all()
@@ -511,8 +461,7 @@ def test_identity_23_condition_bounds_the_angle_to_the_gradient(sharing, p, bloc
 
 def second_order_ratio(generator: torch.Generator, positions: int, sharing: str) -> float:
     """KL(p || p after a small step of one unit) over ½ Δᵀ F Δ."""
-    pool = [nn.AdaptiveAvgPool2d((1, None)), nn.Flatten(1)]
-    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), *pool, nn.Linear(3, 4)).double()
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), Means(), nn.Linear(3, 4)).double()
     for parameter in model.parameters():
         parameter.data = normal(generator, *parameter.shape) / 2
     x = normal(generator, 6, positions, 2)
@@ -537,7 +486,7 @@ def second_order_ratio(generator: torch.Generator, positions: int, sharing: str)
 def expanded_moments(model: nn.Module, x: Tensor) -> UnitMoments:
     z, pi = model[0](x).detach(), model(x).detach().softmax(-1)
     root = pi.sqrt()[:, :, None] * (torch.eye(4).double() - pi[:, None, :])  # rows √p (e_y - p)
-    back = root @ model[4].weight.detach() / x.shape[1]
+    back = root @ model[3].weight.detach() / x.shape[1]
     delta = back[:, :, None] * (1 - z.tanh() ** 2)[:, None]
     return UnitMoments.of(x.flatten(0, 1), (delta**2).sum(1).flatten(0, 1), samples=len(x))
 
@@ -549,7 +498,7 @@ def test_identity_24_fisher_norm_is_the_divergence_of_the_step(positions, sharin
 
 
 def test_identity_24_fails_when_positions_with_one_label_are_expanded():
-    generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    generators = [seeded(seed) for seed in range(8)]
     ratios = [second_order_ratio(generator, 3, "expand") for generator in generators]
     assert min(abs(ratio - 1) for ratio in ratios) > 0.05
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import TOL, batches, normal, seeds
+from strategies import TOL, batches, normal, seeded, seeds
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -26,19 +26,19 @@ ERRORS = ("c_error", "mean_q_error", "s_error", "k_error")
 def dense() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4))
-    return model.double(), normal(torch.Generator().manual_seed(1), 60, 4)
+    return model.double(), normal(seeded(1), 60, 4)
 
 
 def plentiful() -> tuple[nn.Module, Tensor]:
     """Cases enough that some of them tell how s and k spread."""
-    return dense()[0], normal(torch.Generator().manual_seed(1), 800, 4)
+    return dense()[0], normal(seeded(1), 800, 4)
 
 
 def convolutional() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     grouped = nn.Conv2d(2, 4, 3, padding=1, groups=2)
     model = nn.Sequential(grouped, nn.ELU(), nn.Flatten(), nn.Linear(4 * 9, 3))
-    return model.double(), normal(torch.Generator().manual_seed(1), 40, 2, 3, 3)
+    return model.double(), normal(seeded(1), 40, 2, 3, 3)
 
 
 def measured(model: nn.Module, x: Tensor | list[Tensor], **options) -> dict[str, UnitStatistics]:
@@ -51,7 +51,7 @@ def drawn(model: nn.Module, x: Tensor, rows: int | None = None, **options) -> di
     copies = x.repeat(DRAWS, *[1] * (x.dim() - 1))
     whole = measured(model, copies, layers="0", **options)["0"].cases
     own, units = whole.delta.shape[1] // DRAWS, torch.arange(whole.units)
-    chance, found = torch.Generator().manual_seed(0), []
+    chance, found = seeded(0), []
     for start in range(0, own * DRAWS, own):
         part = slice(start, start + own)
         cases = replace(
@@ -168,7 +168,7 @@ class Latents(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queries = normal(torch.Generator().manual_seed(2), 4, 4).float()
+        self.queries = normal(seeded(2), 4, 4).float()
         self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,14 +177,14 @@ class Latents(nn.Module):
 
 def test_rows_that_are_no_samples_have_no_error_that_takes_them_for_such():
     monitor = Monitor(Latents(), fisher="mc", samples=4)
-    found = monitor.measure(normal(torch.Generator().manual_seed(0), 6, 4).float())
+    found = monitor.measure(normal(seeded(0), 6, 4).float())
     assert all(getattr(found["fc"], name).isnan().all() for name in ERRORS)
     assert all(getattr(found["head"], name).isfinite().all() for name in ERRORS)
 
 
 def test_where_time_comes_first_no_error_is_told_that_takes_whose_case_is_whose():
     monitor = Monitor(TimeFirst(), fisher="mc", samples=4)
-    found = monitor.measure(normal(torch.Generator().manual_seed(0), 6, 8, 4).float())
+    found = monitor.measure(normal(seeded(0), 6, 8, 4).float())
     assert all(getattr(found["fc"], name).isnan().all() for name in ERRORS)
     assert all(getattr(found["head"], name).isfinite().all() for name in ERRORS)
 
@@ -228,7 +228,7 @@ def test_of_which_sample_a_case_is_need_not_be_kept_where_its_place_tells():
     assert joined([batch, batch]).sample is None
     assert joined([batch, longer]).sample.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4]
     assert joined([replace(one, replicates=1) for one in (batch, longer)]).sample is None
-    chance = torch.Generator().manual_seed(0)
+    chance = seeded(0)
     assert batch.drawn(4, chance).sample.shape == (4,)
     assert replace(batch, replicates=1).drawn(4, chance).sample is None
     assert replace(batch, samples=6).drawn(4, chance).sample is None
@@ -237,7 +237,7 @@ def test_of_which_sample_a_case_is_need_not_be_kept_where_its_place_tells():
 def test_layers_that_have_drawn_cases_of_other_samples_are_not_measured_together():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh(), nn.Conv2d(4, 4, 1), nn.Flatten())
-    x = normal(torch.Generator().manual_seed(1), 6, 4, 3, 3)
+    x = normal(seeded(1), 6, 4, 3, 3)
     found = measured(model.double(), x, rows=30, fisher="mc", samples=2)
     assert found["0"].block is not found["2"].block
     assert not found["0"].cases.sample.equal(found["2"].cases.sample)
@@ -320,7 +320,7 @@ def test_another_damping_has_the_errors_that_a_measurement_with_it_has(damping):
 def test_layers_measured_together_have_their_own_errors():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
-    x, options = normal(torch.Generator().manual_seed(1), 30, 4), {"fisher": "mc", "samples": 3}
+    x, options = normal(seeded(1), 30, 4), {"fisher": "mc", "samples": 3}
     together = measured(model.double(), x, layers=["0", "2"], **options)
     assert together["0"].block is together["2"].block
     for name in ("0", "2"):
@@ -332,7 +332,7 @@ def test_layers_measured_together_have_their_own_errors():
 def test_layers_of_one_form_but_other_numbers_of_positions_know_of_how_many_cases_theirs_are():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh(), nn.Conv2d(4, 4, 1, stride=2), nn.Flatten())
-    x = normal(torch.Generator().manual_seed(1), 6, 4, 4, 4)
+    x = normal(seeded(1), 6, 4, 4, 4)
     found = measured(model.double(), x, rows=8)
     assert [found[name].cases.population for name in ("0", "2")] == [6 * 16, 6 * 4]
 

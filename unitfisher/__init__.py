@@ -2,6 +2,7 @@
 
 from unitfisher.attachment import TiedWeightsWarning as TiedWeightsWarning
 from unitfisher.fisher import unit_fisher as unit_fisher
+from unitfisher.forward import activation_statistics as activation_statistics
 from unitfisher.kinds import LayerSelectionError as LayerSelectionError
 from unitfisher.layers import UncoveredLayersWarning as UncoveredLayersWarning
 from unitfisher.likelihoods import Bernoulli as Bernoulli
@@ -11,11 +12,10 @@ from unitfisher.likelihoods import Likelihood as Likelihood
 from unitfisher.likelihoods import OutputError as OutputError
 from unitfisher.loader import LoaderError as LoaderError
 from unitfisher.monitor import Monitor as Monitor
-from unitfisher.observer import NonFiniteError as NonFiniteError
+from unitfisher.observation import NonFiniteError as NonFiniteError
 from unitfisher.operator import UnitFisherOperator as UnitFisherOperator
 from unitfisher.operator import unit_fisher_operator as unit_fisher_operator
 from unitfisher.outputs import UnitMeans as UnitMeans
-from unitfisher.passes import activation_statistics as activation_statistics
 from unitfisher.per_sample import per_sample_gradients as per_sample_gradients
 from unitfisher.plan import MemoryBudgetError as MemoryBudgetError
 from unitfisher.plan import Plan as Plan

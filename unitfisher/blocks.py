@@ -15,7 +15,7 @@ from unitfisher.condensed import Condensed
 from unitfisher.costs import DAMPED, layers_together, route_of
 from unitfisher.incoming import Incoming
 from unitfisher.memory import workspace
-from unitfisher.observer import Gradient, Observation
+from unitfisher.observation import Gradient, Observation
 from unitfisher.patches import unfolded
 from unitfisher.solvers import SingularFisherError
 from unitfisher.streaming import Cases, Held, Streamed
@@ -46,7 +46,7 @@ class Block:
             return mean.unsqueeze(0)
         return mean[:: len(self.units[0])] if len(self.layers) > 1 else mean[part]
 
-    def damped(self, damping: float) -> "Block":
+    def suited_to(self, damping: float) -> "Block":
         """Solve from sums instead of more rows than inputs, if damping will not make up for it."""
         held = self.held
         if damping >= DAMPED or not isinstance(held, Condensed) or held.route != "rows":

@@ -14,7 +14,7 @@ from torch import Tensor
 from unitfisher.costs import Sizes, engine
 from unitfisher.incoming import Incoming
 from unitfisher.moments import fed
-from unitfisher.patches import FEW, Patches, Received, unfolded
+from unitfisher.patches import UNFOLDED_WHOLE, Patches, Received, unfolded
 from unitfisher.solvers import rounding
 
 
@@ -32,10 +32,10 @@ class UnitCases:
     samples: int
     incoming: Incoming | None = None  # of all cases, where these are drawn from more
     replicates: int = 0  # the last so many columns are estimates of D that average; 0: exact
-    population: int = 0  # of how many cases these are drawn; 0: they are all
-    sample: Int[Tensor, " m"] | None = None  # of which each case is; None: as many in a row of each
-    in_order: bool = True  # samples come first; else it is not known of which a case is
-    whole: "UnitCases | None" = None  # of whose units these are some
+    population: int = 0  # number of cases these were drawn from; 0: nothing was drawn
+    sample: Int[Tensor, " m"] | None = None  # sample of each case; None: as many of each, in a row
+    in_order: bool = True  # the layer's first axis is the samples; else a case's is not known
+    whole: "UnitCases | None" = None  # the layer's cases, where these are of some of its units
 
     @property
     def units(self) -> int:
@@ -65,7 +65,7 @@ class UnitCases:
     def for_one_pass(self) -> Received:
         """What is looked at but once need not be unfolded whole."""
         size = self.received.shape.numel() * self.received.dtype.itemsize
-        return self.a if size <= FEW else self.received
+        return self.a if size <= UNFOLDED_WHOLE else self.received
 
     @property
     def shared(self) -> bool:
@@ -78,7 +78,7 @@ class UnitCases:
 
     @property
     def of_sample(self) -> Int[Tensor, " m"]:
-        """Of which sample each case is, where that is known."""
+        """The sample that each case belongs to, where that is known."""
         if self.sample is not None:
             return self.sample
         count = self.delta.shape[1]
@@ -86,7 +86,7 @@ class UnitCases:
 
     @property
     def dead(self) -> Bool[Tensor, " u"]:
-        """No error reaches the unit's bias in any case."""
+        """No error reaches the unit in any case or, if joint, all cancel over its positions."""
         return self.weight == 0 if self.unmoved is None else self.unmoved
 
     @property

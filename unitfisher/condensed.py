@@ -84,7 +84,7 @@ class Condensed:
         if self.route == "rows":
             rows = _joint_rows(cases) if cases.joint else _rows(cases, self._shared_by(cases))
             return replace(rows, iterates=self.solver != "direct")
-        # as many iterations as cost what second moments cost; then these, for who needs them
+        # iterate as long as forming second moments would take; then units that are late get theirs
         patience = None if self.solver == "iterative" else max(20, cases.inputs // 4)
         return replace(_products(cases), patience=patience)
 

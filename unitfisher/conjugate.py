@@ -18,9 +18,9 @@ from unitfisher.solvers import dot, require_regular
 MANY_CASES = 1024  # from so many on iterations can be faster, if there are
 MANY_UNITS = 32  # that share the preconditioner
 PACE = 40  # the cases by this: iterations that cost about as much as three fifths of a factor
-ENOUGH = 1e-11  # of the relative residual, to stop at
-ROUNDING = 10  # times more may be left in truth
-LOOK = 4  # iterations between two looks at who is still busy
+RESIDUAL = 1e-11  # relative, at which a unit stops
+SLACK = 10  # a unit has converged if its true residual is up to so many times larger
+LOOK = 4  # iterations from one look at which units are still busy to the next
 
 
 class Iterated(NamedTuple):
@@ -59,7 +59,7 @@ def solve_by_iterations(
     groups = zip(K, *(x.chunk(len(K)) for x in (v, epsilon, rhs)), strict=True)
     found = [_of_group(*group) for group in groups]
     Y, residual = (torch.cat(parts) for parts in zip(*found, strict=True))
-    late = ~(residual <= ROUNDING * ENOUGH)
+    late = ~(residual <= SLACK * RESIDUAL)
     require_regular(solve_others(Y, late, K, v, epsilon, rhs))
     residual[late] = 0.0
     return Iterated(Y, residual)
@@ -102,8 +102,8 @@ def _iterate(
         r.addcmul_(step, Ap, value=-1)
         if i % LOOK == 0:
             left = torch.linalg.vector_norm(r, dim=-1)
-            late = (i >= 2 * LOOK) & (left > ENOUGH ** (i / patience))
-            on = ((left > ENOUGH) & ~late).nonzero().flatten()
+            late = (i >= 2 * LOOK) & (left > RESIDUAL ** (i / patience))
+            on = ((left > RESIDUAL) & ~late).nonzero().flatten()
             if len(on) < len(busy):
                 found[busy] = x
                 busy, system, x, r, p, rz = busy[on], system.at(on), x[on], r[on], p[on], rz[on]

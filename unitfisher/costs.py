@@ -16,8 +16,8 @@ from unitfisher.native import compiled
 
 ROUTES = ("rows", "sums", "products")
 DAMPED = 1e-6  # relative damping with which rows may be more than inputs, and sums of fewer cases
-HEAVY = 5.0  # times more cases than inputs it takes for iterations to converge at all
-BEFORE = 15  # iterations until they converge at their pace
+HEAVY = 5.0  # weights are heavy-tailed: so many cases count as one
+BEFORE = 15  # iterations before convergence is linear
 REFINED = 384  # cases from which factors are made in single precision, in half the time
 CALLS = {"rows": 250, "sums": 250, "products": 100}  # operations, however small the layer
 REUSED = 2**25  # bytes: larger pieces of memory come from the system, page by page

@@ -7,15 +7,12 @@ gradient's share do, and belong beside the damping share and n_eff.
 from jaxtyping import Float
 from torch import Tensor
 
-from unitfisher.solvers import squared
-
 
 def mean_share(
-    mean: Float[Tensor, "*u d"], trace_variance: Float[Tensor, "*u"]
+    mean_squared: Float[Tensor, "*u"], trace_variance: Float[Tensor, "*u"]
 ) -> Float[Tensor, "*u"]:
     """‖mean‖² / (‖mean‖² + trace of the variance): how much of the second moment is the mean."""
-    of_mean = squared(mean)
-    return of_mean / (of_mean + trace_variance)
+    return mean_squared / (mean_squared + trace_variance)
 
 
 def cosine(

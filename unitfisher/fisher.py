@@ -7,14 +7,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unitfisher.cases import UnitCases
-from unitfisher.errors import Estimator
+from unitfisher.chance import Chance
+from unitfisher.columns import Estimator
+from unitfisher.forward import Pick
 from unitfisher.joint import JointGradients
 from unitfisher.kinds import LayerSelectionError, supported
 from unitfisher.layers import Layers, match
 from unitfisher.likelihoods import Likelihood, likelihood_of
 from unitfisher.memory import workspace
-from unitfisher.observer import Observer, observe_now, require_finite
-from unitfisher.passes import Chance, Pick
+from unitfisher.observation import require_finite
+from unitfisher.observer import Observer, observe_now
 from unitfisher.per_sample import unit_fisher_per_sample
 from unitfisher.precision import exactly
 from unitfisher.untouched import device_of
@@ -44,7 +46,7 @@ def unit_fisher(
 
     Args:
         model: Any module; its forward is called once.
-        inputs: The model's input, or a tuple of its arguments.
+        inputs: A tensor, a tuple of arguments or a mapping of keyword arguments.
         layers: Patterns, types or a predicate, as for `Monitor`. Kinds that the Monitor does not
             cover go by per-sample gradients, which know ``sharing="joint"`` only.
         likelihood: "categorical", "bernoulli", "gaussian" or a Likelihood object.
@@ -56,7 +58,10 @@ def unit_fisher(
         seed: Of the drawn labels or signs.
 
     Raises:
-        LayerSelectionError, OutputError, NonFiniteError: With the layer or shape and a way out.
+        LayerSelectionError: A choice matches no layer, or one that needs ``sharing="joint"``.
+        NonFiniteError: The pass holds NaN or infinity.
+        OutputError: The output, or the targets, do not fit the likelihood.
+        ValueError: An unknown name or impossible number for an option.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 2))
     >>> {name: tuple(F.shape) for name, F in unit_fisher(model, torch.randn(10, 3)).items()}

@@ -135,18 +135,18 @@ class History:
         self.newest = measurement
 
     def commit(self) -> None:
-        """Append what is held. If its Fisher has no inverse that is said once, and it is gone."""
+        """Append the measurement held; if it cannot be solved, raise once and drop it."""
         held, self.newest = self.newest, None
         for table, columns in self._rows_of(held):
             self.append(table, columns)
-        self.plan = self.plan if held is None else held.plan.rows()
+        self.plan = self.plan if held is None else held.plan.columns()
 
     def _rows_of(self, held: Measurement | None) -> Iterator[tuple[str, Columns]]:
         """Lay out a measurement, and its plan if that is another than the one before."""
         if held is None:
             return
         yield UNITS, columns_of(held.statistics().values(), held.phase)
-        plan = held.plan.rows()
+        plan = held.plan.columns()
         if plan != self.plan:
             yield PLAN, {"step": held.step, **plan}
 

@@ -12,14 +12,11 @@ from unitfisher.history import History
 from unitfisher.layers import UncoveredLayersWarning
 from unitfisher.loader import Batches
 from unitfisher.measurement import Measurement, Observations
-from unitfisher.observer import (
-    Observation,
-    Observer,
-    observe_now,
-    require_finite,
-)
+from unitfisher.observation import Observation, require_finite
+from unitfisher.observer import Observer, observe_now
 from unitfisher.options import Options
-from unitfisher.plan import Plan, Planner
+from unitfisher.plan import Plan
+from unitfisher.planner import Planner
 from unitfisher.precision import exactly
 from unitfisher.reach import EmptyBatchError, UnseenLayersError
 from unitfisher.statistics import bytes_of
@@ -35,7 +32,7 @@ class Instrument:
         model: Whose passes are measured.
         options: How.
         observer: Of the layers that are observed, with a planner of training passes.
-        history: Holds the newest measurement.
+        history: Receives every measurement.
     """
 
     def __init__(
@@ -85,7 +82,9 @@ class Instrument:
         """Run the model on an input, and measure that pass."""
         with exactly(device_of(self.model)):
             self._make_room()
-            planner = self._planner.alone(pooled=bytes_of(self.window.tensors))
+            planner = self._planner.within(
+                self._planner.budget.alone(pooled=bytes_of(self.window.tensors))
+            )
             observer = replace(self.observer, planner=planner)
             observations = observe_now(self.model, inputs, observer, targets)
             self._keep(self._prepared(observations, planner), planner, step, "measure")
@@ -94,7 +93,9 @@ class Instrument:
         """Run the model on batch after batch, and measure all of them as one."""
         with exactly(device_of(self.model)):
             self._make_room()
-            planner = self._planner.over_batches(beside=self.bytes_of_newest())
+            planner = self._planner.within(
+                self._planner.budget.over_batches(beside=self.bytes_of_newest())
+            )
             batches = Batches(self.model, loader, replace(self.observer, planner=planner))
             streamed = observe_all(batches, self.options.damping)
             self._keep(streamed, planner, step, "measure")
@@ -109,13 +110,13 @@ class Instrument:
         prepared = {}
         for name, of in observations.items():
             cases = of.cases
-            if planner.rows is not None:
-                cases = cases.drawn(planner.rows, self.observer.chance.on(cases.delta.device))
+            if (rows := planner.budget.rows) is not None:
+                cases = cases.drawn(rows, self.observer.chance.on(cases.delta.device))
             prepared[name] = replace(of, cases=cases, solver=planner.solver_of(name))
         return prepared
 
     def _make_room(self) -> None:
-        """What the newest measurement has solved it can solve again."""
+        """Free what the newest measurement has solved: it is solved again if it is asked for."""
         self.history.commit()
         if self.newest is not None:
             self.newest.forget_solved()

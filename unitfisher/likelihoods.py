@@ -4,6 +4,7 @@ For an output z the Fisher of ln p(y | z) in z is S Sᵀ. Sent backward from z, 
 one column of every unit's error; squares of columns sum to D = E_y δ². No label is needed.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -186,8 +187,8 @@ class Gaussian:
     variance: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.variance > 0:
-            raise ValueError(f"variance must be positive, got {self.variance!r}")
+        if not 0 < self.variance < math.inf:
+            raise ValueError(f"variance must be positive and finite, got {self.variance!r}")
 
     def arrange(self, output: Tensor) -> Output:
         return _independent(output, "gaussian")

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from unitfisher.cases import UnitCases
+from unitfisher.chance import Chance
 from unitfisher.memory import within
-from unitfisher.observer import Observation, Observer, observe_now
-from unitfisher.passes import Chance
-from unitfisher.plan import MemoryBudgetError, Planner
+from unitfisher.observation import Observation
+from unitfisher.observer import Observer, observe_now
+from unitfisher.plan import MemoryBudgetError
+from unitfisher.planner import Planner
 from unitfisher.precision import exactly
 from unitfisher.reach import NothingObservedError
 from unitfisher.untouched import device_of
@@ -65,9 +67,9 @@ class Batches:
             one = next(iter(observations.values()), None)
             self.samples += self._nothing.samples if one is None else one.cases.samples
             shown = shown or one is not None
-            if planner.passing and batches is self.loader:
-                raise MemoryBudgetError(_used_up(planner.passing))
-            passing = planner.passing & observations.keys()
+            if planner.budget.passing and batches is self.loader:
+                raise MemoryBudgetError(_used_up(planner.budget.passing))
+            passing = planner.budget.passing & observations.keys()
             self._seen.append({name: Checksum.of(observations[name].cases) for name in passing})
             yield observations
             observations.clear()  # before there are those of the next batch

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unitfisher.kinds import turning
 from unitfisher.memory import within
-from unitfisher.observer import Gradient, Observation
+from unitfisher.observation import Gradient, Observation
 from unitfisher.plan import Plan
 from unitfisher.precision import exactly
 from unitfisher.statistics import UnitStatistics, statistics, tensors_of, with_gradients

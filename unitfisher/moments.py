@@ -116,6 +116,12 @@ def damping_of(m: Moments, damping: float) -> Float[Tensor, " u"]:
     return damping * (m.trace_Var_q + m.mu_q_squared) / m.center.shape[-1]
 
 
+def ridge_and_trace(m: Moments, damping: float) -> tuple[Tensor, Tensor]:
+    """Return what damping changes: the ridge λ, and the trace of Var_q that it adds to."""
+    more, d = damping_of(m, damping), m.center.shape[-1]
+    return m.ridge + m.c * more, m.trace_Var_q + d * more * m.alive
+
+
 def fed(a: Float[Tensor, "g m d"], D: Float[Tensor, "m u"]) -> Float[Tensor, " u"]:
     """Σ D ‖a‖²: exactly 0 for a unit that sees nothing but zeros wherever an error reaches it.
 
@@ -128,10 +134,9 @@ def fed(a: Float[Tensor, "g m d"], D: Float[Tensor, "m u"]) -> Float[Tensor, " u
 def least_pivots(
     squares: Float[Tensor, "*u d"], mu_q: Float[Tensor, "*u d"], eps: float, noise: float
 ) -> Float[Tensor, "*u d"]:
-    """What rounding may leave of an input's variance under q where in truth it has none.
+    """Return the variance that rounding alone can give to an input that is constant under q.
 
-    Of second moments about an origin, Σ q (a - origin)², it leaves a share, and to begin with it
-    made the activations vary by their own last digit. A damped unit need not mind: whatever
-    rounding has done, its matrix has an inverse.
+    It is ``noise`` times the second moment about the origin, plus the last digit of the mean. Only
+    units without damping are compared with it: damped matrices have an inverse anyhow.
     """
     return torch.addcmul(noise * squares, mu_q, mu_q, value=eps**2)

@@ -22,7 +22,9 @@ from unitfisher.attachment import (
     unwrapped,
 )
 from unitfisher.calls import Seen
+from unitfisher.chance import Chance
 from unitfisher.choices import require_choice
+from unitfisher.forward import Pick
 from unitfisher.history import (
     ACTIVATIONS,
     PLAN,
@@ -39,8 +41,8 @@ from unitfisher.loader import is_loader
 from unitfisher.memory import retain_freed
 from unitfisher.observer import Observer
 from unitfisher.options import Options
-from unitfisher.passes import Chance, Pick
 from unitfisher.plan import Plan
+from unitfisher.planner import Planner
 from unitfisher.provenance import differences, plain
 from unitfisher.record import Run
 from unitfisher.schedule import Schedule, due
@@ -97,7 +99,8 @@ class Monitor:
             is measured whole.
         solver: "direct" (Cholesky) or "iterative" (conjugate gradients, where cases are more than
             inputs); "auto": iterative for many cases of many inputs, wide convolutions above all.
-            Over a loader both are Cholesky, but "direct" refuses layers whose sums do not fit.
+            Over a loader every choice is Cholesky, from sums; where these do not fit, "direct"
+            raises, and the others iterate by reading the loader again.
         units: Observe a fixed random sample of this many units per layer; None: all.
         output: Picks the logits from what forward returns: index, key, attribute or callable. They
             are (n, C), or (n, T, C) with a label at each of T positions.
@@ -106,7 +109,7 @@ class Monitor:
             that it measures; what is recorded without a ``record`` is not counted. None: what it
             takes; over a loader at most 4 GiB. See ``plan``.
         record: Folder or Run that receives what is measured; None: kept in memory.
-        seed: Of drawn labels, signs and units.
+        seed: Of drawn labels, signs, cases and units.
 
     Attributes:
         targets: Observed labels of the next training pass, for ``fisher="empirical"``: set them
@@ -171,7 +174,7 @@ class Monitor:
         )
         self.model, self.step = unwrapped(model), 0
         self.targets: Tensor | None = None
-        estimator, planner = self.options.estimator(), self.options.planner()
+        estimator, planner = self.options.estimator(), Planner(self.options.budget())
         chosen = select(self.model, layers)
         require_unobserved(chosen)
         require_told_apart(chosen, record)
@@ -237,7 +240,11 @@ class Monitor:
 
         Raises:
             LoaderError: A loader that was read again gave other batches.
-            ValueError: The Monitor is detached, and has a record.
+            MemoryBudgetError: The measurement would take more than ``memory``.
+            NonFiniteError: The pass holds NaN or infinity; not with ``on_nonfinite="record"``.
+            OutputError: The output, or the targets, do not fit the likelihood.
+            SingularFisherError: A unit's Fisher has no inverse: there is no damping.
+            ValueError: The Monitor is detached, and has a record; targets beside a loader.
         """
         if self._history.run is not None and not self._close.alive:
             raise ValueError(

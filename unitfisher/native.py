@@ -1,8 +1,8 @@
-"""What torch has no fast form of, in C, with units side by side.
+"""Kernels in C for what torch does slowly; they treat several units at once.
 
-The user's compiler makes the kernels when one is first needed, and the user's cache keeps them.
-Whatever stands in the way (no compiler, tensors on another device, UNITFISHER_NATIVE=0), the caller
-does the same in torch alone, more slowly.
+They are compiled when first needed, by the user's compiler, and kept in the user's cache. Where
+that is not possible (no compiler, tensors on another device, UNITFISHER_NATIVE=0), the caller does
+the same in torch alone, more slowly.
 """
 
 import ctypes
@@ -19,24 +19,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCES = sorted((Path(__file__).parent / "native").glob("*.c"))
-# generic: tuned for some processors, gcc 12 reads operands from memory again and again
+FOLDER = Path(__file__).parent / "native"
+SOURCES = sorted(FOLDER.glob("*.c"))
+# generic: tuned for some processors, gcc 12 loads operands from memory again and again
 FLAGS = ["-O3", "-march=native", "-mtune=generic", "-fno-math-errno", "-fPIC", "-shared"]
-FLOP_PER_THREAD = 2**21  # less is done before another thread has woken up
+FLOP_PER_THREAD = 2**21  # fewer are done before another thread has woken up
 PROCESS = os.getpid()
 
 Kernel = Callable[[Any], None]
 
 
 class Task(ctypes.Structure):
-    """What a kernel works on: fields as in its source, among them the units u and those taken."""
+    """The argument of a kernel: fields as in its source, among them the units u and those taken."""
 
     u: int
     taken: int
 
 
 def kernel(name: str, *operands: Tensor, dtype: torch.dtype = torch.float64) -> Kernel | None:
-    """Return the compiled kernel; None where there is none, or it cannot read these numbers."""
+    """Return the compiled kernel; None if there is none, or if it cannot read the operands."""
     if not all(plain(x, dtype) for x in operands) or not compiled():
         return None
     found: Kernel = getattr(_library(), name)
@@ -49,37 +50,37 @@ def compiled() -> bool:
 
 
 def plain(x: Tensor, dtype: torch.dtype) -> bool:
-    """Nothing but numbers in memory."""
+    """Tell whether x is an ordinary CPU tensor of this type, whose memory holds its numbers."""
     usual = type(x) is Tensor and x.layout is torch.strided and x.device.type == "cpu"
     return usual and x.dtype is dtype and not (x.requires_grad or x.is_neg())
 
 
-def run(kernel: Kernel, task: Task, flop: int) -> None:
-    """Let as many threads as pay take units, until none is left.
+def run(entry: Kernel, task: Task, flop: int) -> None:
+    """Run a kernel in as many threads as ``flop`` operations pay for, until no unit is left.
 
     Raises:
-        MemoryError: No thread had memory.
+        MemoryError: No thread got the memory it needs.
     """
-    _on_threads(kernel, task, min(torch.get_num_threads(), 1 + flop // FLOP_PER_THREAD))
+    _on_threads(entry, task, min(torch.get_num_threads(), 1 + flop // FLOP_PER_THREAD))
     if task.taken < task.u:
         raise MemoryError(f"no memory for what {type(task).__name__} needs beside its operands")
 
 
-def _on_threads(kernel: Kernel, task: Task, threads: int) -> None:
-    """Run on torch's own threads: others would have to share the cores with them."""
+def _on_threads(entry: Kernel, task: Task, threads: int) -> None:
+    """Use torch's own threads: others would compete with them for the cores."""
     pool = _torch_threads() if os.getpid() == PROCESS else None  # it does not survive a fork
     if threads == 1:
-        kernel(ctypes.byref(task))
+        entry(ctypes.byref(task))
     elif pool is not None:
-        pool(kernel, ctypes.byref(task), threads, 0)
+        pool(entry, ctypes.byref(task), threads, 0)
     else:
         with ThreadPoolExecutor(threads) as executor:
-            list(executor.map(kernel, [ctypes.byref(task)] * threads))
+            list(executor.map(entry, [ctypes.byref(task)] * threads))
 
 
 @functools.cache
 def _torch_threads() -> Callable[..., None] | None:
-    """GOMP_parallel of the OpenMP library that torch itself is linked with."""
+    """Return GOMP_parallel of the OpenMP library that torch itself is linked with, if any."""
     try:
         pool = ctypes.CDLL(torch._C.__file__).GOMP_parallel
     except (OSError, AttributeError):
@@ -91,9 +92,9 @@ def _torch_threads() -> Callable[..., None] | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """Load what this compiler makes of these sources on this processor; compile them only once."""
+    """Load the kernels, compiled once for these sources, this compiler and this processor."""
     chosen = os.environ.get("CC")
-    source = b"".join(path.read_bytes() for path in SOURCES)
+    source = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]")))
     for command in [chosen] if chosen else ["cc", "gcc", "clang"]:
         compiler = [*command.split(), *FLAGS]
         try:
@@ -113,7 +114,7 @@ def _load(compiler: list[str], name: str) -> ctypes.CDLL:
         if not path.exists():
             _compile(compiler, path)
         return _opened(path)
-    except (OSError, RuntimeError):  # no cache, or none to write to or to run programs from
+    except (OSError, RuntimeError):  # no cache, or it cannot be written to or loaded from
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             path = Path(folder, name)
             _compile(compiler, path)
@@ -129,7 +130,7 @@ def _opened(path: Path) -> ctypes.CDLL:
 
 
 def _compile(compiler: list[str], path: Path) -> None:
-    """Let the file appear whole or not at all: other processes may be compiling it as well."""
+    """Let the file appear whole or not at all: other processes may be compiling it too."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder, path.name)
         _output(*compiler, *map(str, SOURCES), "-o", str(made))

@@ -5,75 +5,35 @@ the graph is left for the user's backward.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from unitfisher.backward import Backward, bytes_of_column, columns_together
 from unitfisher.calls import Call, Seen, Unfit, all_finite
 from unitfisher.capture import capture
 from unitfisher.cascade import Cascade
 from unitfisher.cases import UnitCases
 from unitfisher.chain import Chain
-from unitfisher.errors import (
-    Estimator,
-    Way,
-    bytes_of_column,
-    columns,
-    columns_together,
-)
+from unitfisher.chance import Chance
+from unitfisher.columns import Estimator, columns
+from unitfisher.forward import Pick, arguments, eagerly, pick_output
 from unitfisher.kinds import convolves
 from unitfisher.layers import UncoveredLayersWarning
 from unitfisher.likelihoods import Classes, Output
-from unitfisher.memory import AMPLE, within
+from unitfisher.memory import within
+from unitfisher.observation import Gradient, Observation
 from unitfisher.observed import Folding, Observed
-from unitfisher.outputs import UnitMeans
-from unitfisher.passes import Chance, Pick, arguments, eagerly, pick_output
-from unitfisher.plan import Planner
+from unitfisher.planner import Planner
 from unitfisher.reach import EmptyBatchError, UnseenLayersError, edges, told
 from unitfisher.shapes import shapes_of
 from unitfisher.untouched import undisturbed
-
-
-class NonFiniteError(FloatingPointError):
-    """Activations, logits or errors hold NaN or infinity."""
-
-
-class Gradient(NamedTuple):
-    """A layer's gradient, averaged over samples."""
-
-    g: Float[Tensor, "u *d"]
-    g0: Float[Tensor, " u"] | None  # None for a layer without bias
-
-    def times(self, factor: float) -> "Gradient":
-        return Gradient(factor * self.g, None if self.g0 is None else factor * self.g0)
-
-    def plus(self, other: "Gradient") -> "Gradient":
-        g0 = None if self.g0 is None or other.g0 is None else self.g0 + other.g0
-        return Gradient(self.g + other.g, g0)
-
-    def of_units(self, part: slice) -> "Gradient":
-        return Gradient(self.g[part], None if self.g0 is None else self.g0[part])
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What one pass says of one layer."""
-
-    cases: UnitCases
-    means: UnitMeans  # of the units' outputs
-    gradient: Gradient | None
-    fault: str | None  # where NaN or infinity was found first
-    solver: str = "auto"  # of the cases' systems
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return self.cases.tensors
 
 
 @dataclass(frozen=True)
@@ -113,7 +73,9 @@ class Observer:
             raise
         self._name_unfit(seen)
         sound = self._sound(z)
-        drawable = torch.where(sound, z, 0.0)  # labels, whatever comes of it
+        drawable = torch.where(
+            sound, z, 0.0
+        )  # labels can be drawn even where a fault is found below
         with self._planned(seen, z):
             cases, gradients = self._sent_back(output, drawable, arriving, seen, targets)
         means, faults = seen.means(), _faults(seen, z.masked_fill(sound, 0.0), cases)
@@ -126,7 +88,7 @@ class Observer:
         self,
         output: Tensor,
         z: Output,
-        edges: Sequence[GradientEdge],
+        arriving: Sequence[GradientEdge],
         seen: Seen,
         targets: Tensor | None,
     ) -> tuple[dict[str, UnitCases], dict[str, Gradient]]:
@@ -140,7 +102,7 @@ class Observer:
         chance = self.chance.on(z.device)
         independent = cascade is not None
         blocks = columns(z, self.estimator, chance, targets, together, independent=independent)
-        way = Way(output, edges, any(call.y.dtype == torch.float16 for call in seen.calls))
+        way = Backward(output, arriving, any(call.y.dtype == torch.float16 for call in seen.calls))
         for grads in (way.send_all_back if cascade is None else cascade.send)(blocks):
             for name, by_call in _by_layer(seen.calls, grads).items():
                 foldings[name].add(observed[name].errors(by_call))
@@ -169,10 +131,6 @@ class Observer:
         return (
             finite | (z == -torch.inf) if isinstance(self.estimator.likelihood, Classes) else finite
         )
-
-    @property
-    def workspace(self) -> int:
-        return AMPLE if self.planner is None else self.planner.workspace
 
     def _planned(self, seen: Seen, z: Output) -> AbstractContextManager[None]:
         """Refuse what would take too much memory; else share it out."""
@@ -227,13 +185,3 @@ def _faults(seen: Seen, unsound: Output, cases: Mapping[str, UnitCases]) -> dict
     if fault is not None:
         return dict.fromkeys(cases, fault)
     return {n: f"the errors at layer {n!r}" for n, x in errors.items() if not x.isfinite().all()}
-
-
-def require_finite(faults: Iterable[str | None]) -> None:
-    for fault in faults:
-        if fault is not None:
-            raise NonFiniteError(
-                f"{fault} hold NaN or infinity: nothing of this pass was recorded. "
-                f"Lower the learning rate or look at the input; a Monitor with "
-                f"on_nonfinite='record' keeps such measurements, marked as not finite"
-            )

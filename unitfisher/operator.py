@@ -17,12 +17,12 @@ from torch import Tensor
 from unitfisher.cases import UnitCases
 from unitfisher.choices import require_damping
 from unitfisher.condensed import Condensed
-from unitfisher.observer import NonFiniteError
+from unitfisher.observation import NonFiniteError
 from unitfisher.products import UnitProducts
 from unitfisher.rounds import Rounds
 from unitfisher.solvers import SingularFisherError
 from unitfisher.statistics import UnitStatistics
-from unitfisher.streaming import Parts
+from unitfisher.streaming import PartSums
 from unitfisher.sums import UnitMoments
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def unit_fisher_operator(
 
 
 def _rooted(
-    held: Parts | Rounds, i: int, biased: bool
+    held: PartSums | Rounds, i: int, biased: bool
 ) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"], Float64[Tensor, ""]]:
     """Return R, μ and c from sums over a data set, R a square root of their matrix."""
     m, own = next((m, i - (part.start or 0)) for part, m in held.parts() if i in _range(part, m))

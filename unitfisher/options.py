@@ -10,11 +10,11 @@ from unitfisher.choices import (
     require_seed,
     require_share,
 )
-from unitfisher.errors import Estimator
+from unitfisher.columns import Estimator
+from unitfisher.forward import Pick
 from unitfisher.likelihoods import Likelihood, likelihood_of
 from unitfisher.memory import DEFAULT, bytes_in
-from unitfisher.passes import Pick
-from unitfisher.plan import Planner
+from unitfisher.planner import Budget
 from unitfisher.schedule import EVERY, Overhead, Schedule
 
 IDENTITY = ("likelihood", "fisher", "samples", "sharing", "units")
@@ -71,10 +71,10 @@ class Options:
     def estimator(self) -> Estimator:
         return Estimator(likelihood_of(self.likelihood), self.fisher, self.samples, self.sharing)
 
-    def planner(self) -> Planner:
+    def budget(self) -> Budget:
         asked = self.memory is not None
-        budget = DEFAULT if self.memory is None else bytes_in(self.memory)
-        return Planner(budget, self.rows, self.window, self.solver, self.damping, strict=asked)
+        memory = DEFAULT if self.memory is None else bytes_in(self.memory)
+        return Budget(memory, self.rows, self.window, self.solver, self.damping, strict=asked)
 
     def recorded(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unitfisher.averages import pieces
 
-FEW = 2**26  # bytes: fewer are unfolded once for all who ask, more for each, by pieces, if they can
+UNFOLDED_WHOLE = 2**26  # bytes at most; more are unfolded piece by piece where that will do
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Fisher only (``sharing="joint"``): a parameter's gradient is already summed over
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,11 +15,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
-from unitfisher.errors import Estimator, columns
+from unitfisher.chance import Chance
+from unitfisher.columns import Estimator, columns
+from unitfisher.forward import Pick, arguments, pick_output
 from unitfisher.kinds import LayerSelectionError
 from unitfisher.likelihoods import Likelihood, OutputError, Residual, likelihood_of
-from unitfisher.passes import Chance, Pick, arguments, pick_output
-from unitfisher.sums import UnitMoments
 from unitfisher.untouched import undisturbed
 
 TOGETHER = 16  # columns drawn at a time
@@ -50,20 +51,25 @@ def per_sample_gradients(
             them the columns of the Fisher's root, (r, n, *parameter.shape): their outer products,
             summed over r and averaged over n, are the Fisher.
         likelihood: "categorical", "bernoulli", "gaussian" or a Likelihood object.
-        fisher: "exact", "mc", "rademacher" or "top-rademacher", where no targets are given.
+        fisher: "exact", "mc", "rademacher" or "top-rademacher"; with targets it is not used.
         samples: Random columns; "top-rademacher" has one more, which is exact.
         output: Picks the logits from what forward returns.
         parameters: Which of ``named_parameters()``; None: all trainable ones.
         chunk_size: Samples at a time, to bound memory; None: all.
         seed: Of drawn labels or signs.
 
+    Raises:
+        OutputError: The output, or the targets, do not fit the likelihood.
+        ValueError: An unknown name or impossible number for an option.
+
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 2))
     >>> x, y = torch.randn(10, 3), torch.zeros(10, dtype=torch.long)
     >>> tuple(per_sample_gradients(model, x, y)["0.weight"].shape)
     (10, 4, 3)
     """
-    kind = "empirical" if targets is not None else fisher
-    estimator = Estimator(likelihood_of(likelihood), kind, samples, sharing="joint")
+    estimator = Estimator(likelihood_of(likelihood), fisher, samples, sharing="joint")
+    if targets is not None:
+        estimator = replace(estimator, fisher="empirical")
     trainable = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     chosen = trainable if parameters is None else {n: p.detach() for n, p in parameters.items()}
     args, kwargs = arguments(inputs)
@@ -124,7 +130,14 @@ def _one_by_one(
 
 
 def unit_fisher_per_sample(
-    model: nn.Module, inputs: Any, layer: str, estimator: Estimator, **options: Any
+    model: nn.Module,
+    inputs: Any,
+    layer: str,
+    estimator: Estimator,
+    *,
+    targets: Tensor | None,
+    output: Pick,
+    seed: int,
 ) -> dict[str, Float[Tensor, "u e e"]]:
     """Materialise the unit Fishers of any module's weights, bias last where it has one.
 
@@ -143,15 +156,22 @@ def unit_fisher_per_sample(
             f"unitfisher.per_sample_gradients(model, x) and arrange its units yourself"
         )
     prefix = f"{layer}." if layer else ""
+    observed = estimator.fisher == "empirical"
+    if observed and targets is None:
+        raise ValueError("fisher='empirical' needs the observed labels: pass targets=y")
     found = per_sample_gradients(
         model,
         inputs,
+        targets if observed else None,
         likelihood=estimator.likelihood,
-        fisher=estimator.fisher,
+        fisher="exact" if observed else estimator.fisher,
         samples=estimator.samples,
+        output=output,
         parameters={prefix + name: p for name, p in owned.items()},
-        **options,
+        seed=seed,
     )
+    if observed:  # there is but one column
+        found = {name: g.unsqueeze(0) for name, g in found.items()}
     blocks = {}
     for name in weights:
         bias = found.get(prefix + name.replace("weight", "bias"))
@@ -161,12 +181,8 @@ def unit_fisher_per_sample(
 
 
 def _blocks(G: Float[Tensor, "r n u d"], S: Float[Tensor, "r n u"] | None) -> Tensor:
-    samples = G.shape[1]
-    G = G.flatten(0, 1)
-    if S is None:
-        return G.permute(1, 2, 0) @ G.transpose(0, 1) / samples
-    no_mean = G.new_zeros(G.shape[-1])
-    return UnitMoments.of_gradients(G, S.flatten(0, 1), no_mean, samples=samples).F
+    Z = (G if S is None else torch.cat([G, S.unsqueeze(-1)], -1)).flatten(0, 1)
+    return Z.permute(1, 2, 0) @ Z.transpose(0, 1) / G.shape[1]
 
 
 def _units_first(module: nn.Module, G: Tensor) -> Float[Tensor, "r n u d"]:

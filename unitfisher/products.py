@@ -17,9 +17,9 @@ from torch import Tensor
 
 from unitfisher.moments import (
     ConstantFit,
-    damping_of,
     fit_by_solving,
     least_pivots,
+    ridge_and_trace,
 )
 from unitfisher.solvers import (
     SingularFisherError,
@@ -34,8 +34,8 @@ from unitfisher.weighted import CaseProducts, Solution, Solving, Weighted
 from unitfisher.whitening import Whitened, conjugate_gradients
 
 ITERATIONS = 300  # at most
-ENOUGH = {torch.float32: 1e-6, torch.float64: 1e-11}  # of the relative residual, to stop at
-ROUNDING = 100  # times more may be left in truth
+RESIDUAL = {torch.float32: 1e-6, torch.float64: 1e-11}  # relative, at which a system stops
+SLACK = 100  # a unit has converged if its true residual is up to so many times larger
 
 
 class UnconvergedWarning(UserWarning):
@@ -94,8 +94,7 @@ class UnitProducts:
 
     def damped(self, damping: float) -> "UnitProducts":
         """Damp the weight block."""
-        more, d = damping_of(self, damping), self.origin.shape[-1]
-        ridge, trace = self.ridge + self.c * more, self.trace_Var_q + d * more * self.alive
+        ridge, trace = ridge_and_trace(self, damping)
         return replace(self, ridge=ridge, trace_Var_q=trace, known=())
 
     def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
@@ -123,7 +122,7 @@ class UnitProducts:
     @property
     def tolerance(self) -> float:
         """A residual up to which a unit counts as solved."""
-        return ROUNDING * ENOUGH[self.origin.dtype]
+        return SLACK * RESIDUAL[self.origin.dtype]
 
     @cached_property
     def epsilon(self) -> Float[Tensor, " u"]:
@@ -162,17 +161,19 @@ class UnitProducts:
         )
 
     def solve_to_residual(self, rhs: Float[Tensor, "u d"]) -> Solution:
-        """Solve for all units at once, and say of those that did not come to an end."""
+        """Solve for all units at once; warn of those that have not converged."""
         for given, solution in self.known:
             if given.equal(rhs):
-                return Solution(solution.x.clone(), solution.residual)  # who asks may divide it
+                return Solution(
+                    solution.x.clone(), solution.residual
+                )  # a copy: callers scale it in place
         solution = self.whitened.cases.answer(self.solving(rhs))
         name_unconverged([(self, solution.residual)])
         return solution
 
     def solving(self, rhs: Float[Tensor, "u d"]) -> Solving:
         """Iterate on all units at once, look at what is left, and solve for the late directly."""
-        w, enough = self.whitened, ENOUGH[self.origin.dtype]
+        w, enough = self.whitened, RESIDUAL[self.origin.dtype]
         most = ITERATIONS if self.patience is None else self.patience
         r, size = w.scaled(rhs)
         y = yield from conjugate_gradients(r, w.completed, enough=enough, most=most)

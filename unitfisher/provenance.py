@@ -22,15 +22,23 @@ def provenance(config: Mapping[str, Any]) -> dict[str, Any]:
         "config": plain(config),
         "versions": {
             "python": platform.python_version(),
-            "unitfisher": _version("unitfisher"),
+            "unitfisher": version_of("unitfisher"),
             "torch": str(torch.__version__),
             "numpy": np.__version__,
-            "pandas": _version("pandas"),
+            "pandas": version_of("pandas"),
             "pyarrow": pa.__version__,
         },
         "device": device(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def version_of(package: str) -> str:
+    """A package's version, or that it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def device() -> str:
@@ -84,10 +92,3 @@ def _flat(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 def _shown(config: Mapping[str, Any], key: str) -> str:
     return repr(config[key]) if key in config else "absent"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

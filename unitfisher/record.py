@@ -20,8 +20,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from unitfisher.parts import UNFINISHED, Column, Table, write_atomically
 from unitfisher.provenance import differences, plain, provenance
+from unitfisher.table import UNFINISHED, Column, Table, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -224,14 +224,24 @@ class Run:
                 warnings.warn(f"{error}, in {self.flush_interval} s", stacklevel=1)
 
 
+def require_new(folder: Path) -> None:
+    """Refuse a folder that holds a run.
+
+    Raises:
+        RecordExistsError: It does.
+    """
+    if (folder / "config.json").exists():
+        raise RecordExistsError(
+            f"{folder} already holds a run; choose another folder, or continue with resume=True"
+        )
+
+
 def _open(folder: Path, config: Mapping[str, Any] | None, resume: bool) -> dict[str, Any]:
     """Make the folder a run's, or find it so, and return what made the run."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.json"
-    if file.exists() and not resume:
-        raise RecordExistsError(
-            f"{folder} already holds a run; choose another folder, or continue with resume=True"
-        )
+    if not resume:
+        require_new(folder)
     (folder / UNFINISHED).unlink(missing_ok=True)  # its writer was killed
     if not file.exists():
         _refuse_foreign_files(folder)

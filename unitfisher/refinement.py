@@ -16,7 +16,7 @@ from unitfisher.native import Kernel
 from unitfisher.solvers import outer, substituted
 
 MANY_UNITS = 16  # that share the products, and fill vectors
-ENOUGH = 1e-12  # of the relative residual
+RESIDUAL = 1e-12  # relative, at which a unit stops
 STEPS = 12
 SLOW = 0.1  # of the residual left by a step: the factor is of little use
 TOGETHER = 16  # units a thread: as many as the longest vector takes
@@ -70,7 +70,7 @@ def _of_part(
         before, left = left, torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
         ratio = left / torch.where(before > 0, before, 1.0)
         y += factors.solve(rest, left)
-        done |= left * ratio <= ENOUGH * size  # what this step will have left
+        done |= left * ratio <= RESIDUAL * size  # what this step will have left
         if bool((done | ~(ratio <= SLOW)).all()):
             break
     Y = y.view_as(rhs) / divisor.unsqueeze(1)

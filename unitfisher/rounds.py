@@ -7,6 +7,7 @@ which serves all units of all such layers, and all right-hand sides, at the same
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Float64, Shaped
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from unitfisher.cases import UnitCases
 from unitfisher.loader import Batches, named
 from unitfisher.moments import Part
-from unitfisher.observer import Gradient
+from unitfisher.observation import Gradient
 from unitfisher.products import UnitProducts, name_unconverged
 from unitfisher.solvers import SingularFisherError, squared
 from unitfisher.theorems import about_mu_q
@@ -84,12 +85,12 @@ def _pass(
 ) -> dict[tuple[int, int], Float64[Tensor, "g v d"]]:
     """Multiply vectors, each of one of these layers, in one pass over the loader."""
     total = {key: torch.zeros_like(vectors) for key, vectors in y.items()}
-    batches, named = layers[0].batches, {layers[i].layer: i for i, _ in y}
+    batches, index = layers[0].batches, {layers[i].layer: i for i, _ in y}
     with batches.as_measured():
-        for seen in batches.again(named):
+        for seen in batches.again(index):
             for name, cases in seen.items():
-                rows = layers[named[name]].weighted(cases)
-                for key in (key for key in y if key[0] == named[name]):
+                rows = layers[index[name]].weighted(cases)
+                for key in (key for key in y if key[0] == index[name]):
                     total[key] += rows.times(y[key])
                 del rows, cases  # before there are those of the next batch
     return total
@@ -99,6 +100,7 @@ def _pass(
 class Rounds:
     """What the first pass keeps of a layer: sums over cases, about an origin near their mean."""
 
+    route: ClassVar = "passes"
     batches: Batches
     layer: str
     origin: Float[Tensor, "g d"]
@@ -117,19 +119,25 @@ class Rounds:
     def of(cls, batches: Batches, layer: str, cases: UnitCases) -> "Rounds":
         center = cases.center
         groups, d = center.shape
-        wide, (D, support, Dss, fed) = (
-            center.new_zeros(cases.units, d),
-            center.new_zeros(4, cases.units),
-        )
-        square = center.new_zeros(groups, d, d)
+        sum_D, support, sum_Dss, fed = center.new_zeros(4, cases.units)
         start = cls(
-            *(batches, layer, center.to(cases.received.dtype), 0, 0),
-            *(torch.zeros_like(center), D, support, wide, Dss, fed, square),
+            batches,
+            layer,
+            origin=center.to(cases.received.dtype),
+            cases=0,
+            samples=0,
+            sum_a=torch.zeros_like(center),
+            sum_D=sum_D,
+            support=support,
+            sum_Da=center.new_zeros(cases.units, d),
+            sum_Dss=sum_Dss,
+            fed=fed,
+            sum_aa=center.new_zeros(groups, d, d),
         )
         start.add(cases)
         return start
 
-    def out_of(self, samples: int) -> None:
+    def average_over(self, samples: int) -> None:
         """Average over so many samples, of which only some have come here."""
         self.samples = samples
 
@@ -152,8 +160,6 @@ class Rounds:
         self.fed += cases.fed
         share = weight / torch.where(self.sum_D > 0, self.sum_D, 1.0) * self.cases
         self.sum_aa += rows.moment(share.unflatten(0, (len(self.origin), -1)))
-
-    route = "passes"
 
     @property
     def moments(self) -> UnitProducts:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unitfisher import conjugate, refinement
 from unitfisher.gram import products, solve_grams
-from unitfisher.moments import ConstantFit, corrected_mean, damping_of
+from unitfisher.moments import ConstantFit, ridge_and_trace
 from unitfisher.solvers import dot, require_regular, squared
 
 
@@ -87,7 +87,7 @@ class UnitRows:
     def alive(self) -> Bool[Tensor, " u"]:
         return self.c > 0
 
-    tolerance: ClassVar[float] = conjugate.ROUNDING * conjugate.ENOUGH
+    tolerance: ClassVar[float] = conjugate.SLACK * conjugate.RESIDUAL
 
     @property
     def residual(self) -> Float[Tensor, " u"]:
@@ -101,7 +101,7 @@ class UnitRows:
     @property
     def mean_shift(self) -> Float[Tensor, "u d"]:
         """μ_q - μ_p."""
-        return -corrected_mean(self, torch.zeros_like(self.c))
+        return (self.mu_q.unflatten(0, (len(self.center), -1)) - self.center[:, None]).flatten(0, 1)
 
     @cached_property
     def epsilon(self) -> Float[Tensor, " u"]:
@@ -112,8 +112,7 @@ class UnitRows:
 
     def damped(self, damping: float) -> "UnitRows":
         """Damp the weight block."""
-        more, d = damping_of(self, damping), self.about.shape[-1]
-        ridge, trace = self.ridge + self.c * more, self.trace_Var_q + d * more * self.alive
+        ridge, trace = ridge_and_trace(self, damping)
         return replace(self, ridge=ridge, trace_Var_q=trace)
 
     def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:

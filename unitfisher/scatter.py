@@ -26,7 +26,7 @@ class Scatter(NamedTuple):
 
     first: Float[Tensor, "u d"]  # Σ D (a - o)
     second: Float[Tensor, "u d d"]  # Σ D (a - o)(a - o)ᵀ
-    off: float  # by so many roundings of the activations
+    error: float  # of the sums, in roundings of the activations
 
 
 class Task(native.Task):

@@ -9,8 +9,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from unitfisher.calls import Call, Seen
+from unitfisher.columns import Estimator
 from unitfisher.costs import Sizes, engine
-from unitfisher.errors import Estimator
 from unitfisher.kinds import at_units, incoming, weight_shape
 from unitfisher.likelihoods import Output
 from unitfisher.observed import stays_folded

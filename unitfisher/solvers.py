@@ -49,15 +49,16 @@ def factored(matrix: Float[Tensor, "u m m"], least: Float[Tensor, "u m"]) -> Fac
 
 
 def rounding(dtype: torch.dtype, most: float = 64.0) -> float:
-    """As many roundings, relative."""
+    """Return so many rounding errors of this precision, relative to a number."""
     eps: float = torch.finfo(dtype).eps
     return most * eps
 
 
 def roundings(cases: int, together: int) -> float:
-    """How many a sum over cases may be off, where so many are added up before the rest is exact.
+    """Bound the error of a sum over cases, in roundings of its terms.
 
-    They walk at random, √together of them, and those of several such sums average out.
+    So many together are added in working precision, and these sums exactly. In one the error grows
+    as √together; those of several average out.
     """
     return 2 * max(1.0, min(together, cases) / sqrt(max(1, cases)))
 

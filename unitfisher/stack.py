@@ -19,8 +19,8 @@ Rule = Callable[..., Tensor]
 class Stack(Tensor):
     """To autograd a tensor of a column's shape; inside r columns.
 
-    It knows only what keeps columns apart. Any other operation raises NotImplementedError, and who
-    asks where its numbers lie, as kernels outside torch do, RuntimeError.
+    It has only operations that treat columns independently: others raise NotImplementedError. It
+    has no data pointer: kernels outside torch, which ask for one, get a RuntimeError.
     """
 
     columns: Tensor

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from unitfisher.blocks import Block, blocks, joined_gradients
 from unitfisher.diagnostics import mean_share
 from unitfisher.kinds import Turn, as_it_is, turning
-from unitfisher.observer import Gradient, Observation
+from unitfisher.observation import Gradient, Observation
+from unitfisher.solvers import squared
 from unitfisher.steps import Angles, LayerStep, in_shape_of, in_shapes_of, natural_gradient
 from unitfisher.streaming import Cases, Streamed
 from unitfisher.theory import theory
@@ -20,8 +21,9 @@ from unitfisher.theory import theory
 class UnitStatistics:
     """One layer's measurement; tensors stay on the device of the model, without a graph.
 
-    Theorem quantities of a dead unit (no error ever reaches it) are NaN. For a layer without bias
-    s and k are those that its bias would have.
+    Theorem quantities of a dead unit are NaN: no error ever reaches it or, with "joint", its errors
+    cancel over the positions of every sample. For a layer without bias s and k are those that its
+    bias would have.
 
     Standard errors speak of what was drawn, not of the batch: of labels or signs (two columns or
     more tell), and of cases where ``rows=`` draws them. They are 0 where nothing was drawn and NaN
@@ -103,7 +105,7 @@ class UnitStatistics:
             LoaderError: The loader that has to be read again has changed, or the model has.
             SingularFisherError: A unit's Fisher has no inverse at this damping.
         """
-        found = theory(self.alone.damped(damping), damping, self.gradient)
+        found = theory(self.alone.suited_to(damping), damping, self.gradient)
         return replace(self, damping=damping, **found.theory)
 
     @property
@@ -142,7 +144,8 @@ def statistics(
         parted = {key: block.split(x) for key, x in of_units.items()}
         spare -= _kept(block, spare)
         parted["mean"] = block.split_shared(cases.mean)
-        parted["mean_share"] = block.split_shared(mean_share(cases.mean, cases.trace_variance))
+        shared = mean_share(squared(cases.mean), cases.trace_variance)
+        parted["mean_share"] = block.split_shared(shared)
         for i, (layer, own) in enumerate(zip(block.layers, block.apart(), strict=True)):
             means = observations[layer].means
             every = layer not in units

@@ -11,7 +11,7 @@ from unitfisher.blocks import Block, together
 from unitfisher.diagnostics import cosine
 from unitfisher.kinds import Turn
 from unitfisher.moments import Moments
-from unitfisher.observer import Gradient
+from unitfisher.observation import Gradient
 from unitfisher.solvers import SingularFisherError, dot, squared
 from unitfisher.theorems import unit_natural_gradient, weight_natural_gradient
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,7 +13,7 @@ from unitfisher.condensed import Condensed, split, sums
 from unitfisher.loader import Batches
 from unitfisher.memory import within
 from unitfisher.moments import Part
-from unitfisher.observer import Gradient, Observation
+from unitfisher.observation import Gradient, Observation
 from unitfisher.outputs import UnitMeans
 from unitfisher.rounds import Rounds, solve_together
 from unitfisher.sums import UnitMoments
@@ -20,13 +21,14 @@ from unitfisher.uncertainty import variance_of_sum
 
 
 @dataclass
-class Parts:
+class PartSums:
     """Second moments of part after part of the units."""
 
+    route: ClassVar = "sums"
     held: list[tuple[slice, UnitMoments]]
 
     @classmethod
-    def of(cls, cases: UnitCases) -> "Parts":
+    def of(cls, cases: UnitCases) -> "PartSums":
         return cls([(part, sums(cases.of_units(part))) for part in split(cases, "sums")])
 
     def add(self, cases: UnitCases) -> None:
@@ -34,12 +36,10 @@ class Parts:
         for i, (part, m) in enumerate(self.held):
             self.held[i] = part, m + sums(cases.of_units(part), m.origin)
 
-    def out_of(self, samples: int) -> None:
+    def average_over(self, samples: int) -> None:
         """Average over so many samples, of which only some have come here."""
         count = self.held[0][1].samples.new_tensor(samples)
         self.held = [(part, replace(m, samples=count)) for part, m in self.held]
-
-    route = "sums"
 
     def parts(self) -> Iterator[tuple[slice, UnitMoments]]:
         return iter(self.held)
@@ -111,7 +111,7 @@ class UnitSums:
 
 
 Cases = UnitCases | UnitSums
-Held = Condensed | Parts | Rounds
+Held = Condensed | PartSums | Rounds
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Streamed:
     """What all batches say of one layer; as `Observation` for one pass."""
 
     cases: UnitSums
-    held: Parts | Rounds
+    held: PartSums | Rounds
     means: UnitMeans
     gradient: Gradient | None
     fault: str | None
@@ -127,8 +127,8 @@ class Streamed:
     @classmethod
     def of(cls, batches: Batches, layer: str, first: Observation) -> "Streamed":
         cases = replace(first.cases)  # what is formed of them goes with this copy
-        passing = layer in batches.planner.passing
-        held = Rounds.of(batches, layer, cases) if passing else Parts.of(cases)
+        passing = layer in batches.planner.budget.passing
+        held = Rounds.of(batches, layer, cases) if passing else PartSums.of(cases)
         return cls(UnitSums.of(cases), held, first.means, first.gradient, first.fault)
 
     def add(self, other: Observation) -> None:
@@ -143,11 +143,11 @@ class Streamed:
         share = other.cases.samples / self.cases.samples
         self.gradient = _averaged(self.gradient, other.gradient, share)
 
-    def out_of(self, samples: int) -> None:
+    def average_over(self, samples: int) -> None:
         """Average over all samples of all batches: some may not have come to this layer."""
         own, self.cases.samples = self.cases.samples, samples
         if own < samples:
-            self.held.out_of(samples)  # of the gradient only the direction is asked for
+            self.held.average_over(samples)  # of the gradient only the direction is asked for
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -171,7 +171,7 @@ def observe_all(batches: Batches, damping: float) -> dict[str, Streamed]:
                 else:
                     total[name] = Streamed.of(batches, name, one)
     for of in total.values():
-        of.out_of(batches.samples)
+        of.average_over(batches.samples)
     several = [(of.held, of.gradient) for of in total.values() if not of.fault]
     passing = [(held, gradient) for held, gradient in several if isinstance(held, Rounds)]
     if passing:

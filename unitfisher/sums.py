@@ -70,7 +70,7 @@ class UnitMoments:
         center = grouped.detach().mean(1)
         if origin is None:
             origin = center[0] if len(center) == 1 else _repeated(center, units)
-        sum_Da, sum_Daa, off = scatter(grouped, D, origin)
+        sum_Da, sum_Daa, error = scatter(grouped, D, origin)
         coarser = max(a.dtype, D.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         return cls(
             origin=origin.to(D.dtype),
@@ -86,7 +86,7 @@ class UnitMoments:
             ridge=D.new_zeros(units),
             bias_ridge=D.new_zeros(units),
             eps=torch.finfo(coarser).eps,
-            noise=rounding(coarser, off),
+            noise=rounding(coarser, error),
         )
 
     @classmethod
@@ -108,8 +108,8 @@ class UnitMoments:
             mean: E_p(a) over all positions.
             origin: Near that mean; the mean itself if not given.
             samples: How many samples the rows belong to; all rows if not given.
-            eps: How activations were rounded, and these with them, where the gradients' own
-                precision does not tell.
+            eps: Relative rounding of the activations that the gradients were formed from, where
+                these were less precise than ``G``.
         """
         origin = mean if origin is None else origin
         about = G - S.unsqueeze(-1) * origin

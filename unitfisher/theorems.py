@@ -47,6 +47,9 @@ def theorem_1(m: UnitMoments, g: Float[Tensor, "u d"], g0: Float[Tensor, " u"]) 
 
     Δw = A⁻¹ (g - Δw₀ b) and Δw₀ = s (g₀ - bᵀ A⁻¹ g). For living units; the form to compute with
     is `unit_natural_gradient`.
+
+    Raises:
+        SingularFisherError: A of some unit is not positive definite.
     """
     s, _ = bias_shift_correction(m)
     dw0 = s * (g0 - dot(m.b, solve(m.A, g)))
@@ -60,6 +63,9 @@ def theorem_2(
     """Bias shift μ_pᵀ Δw + Δw₀ of that step, as a corrected mean times A⁻¹ g.
 
     (μ_p - (1 + k) μ_q)ᵀ A⁻¹ g + (1 + k) g₀ / c: the correction of the incoming mean of Theorem 2.
+
+    Raises:
+        SingularFisherError: A of some unit is not positive definite.
     """
     _, k = bias_shift_correction(m)
     corrected_mean = m.mu_p - (1 + k)[:, None] * m.mu_q

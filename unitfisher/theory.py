@@ -8,8 +8,9 @@ from torch import Tensor
 
 from unitfisher.blocks import Block, together
 from unitfisher.cases import UnitCases
+from unitfisher.diagnostics import mean_share
 from unitfisher.moments import Moments, corrected_mean
-from unitfisher.observer import Gradient
+from unitfisher.observation import Gradient
 from unitfisher.solvers import SingularFisherError
 from unitfisher.steps import Angles, LayerStep, joined_steps, natural_gradient, unit_steps
 from unitfisher.streaming import Cases
@@ -43,7 +44,7 @@ class Theory(NamedTuple):
             damping_share=damping_share(damped) * living,
             residual=damped.residual,
             converged=damped.residual <= damped.tolerance,
-            mean_share_q=m.mu_q_squared / (m.mu_q_squared + m.trace_Var_q) * living,
+            mean_share_q=mean_share(m.mu_q_squared, m.trace_Var_q) * living,
         )
 
     @classmethod

@@ -1,7 +1,7 @@
 """Standard errors of what is estimated: from drawn labels or signs, and from drawn cases.
 
 c and E_q(a) are sums over cases of D times something, s and k smooth functions of them. Each
-follows the D of a case by its influence, to first order; what is not known of that D shows in how
+slope the D of a case by its influence, to first order; what is not known of that D shows in how
 the columns of its sample differ. Samples are drawn for independently, so their variances add up.
 Nothing here speaks of the batch itself: another one would give other numbers.
 """
@@ -19,9 +19,9 @@ from unitfisher.memory import workspace
 from unitfisher.moments import Moments
 from unitfisher.solvers import dot
 
-ENOUGH = 5  # n_eff per input, of drawn cases; fewer are fitted so closely that errors seem small
+N_EFF_PER_INPUT = 5  # at least, of drawn cases: fewer are fitted so closely that errors seem small
 
-# Σ over columns and cases of the squares of something, or over samples of the sum of their cases
+# squares(x, together): Σ x² over columns and cases; together: of the sums of each sample's cases
 Squares = Callable[[Float[Tensor, "k m u"], bool], Float[Tensor, "..."]]
 
 
@@ -38,7 +38,7 @@ class StandardErrors(NamedTuple):
         """From some units' cases, and their moments without damping and with.
 
         From one random column nothing is known; with ``sharing="joint"`` the error of c alone. Of
-        drawn cases those of s and k only where they are ``ENOUGH``.
+        drawn cases those of s and k only where n_eff is ``N_EFF_PER_INPUT`` times the inputs.
         """
         if (unknown := _unknown(cases)) is not None:
             return cls.alike(unknown, m.mu_q)
@@ -47,10 +47,10 @@ class StandardErrors(NamedTuple):
             return found
         weight = torch.where(m.alive, cases.samples * m.c, torch.nan)
         found = found._replace(mean_q_error=_variance_of_mean(cases, m).sqrt() / weight[:, None])
-        least = ENOUGH * cases.inputs if cases.population else 0
+        least = N_EFF_PER_INPUT * cases.inputs if cases.population else 0
         if cases.delta.shape[1] < least:
             return found
-        s, k = (_variance_of(cases, follows) for follows in _influence(cases, m, damped))
+        s, k = (_variance_of(cases, slope) for slope in _influence(cases, m, damped))
         living = torch.where(m.alive & (cases.n_eff >= least), 1.0, torch.nan)
         return found._replace(s_error=s.sqrt() * living, k_error=k.sqrt() * living)
 
@@ -82,14 +82,14 @@ def variance_of_sum(cases: UnitCases) -> Float[Tensor, " u"]:
     return _variance_of(cases, torch.ones_like(cases.D))
 
 
-def _variance_of(cases: UnitCases, follows: Float[Tensor, "m u"]) -> Float[Tensor, " u"]:
-    """Variance of what follows the D of each case so."""
+def _variance_of(cases: UnitCases, slope: Float[Tensor, "m u"]) -> Float[Tensor, " u"]:
+    """Variance of a quantity whose derivative by the D of each case is ``slope``."""
 
     def squares(x: Float[Tensor, "k m u"], together: bool) -> Float[Tensor, " u"]:
         return (_by_sample(cases, x) if together else x).square().sum((0, 1))
 
-    moved = cases.D * follows
-    return _variance(cases, moved - moved.mean(0), squares, follows)
+    moved = cases.D * slope
+    return _variance(cases, moved - moved.mean(0), squares, slope)
 
 
 def _variance_of_mean(cases: UnitCases, m: Moments) -> Float[Tensor, "u d"]:
@@ -101,7 +101,7 @@ def _variance(
     cases: UnitCases,
     D: Float[Tensor, "m u"],
     squares: Squares,
-    follows: Float[Tensor, "m u"] | None = None,
+    slope: Float[Tensor, "m u"] | None = None,
 ) -> Float[Tensor, "..."]:
     """Variance of a sum over cases, drawn without replacement, whose D were drawn, too.
 
@@ -112,7 +112,7 @@ def _variance(
     """
     labels = own = torch.zeros(())
     if cases.replicates > 1:
-        x = _deviations(cases) if follows is None else _deviations(cases) * follows
+        x = _deviations(cases) if slope is None else _deviations(cases) * slope
         labels = own = _over_columns(cases, squares(x, cases.shared))
         if cases.population and cases.shared:
             own = _over_columns(cases, squares(x, False))
@@ -128,7 +128,7 @@ def _variance(
 
 
 class _Influence(NamedTuple):
-    """The derivatives of s and k by the D of a case; the damping, too, follows D."""
+    """The derivatives of s and k by the D of a case; the damping, too, slope D."""
 
     s: Float[Tensor, "m u"]
     k: Float[Tensor, "m u"]

@@ -1,7 +1,7 @@
-"""Weighted cases as conjugate gradients want them: something that multiplies.
+"""Weighted cases as an operator: all that conjugate gradients need is products with vectors.
 
-Who solves is a generator that yields vectors and is sent their products; so it need not know
-whether the cases lie in memory or have to be fetched.
+A solver is a generator that yields a vector and is sent its product; so it does not know whether
+the cases lie in memory or are read again.
 """
 
 from collections.abc import Generator

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from unitfisher.cases import UnitCases
-from unitfisher.observer import Observation
+from unitfisher.observation import Observation
 from unitfisher.patches import unfolded
 
 State = list[tuple[int, dict[str, tuple[Tensor, Tensor, int, bool]]]]

@@ -15,7 +15,7 @@ def keep_freed_memory() -> bool:
     trains and does nothing else has no use for giving back.
 
     Returns:
-        Whether it does: False where the C library has no such setting.
+        Whether that was set: False where the C library has no such setting.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,6 +1,6 @@
-"""A training's checkpoint: one file, replaced as a whole, that only its own training goes on from.
+"""A training's checkpoint: one file, replaced as a whole, which only the same training can resume.
 
-What stands in it, `Trainer.state` says.
+`Trainer.state` says what it holds.
 """
 
 import warnings
@@ -16,13 +16,13 @@ from torch import Tensor
 from unitfisher.experiments.images import DamagedDataError
 from unitfisher.experiments.presets import Member, named
 from unitfisher.experiments.ranks import Ranks
-from unitfisher.parts import write_atomically
+from unitfisher.table import write_atomically
 
-FORMAT: Final = 2  # raised when `Trainer.state`, or what it gathers, takes another form
+FORMAT: Final = 2  # increased when the contents of `Trainer.state` take another form
 
 
 def read(path: Path, device: torch.device) -> dict[str, Any]:
-    """Bring back a state, onto the device.
+    """Read a state onto the device.
 
     Raises:
         DamagedDataError: The file cannot be read.
@@ -54,13 +54,13 @@ def require_own(
     ranks: Ranks,
     path: Path,
 ) -> None:
-    """Refuse what these members cannot go on from, before anything is changed.
+    """Refuse a checkpoint that these members cannot resume from, before anything is changed.
 
     Raises:
-        ValueError: The state is of other members, of another version's form, or of another number
-            of processes or kind of device.
+        ValueError: It holds other members or another version's format, or was written by another
+            number of processes or on another kind of device.
     """
-    written = state.get("format", 0)  # none was named at first
+    written = state.get("format", 0)  # the first format did not name itself
     if written != FORMAT:
         raise ValueError(
             f"{path} is a checkpoint of format {written}, and this unitfisher reads "
@@ -85,9 +85,11 @@ def require_form(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: P
     """Refuse the parameters of networks of another form.
 
     Raises:
-        ValueError: Names some that are not of both, or differ in shape.
+        ValueError: Names some parameters that differ in shape, or that only one of them has.
     """
-    found, expected = ({(key, tuple(t.shape)) for key, t in of.items()} for of in (state, own))
+    found, expected = (
+        {(key, tuple(tensor.shape)) for key, tensor in tensors.items()} for tensors in (state, own)
+    )
     if differing := sorted({key for key, _ in found ^ expected}):
         raise ValueError(
             f"{path} is of networks of another form (they differ in {', '.join(differing[:3])}): "
@@ -96,13 +98,13 @@ def require_form(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: P
 
 
 def random_states(device: torch.device) -> list[Tensor]:
-    """Return what torch's own generators will draw from, in this process."""
+    """Return the states of torch's global generators in this process."""
     on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return [torch.get_rng_state(), *on_device]
 
 
 def load_random(states: Sequence[Tensor], device: torch.device, ranks: Ranks) -> None:
-    """Let this process draw as it did; the states are all processes', in a row."""
+    """Restore this process's generators; ``states`` are those of all processes, by rank."""
     own = states[len(random_states(device)) * ranks.rank :]
     torch.set_rng_state(own[0].cpu())
     if device.type == "cuda":

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from unitfisher.experiments.stacks import Conv, Maker, Parts, Stack
+from unitfisher.experiments.stacks import Conv, Maker, Modules, Stack
 
 NIN: Final[tuple[Stack, ...]] = (
     (Conv(192, 5), Conv(160, 1), Conv(96, 1)),
@@ -114,7 +114,7 @@ def cuda_convnet(
     The file has the first activation behind the pooling, which is the same while it is monotone.
     """
     make = Maker(generator, activation)
-    parts = Parts()
+    parts = Modules()
     channels = 3
     for i, (units, pool) in enumerate(CUDA_CONVNET, start=1):
         parts |= make.convolution(i, channels, Conv(units, 5))
@@ -153,7 +153,7 @@ def all_cnn_c(
 ) -> nn.Sequential:
     """All-CNN-C (mateuszbuda/ALL-CNN): strides for pooling, its class maps activated too."""
     make = Maker(generator, activation, norm)
-    parts = Parts({"drop0": nn.Dropout(0.2)}) | _class_maps(ALL_CNN_C, classes, make)
+    parts = Modules({"drop0": nn.Dropout(0.2)}) | _class_maps(ALL_CNN_C, classes, make)
     return nn.Sequential(parts | _average(make.act()))
 
 
@@ -163,7 +163,7 @@ def maxout(classes: int, generator: torch.Generator) -> nn.Sequential:
     The file does not scale up what its input dropout leaves; here it is scaled, as usual.
     """
     make = Maker(generator)
-    parts = Parts({"drop0": nn.Dropout(0.2)})
+    parts = Modules({"drop0": nn.Dropout(0.2)})
     channels = 3
     for i, ((units, size, _, pad), pool) in enumerate(MAXOUT, start=1):
         layer = nn.Conv2d(channels, 2 * units, size, padding=pad or 0, device="meta")
@@ -178,12 +178,14 @@ def maxout(classes: int, generator: torch.Generator) -> nn.Sequential:
     return nn.Sequential(parts)
 
 
-def _class_maps(plan: Sequence[Stack], classes: int, make: Maker, *, pooled: bool = False) -> Parts:
+def _class_maps(
+    plan: Sequence[Stack], classes: int, make: Maker, *, pooled: bool = False
+) -> Modules:
     """Make ``stack1``, ``pool1``, ``drop1``, ..., ``output``, which is 1×1."""
-    parts = Parts()
+    parts = Modules()
     channels = 3
     for s, convs in enumerate(plan, start=1):
-        stack = Parts()
+        stack = Modules()
         for i, conv in enumerate(convs, start=1):
             stack |= make.convolution(i, channels, conv)
             channels = conv.units
@@ -196,6 +198,6 @@ def _class_maps(plan: Sequence[Stack], classes: int, make: Maker, *, pooled: boo
     return parts
 
 
-def _average(act: nn.Module | None = None) -> Parts:
-    parts = Parts({"act": act} if act is not None else {})
+def _average(act: nn.Module | None = None) -> Modules:
+    parts = Modules({"act": act} if act is not None else {})
     return parts | {"average": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}

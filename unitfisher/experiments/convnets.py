@@ -125,7 +125,7 @@ def cifar11(
 ) -> nn.Sequential:
     """The paper's network for CIFAR-100 curves: 11 convolutions, 1.67 million parameters.
 
-    A batch (n, 3, 32, 32) becomes (n, classes). Options as of ``Maker``, which raises for them.
+    A batch (n, 3, 32, 32) becomes (n, classes). For the options and their errors see ``Maker``.
     """
     make = Maker(generator, activation, norm, padding, weight_variance)
     return all_convolutional(CIFAR11, classes, make, DROPOUT[: len(CIFAR11)])
@@ -142,7 +142,7 @@ def cifar18(
 ) -> nn.Sequential:
     """The paper's best network for CIFAR: 18 convolutions and the output, 39.3 million parameters.
 
-    A batch (n, 3, 32, 32) becomes (n, classes). Options as of ``Maker``, which raises for them.
+    A batch (n, 3, 32, 32) becomes (n, classes). For the options and their errors see ``Maker``.
     """
     make = Maker(generator, activation, norm, padding, weight_variance)
     return all_convolutional(CIFAR18, classes, make, DROPOUT)
@@ -160,8 +160,8 @@ def imagenet15(
     """The paper's network for ImageNet: 15 layers, 165 million parameters for 1000 classes.
 
     A batch (n, 3, 224, 224), or of images of another size, becomes (n, classes). [R] three levels
-    of the pyramid; [I] their bins and a stride of 1. Options as of ``Maker``, which raises
-    for them.
+    of the pyramid; [I] their bins and a stride of 1. For the options and their errors see
+    ``Maker``.
     """
     make = Maker(generator, activation, norm, padding, weight_variance)
     return pyramidal(IMAGENET15, (4096, 4096), classes, make)

@@ -21,7 +21,7 @@ TEST_SHARE: Final = 0.2
 
 
 class DataNotFoundError(RuntimeError):
-    """A data set is neither on disk nor to be had from the network."""
+    """A data set is not on disk and cannot be downloaded."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def load(name: str, root: Path | str | None = None) -> Dataset:
         root: Folder as torchvision lays it out. What is absent there is downloaded into it.
 
     Raises:
-        DataNotFoundError: No folder was named, or nothing is in it and no network is there.
+        DataNotFoundError: No folder was named, or the data are not in it and cannot be downloaded.
         ValueError: The name is unknown.
     """
     if name == "digits":

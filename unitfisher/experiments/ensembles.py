@@ -19,9 +19,9 @@ class Ensemble(nn.Module):
     """Members of one form as one module, each parameter stacked along a first dimension.
 
     Members differ in their weights and in modules without parameters, such as the activation
-    function. Linear layers are batched products; what has no parameters runs once for members in a
-    row that are alike; any other module is vmapped (``torch.func``), but on a CPU. Training the
-    ensemble on the sum of the members' losses trains each as if it were alone.
+    function. Linear layers are batched products; a module without parameters runs once for
+    consecutive members that have the same one; any other module is vmapped (``torch.func``), except
+    on a CPU. Training the ensemble on the sum of the members' losses trains each as if alone.
 
     Args:
         members: Sequential networks, of which this takes copies.
@@ -36,12 +36,12 @@ class Ensemble(nn.Module):
         self._forms = tuple(members)
 
     def forward(self, x: Float[Tensor, "m n ..."]) -> Any:
-        """Let each member see its own cases; what a member returns comes back stacked."""
+        """Apply each member to its own cases; return their outputs stacked."""
         return self.stacked(x)
 
     @property
     def members(self) -> tuple[nn.Module, ...]:
-        """The members as plain modules on the ensemble's memory: they follow it as it trains."""
+        """The members as plain modules that share the ensemble's memory, and train with it."""
         stacked = {**dict(self.stacked.named_parameters()), **dict(self.stacked.named_buffers())}
         for i, member in enumerate(self._forms):
             for name, parameter in member.named_parameters():
@@ -104,7 +104,7 @@ class StackedLinear(nn.Module):
 
 
 class Memberwise(nn.Module):
-    """A module without parameters per member; those in a row that are alike run once."""
+    """A module without parameters per member; consecutive members with the same one run as one."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -123,23 +123,23 @@ class Memberwise(nn.Module):
 class Vmapped(nn.Module):
     """Any module of every member, through ``torch.func.vmap``.
 
-    On a CPU members take turns: there a convolution with a batch of weights costs several times
-    what its members cost one by one. So they do where they speak with other processes.
+    On a CPU members run one after the other: there a convolution batched over weights costs several
+    times as much. So do members whose batch normalisation communicates with other processes.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
         _take_parameters(self, modules)
-        self._form = [modules[0]]  # in a list: its parameters are not the ensemble's
-        self._speaks = any(isinstance(m, SharedBatchNorm) for m in modules[0].modules())
+        self._form = [modules[0]]  # in a list, so that torch does not register its parameters
+        self._communicates = any(isinstance(m, SharedBatchNorm) for m in modules[0].modules())
 
     def forward(self, x: Float[Tensor, "m n ..."]) -> Any:
         one = partial(_called, self._form[0].train(self.training))
         state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        if x.device.type == "cpu" or self._speaks:
+        if x.device.type == "cpu" or self._communicates:
             apart = zip(*(tensor.unbind() for tensor in state.values()), strict=True)
             own = [dict(zip(state, tensors, strict=True)) for tensors in apart]
-            outputs = [one(*of) for of in zip(own, x.unbind(), strict=True)]
+            outputs = [one(s, cases) for s, cases in zip(own, x.unbind(), strict=True)]
             return tree_map(lambda *each: torch.stack(each), *outputs)
         return vmap(one, randomness="different")(state, x)
 
@@ -159,7 +159,7 @@ def _take_parameters(stack: nn.Module, modules: Sequence[nn.Module]) -> None:
 
 
 def _holder(stack: nn.Module, name: str) -> nn.Module:
-    """Find the part of a stack that a dotted name says, or make it: an empty module."""
+    """Return the submodule that holds a dotted name; make it, empty, where there is none."""
     for part in name.split(".")[:-1]:
         if part not in dict(stack.named_children()):
             stack.add_module(part, nn.Module())

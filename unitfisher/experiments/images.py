@@ -16,17 +16,17 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from unitfisher.experiments.data import DataNotFoundError, Dataset
-from unitfisher.parts import write_atomically
+from unitfisher.table import write_atomically
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
 
 PAD: Final = 4  # pixels on each side
-SIDE: Final = 256  # pixels, of image files as they are read unless said
+SIDE: Final = 256  # pixels; image files are resized to it by default
 
 
 class DamagedDataError(RuntimeError):
-    """A file of a data set is there, but its content is not what it should be."""
+    """The content of a file of a data set is damaged."""
 
 
 class Crops(NamedTuple):
@@ -54,7 +54,7 @@ class Files(torch.utils.data.Dataset[Batch]):
         self, folder: Path, names: Sequence[str], labels: Sequence[int], *, side: int = SIDE
     ) -> None:
         self.folder, self.labels, self.side = folder, torch.tensor(labels), side
-        # one buffer: a million strings would be copied into every forked worker, count by count
+        # one buffer: counting references to a million strings would copy them into every fork
         self.names = np.array([os.fsencode(name) for name in names])
 
     def __len__(self) -> int:
@@ -95,8 +95,8 @@ def load_cifar(name: str, root: Path | str) -> Dataset:
         root: Folder as torchvision lays it out. What is absent there is downloaded into it.
 
     Raises:
-        DamagedDataError: A file there has not the content that torchvision expects.
-        DataNotFoundError: A file is absent, and no network is there.
+        DamagedDataError: A file's content is not what torchvision expects.
+        DataNotFoundError: A file is absent and cannot be downloaded.
         ValueError: The name is unknown.
     """
     if name not in ("cifar-10", "cifar-100"):
@@ -109,7 +109,7 @@ def load_cifar(name: str, root: Path | str) -> Dataset:
 
 
 def augmented(x: Float[Tensor, "*n c h w"], crops: Crops) -> Float[Tensor, "*n c h w"]:
-    """Pad with zeros, crop to the old size, mirror: each image as was drawn for it.
+    """Pad with zeros, then crop to the old size and mirror each image as drawn.
 
     Args:
         x: Preprocessed images, on any device.
@@ -122,7 +122,7 @@ def augmented(x: Float[Tensor, "*n c h w"], crops: Crops) -> Float[Tensor, "*n c
 
 
 def draw_crops(shape: Sequence[int], spare: int, generator: torch.Generator) -> Crops:
-    """Draw a corner in 0, ..., spare (inclusive) and a side for each image, all as likely."""
+    """Draw a corner in 0, ..., spare and whether to mirror, for each image, uniformly."""
     device = generator.device
     top, left = torch.randint(spare + 1, (2, *shape), generator=generator, device=device)
     mirrored = torch.randint(2, tuple(shape), generator=generator, device=device)
@@ -134,7 +134,7 @@ def cropped(
 ) -> Float[Tensor, "*n c h w"]:
     """Cut a window of ``size`` out of each image, and mirror it left to right where drawn.
 
-    Crops of fewer axes than the images have are shared along the leading ones.
+    Crops with fewer axes than the images are shared along the leading axes.
     """
     *many, channels, _, width = x.shape
     top, left, mirrored = (draw.to(x.device).expand(many).reshape(-1, 1) for draw in crops)
@@ -148,10 +148,10 @@ def cropped(
 
 
 def kept(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return what was computed once: from a file, or anew where that is absent or damaged.
+    """Return tensors from a file, or compute and save them if it is absent or damaged.
 
-    The file carries its own checksum and is replaced as a whole; where the disk does not take
-    it, a warning says so and the values are returned all the same.
+    The file carries its own checksum and is replaced as a whole. If it cannot be written, a warning
+    says so and the tensors are returned all the same.
     """
     try:
         return _opened(path)

@@ -1,4 +1,4 @@
-"""Only one process trains in a folder."""
+"""A lock, so that only one process trains in a folder."""
 
 import os
 import warnings
@@ -42,7 +42,7 @@ class FolderLock:
 
 
 def _lock(file: int) -> None:
-    # of the process, not of the open file: workers that outlive a killed process do not hold it
+    # lockf locks are the process's, not the open file's: workers that survive it hold none
     try:
         from fcntl import LOCK_EX, LOCK_NB, lockf
     except ModuleNotFoundError:  # no Unix

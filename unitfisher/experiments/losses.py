@@ -1,4 +1,4 @@
-"""Losses of an ensemble's members; those that come to NaN or infinity are named once, then left."""
+"""Losses of an ensemble's members; one that becomes NaN or infinite is warned of once."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,16 @@ from unitfisher.experiments.presets import Member, named
 
 
 class DivergedError(ArithmeticError):
-    """Every training of an ensemble has come to a loss that is NaN or infinite."""
+    """The losses of all members of an ensemble are NaN or infinite."""
 
 
 class Losses:
     """Each member's loss, summed over the steps since the last evaluation.
 
     Args:
-        members: Of the ensemble.
-        device: Where the losses come from.
-        checkpoint: Where the last finite state is kept, for the words of an error.
+        members: The ensemble's members.
+        device: Where the losses are computed.
+        checkpoint: File of the last finite state, which an error names.
         aloud: Warn of members that diverge: all processes have the same losses.
     """
 
@@ -37,7 +37,7 @@ class Losses:
         self.sum += loss
 
     def means(self, steps: int) -> list[float]:
-        """Return each member's mean over so many steps, NaN over none, and begin anew."""
+        """Return each member's mean over ``steps`` steps, NaN if 0, and reset the sums."""
         means: list[float] = (self.sum / steps).tolist()
         self.sum.zero_()
         return means
@@ -64,7 +64,7 @@ class Losses:
             )
 
     def state(self) -> dict[str, Tensor]:
-        """Return what goes on after a checkpoint."""
+        """Return what a checkpoint keeps."""
         return {"loss": self.sum, "diverged": self.diverged}
 
     def load(self, state: Mapping[str, Any]) -> None:

@@ -34,6 +34,6 @@ def spread(mean: float, sd: float, decimals: int | None = None) -> str:
 
 
 def _decimals(number: float, significant: int) -> int:
-    """Decimals that show so many digits of a number."""
+    """How many decimals show that many significant digits of a number."""
     exponent = int(f"{number:e}".split("e")[1])
     return max(significant - 1 - exponent, 0)

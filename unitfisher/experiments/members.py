@@ -22,12 +22,12 @@ def networks_of(
     """Build each member's network, with the weights that its seed draws.
 
     Raises:
-        ValueError: A package has not the preset's network, or the network no ReLU to replace.
+        ValueError: The package has no such network, or the network no ReLU to replace.
         ModuleNotFoundError: The package is not installed.
     """
     networks = []
     for member, generator in zip(members, generators, strict=True):
-        generator.manual_seed(member.seed)  # a seed's members start alike, and leave it alike
+        generator.manual_seed(member.seed)  # members of a seed share it: all begin alike
         networks.append(_network(preset, member, generator, source))
     return networks
 

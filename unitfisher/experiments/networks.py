@@ -1,6 +1,6 @@
 """Every convolutional network by its name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from types import MappingProxyType
@@ -27,6 +27,22 @@ NETWORKS: Final = MappingProxyType[str, Callable[..., nn.Module]](
 )
 
 
+def require_known(name: str, also: Sequence[str] = ()) -> None:
+    """Refuse what names no network.
+
+    Args:
+        name: A key of ``NETWORKS``, or "torchvision:NAME" or "timm:NAME".
+        also: Other names that are allowed.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    package, _, model = name.partition(":")
+    if name not in (*also, *NETWORKS) and not (package in PACKAGES and model):
+        forms = ", ".join([*also, *NETWORKS, *(f"{package}:NAME" for package in PACKAGES)])
+        raise ValueError(f"no network {name!r}; there are {forms} (as in torchvision:resnet18)")
+
+
 def build(
     name: str,
     classes: int,
@@ -46,22 +62,17 @@ def build(
         activation: A key of ``ACTIVATIONS``. In a package's model it takes the place of every
             ``nn.ReLU`` module; activations that the model calls as functions stay.
         generator: Draws the weights.
-        norm: As of ``Maker``, where the network's builder takes it.
-        padding: The same.
-        weight_variance: The same.
+        norm: As in ``Maker``, if the network's builder takes it.
+        padding: As in ``Maker``, if the network's builder takes it.
+        weight_variance: As in ``Maker``, if the network's builder takes it.
 
     Raises:
         ValueError: The name is unknown, or the network does not take one of the options.
         ModuleNotFoundError: The package is not installed.
     """
+    require_known(name)
     package, _, model = name.partition(":")
-    if name in NETWORKS:
-        builder = NETWORKS[name]
-    elif package in PACKAGES and model:
-        builder = partial(model_of, package, model)
-    else:
-        forms = ", ".join([*NETWORKS, *(f"{package}:NAME" for package in PACKAGES)])
-        raise ValueError(f"no network {name!r}; there are {forms} (as in torchvision:resnet18)")
+    builder = NETWORKS.get(name) or partial(model_of, package, model)
     given: dict[str, str | float | None] = {"activation": activation, "norm": norm}
     given |= {"padding": padding, "weight_variance": weight_variance}
     options = {option: value for option, value in given.items() if value is not None}

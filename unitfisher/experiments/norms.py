@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def share_norms(module: nn.Module) -> None:
-    """Let every batch normalisation in a module be over all processes' cases."""
+    """Replace every batch normalisation in a module by one over all processes' cases."""
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
             setattr(module, name, SharedBatchNorm.of(child))
@@ -22,11 +22,11 @@ def share_norms(module: nn.Module) -> None:
 
 
 class SharedBatchNorm(_BatchNorm):
-    """A BatchNorm1d, 2d or 3d whose mean and variance in training are of all processes' cases."""
+    """A BatchNorm1d, 2d or 3d whose training mean and variance are over all processes' cases."""
 
     @classmethod
     def of(cls, norm: _BatchNorm) -> "SharedBatchNorm":
-        """Take the place of another, with its parameters and running averages."""
+        """Make one from an ordinary module, with its parameters and running averages."""
         shared = cls(
             norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
         )
@@ -34,7 +34,7 @@ class SharedBatchNorm(_BatchNorm):
         return shared
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Whatever the module whose place this takes would be given."""
+        """Accept any number of dimensions: this stands for BatchNorm1d, 2d and 3d."""
 
     def forward(self, x: Float[Tensor, "n u *t"]) -> Float[Tensor, "n u *t"]:
         if not self.training:
@@ -53,7 +53,7 @@ class SharedBatchNorm(_BatchNorm):
         return y.to(x.dtype)
 
     def _follow(self, mean: Float[Tensor, " u"], var: Float[Tensor, " u"]) -> None:
-        """Bring the running averages forward."""
+        """Update the running averages."""
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -64,7 +64,7 @@ class SharedBatchNorm(_BatchNorm):
 
 
 class _Summed(torch.autograd.Function):
-    """The sum over all processes; and so is its gradient, to which each one's loss adds."""
+    """The sum over all processes; its gradient is the sum of the processes' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

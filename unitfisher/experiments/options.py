@@ -7,8 +7,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from unitfisher.experiments.networks import NETWORKS
-from unitfisher.experiments.packages import PACKAGES
+from unitfisher.experiments.networks import require_known
 
 PAPERS: Final = ("cifar11", "cifar18", "imagenet15")
 OF_ONE_SIZE: Final = ("cuda-convnet", "dsn", "maxout")  # fully connected behind images of 32×32
@@ -18,7 +17,7 @@ CIFAR: Final = ("cifar-10", "cifar-100")
 
 
 class Range(NamedTuple):
-    """Of a number, or of every number of several."""
+    """The allowed values of a number, or of every number of a tuple."""
 
     holds: Callable[[float], bool]
     words: str
@@ -31,8 +30,8 @@ SHARE: Final = Range(lambda x: 0 <= x < 1, "0 or more and below 1")
 
 MEASUREMENTS: Final = Range(lambda n: n >= 2, "2 or more: before and after training")
 
-OF_A_PHASE: Final = MappingProxyType({"start": NATURAL, "factor": POSITIVE, "dropout": SHARE})
-OF_A_PRESET: Final = MappingProxyType(
+PHASE_RANGES: Final = MappingProxyType({"start": NATURAL, "factor": POSITIVE, "dropout": SHARE})
+PRESET_RANGES: Final = MappingProxyType(
     {
         **dict.fromkeys(("epochs", "iterations", "every", "batch_size", "probe", "tested"), COUNT),
         **dict.fromkeys(("units", "rows", "hidden", "side", "crop"), COUNT),
@@ -45,10 +44,10 @@ OF_A_PRESET: Final = MappingProxyType(
 
 
 class Takers(NamedTuple):
-    """Who takes an option, and the value that asks nothing of the others."""
+    """The networks or data sets that take an option, and the value that means it is not set."""
 
     unset: object
-    by: str  # the option that names who it is
+    by: str  # "network" or "dataset"
     names: tuple[str, ...]
 
 
@@ -69,7 +68,7 @@ TAKERS: Final = MappingProxyType(
 def require_ranges(
     options: Mapping[str, Any], ranges: Mapping[str, Range], prefix: str = ""
 ) -> None:
-    """Refuse numbers out of their range; None is none. A prefix completes the options' names.
+    """Refuse numbers out of their range; None is allowed. The prefix goes before names in errors.
 
     Raises:
         ValueError: Names the first one.
@@ -112,7 +111,7 @@ def require_fitting(options: Mapping[str, Any]) -> None:
         ValueError: Names all of them, and what to give instead.
     """
     network, dataset = options["network"], options["dataset"]
-    _require_known(network)
+    require_known(network, also=("mlp",))
     found = [*_misplaced(options), *_unfit_activations(network, options["activations"])]
     if (network == "mlp") != (dataset in FLAT):
         takes = FLAT if network == "mlp" else (*CIFAR, "photographs")
@@ -127,13 +126,6 @@ def require_fitting(options: Mapping[str, Any]) -> None:
         found.append(f"network={network!r} has no decoder: task='classification' is for it")
     if found:
         raise ValueError("; ".join(found))
-
-
-def _require_known(network: str) -> None:
-    package, _, model = network.partition(":")
-    if network not in ("mlp", *NETWORKS) and not (package in PACKAGES and model):
-        forms = ", ".join(["mlp", *NETWORKS, *(f"{package}:NAME" for package in PACKAGES)])
-        raise ValueError(f"no network {network!r}; there are {forms} (as in torchvision:resnet18)")
 
 
 def _misplaced(options: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class OrdersState(TypedDict):
-    """Where in which orders the members are."""
+    """The members' orders, and the position in them."""
 
     generators: list[Tensor]
     orders: Tensor
@@ -21,7 +21,7 @@ class Orders:
 
     Args:
         cases: How many there are.
-        size: Of a batch; the last of an epoch is what remains.
+        size: Cases in a batch; the last batch of an epoch has what remains.
         generators: One for each member. Members of one seed share one, and see one order.
     """
 

@@ -25,7 +25,7 @@ def model_of(
         package: A key of ``PACKAGES``.
         model: As the package names it.
         classes: How many outputs the model has.
-        generator: Seeds torch's own, from which the package draws, for as long as it does.
+        generator: Seeds torch's global generator while the package draws from it.
         activation: A key of ``ACTIVATIONS``, in place of every ``nn.ReLU`` module; None: its own.
 
     Raises:

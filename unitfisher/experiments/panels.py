@@ -1,6 +1,6 @@
-"""Sheets of panels, alike everywhere: as wide as they are printed, with legend and conditions.
+"""Figures of several panels in one style: as wide as they are printed, with legend and conditions.
 
-For scripts that draw: importing it sets matplotlib's sizes and lets it draw into files only.
+For scripts: importing this module sets matplotlib's sizes, and a backend that writes files only.
 """
 
 import textwrap
@@ -71,7 +71,7 @@ def panels(
 
 
 def finish(figure: Figure, handles: Sequence[Artist], conditions: str) -> Figure:
-    """Put one legend for all panels above them, and below what was run where."""
+    """Put one legend above all panels, and the conditions of the runs below them."""
     if handles:
         look: dict[str, Any] = {"columnspacing": 1.3, "frameon": False}
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), **look)

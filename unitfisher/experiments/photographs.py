@@ -19,15 +19,15 @@ from unitfisher.experiments.images import SIDE, Batch, Files, kept
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
 
-SEEN: Final = 224  # pixels, of a crop's side unless said
+SEEN: Final = 224  # pixels; the default side of a crop
 VALIDATION_CASES: Final = 5_000
 SUBSET_SEED: Final = 0
 MEAN_BATCH: Final = 64
-COMPARED_SIZES: Final = 1_000  # of how many files the size tells whether a mean is still theirs
+COMPARED_SIZES: Final = 1_000  # files, at most, whose sizes enter the checksum of a cached mean
 
 
 def _deaf(_: int) -> None:
-    """Let Ctrl-C, which all processes get, be the main one's alone: it may want more batches."""
+    """Ignore Ctrl-C in a worker: the main process gets it too, and may need more batches."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -81,7 +81,7 @@ class Photographs:
 
 
 class PhotographSets(NamedTuple):
-    """What is trained on, and what is looked at in between."""
+    """Training and validation photographs."""
 
     train: Photographs
     validation: Photographs
@@ -107,8 +107,8 @@ def load_photographs(
             reads all training images, and kept for these very files.
         side: Pixels of height and width that every photograph is resized to.
         seen: Pixels of a crop's height and width.
-        cases: Of the validation images, so many drawn at random, always the same, in the order
-            drawn, so that the first of them are of all classes; all if there are fewer.
+        cases: How many validation images to use: a fixed random subset, in random order, so that
+            the first of them are of all classes; all if there are fewer.
         workers: Processes that compute the mean.
 
     Raises:
@@ -159,7 +159,7 @@ def _mean(files: Files, workers: int) -> Float[Tensor, "3 h w"]:
 
 
 def _checksum(files: Files) -> str:
-    """Tell files apart by all their names, and the sizes of some."""
+    """Identify files by all their names, and the sizes of some."""
     form = repr((files.side, files.names.dtype))
     checksum = hashlib.sha256(form.encode() + files.names.tobytes())
     for name in files.names[:: 1 + len(files) // COMPARED_SIZES]:

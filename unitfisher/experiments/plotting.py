@@ -19,6 +19,7 @@ from matplotlib.ticker import (
     NullFormatter,
     StrMethodFormatter,
 )
+from numpy.typing import NDArray
 
 from unitfisher.experiments.models import ACTIVATIONS
 
@@ -146,8 +147,8 @@ def plot_distribution(
     for activation, rows in _by_activation(frame):
         values = np.sort(rows[value].dropna().to_numpy())
         share = np.arange(1, len(values) + 1) / len(values)
-        look = _look(activation, len(values))
-        (lines[activation],) = ax.step(values, share, where="post", **look)
+        drawn = ax.step(values, share, where="post", **look(activation, len(values)))
+        (lines[activation],) = drawn
     ax.set(ylim=(0, 1), xscale=scale)
     if scale == "asinh":
         decades = [10.0**exponent for exponent in range(1, 9)]
@@ -158,23 +159,22 @@ def plot_distribution(
 def plot_over(ax: Axes, frame: pd.DataFrame, value: str, *, x: str, style: Style = "-") -> Lines:
     """Mean over seeds ± one standard deviation, over another column.
 
-    On axes that are logarithmic by then the ribbon ends below at the lowest seed: there is no
-    place for what is negative.
+    On axes that are already logarithmic the ribbon does not go below the lowest seed: mean - sd may
+    be negative.
 
     Args:
         ax: Where to draw.
         frame: Columns ``x`` and ``value``, one row per activation, seed and x.
         value: The column to draw.
         x: The column it is drawn over.
-        style: Of the line; the markers that tell activations apart are full on a solid one, and
-            hollow on a dashed one.
+        style: Solid lines have full markers, dashed ones hollow markers.
     """
     lines = {}
     for activation, rows in _by_activation(frame):
         over_seeds = rows.groupby(x)[value].agg(["mean", "std", "min"]).fillna({"std": 0.0})
         at, mean, sd = over_seeds.index, over_seeds["mean"], over_seeds["std"]
-        look = _look(activation, len(at)) | STYLES[style]
-        (lines[activation],) = ax.plot(at, mean, **look)
+        drawn = ax.plot(at, mean, **look(activation, len(at)) | STYLES[style])
+        (lines[activation],) = drawn
         low = np.maximum(mean - sd, over_seeds["min"]) if ax.get_yscale() == "log" else mean - sd
         ax.fill_between(at, low, mean + sd, color=COLOURS[activation], alpha=0.2, linewidth=0)
     return lines
@@ -196,7 +196,8 @@ def _by_activation(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [(name, frame[frame["activation"] == name]) for name in present]
 
 
-def _look(activation: str, points: int) -> dict[str, Any]:
+def look(activation: str, points: int) -> dict[str, Any]:
+    """Options of ``Axes.plot`` for an activation's curve of that many points."""
     return {
         "color": COLOURS[activation],
         "marker": MARKERS[activation],
@@ -207,7 +208,11 @@ def _look(activation: str, points: int) -> dict[str, Any]:
     }
 
 
+def degrees(cosine: pd.Series) -> NDArray[Any]:
+    """Turn cosines, which rounding may have brought beyond ±1, into angles in degrees."""
+    return np.degrees(np.arccos(cosine.clip(-1, 1).to_numpy()))
+
+
 def _angle(path: pd.DataFrame, x: str) -> pd.DataFrame:
-    degrees = np.degrees(np.arccos(path["cosine"].clip(-1, 1)))
-    by_run = path.assign(angle=degrees).groupby(["activation", "seed", x])
-    return by_run["angle"].mean().reset_index()
+    angles = path.assign(angle=degrees(path["cosine"]))
+    return angles.groupby(["activation", "seed", x])["angle"].mean().reset_index()

@@ -12,8 +12,8 @@ from unitfisher.experiments.convnets import DROPOUT
 from unitfisher.experiments.data import DatasetName
 from unitfisher.experiments.models import HE, ActivationName
 from unitfisher.experiments.options import (
-    OF_A_PHASE,
-    OF_A_PRESET,
+    PHASE_RANGES,
+    PRESET_RANGES,
     require_fitting,
     require_ranges,
     require_several,
@@ -25,7 +25,7 @@ PresetActivation = Literal[ActivationName, "own"]
 
 
 class Member(NamedTuple):
-    """What tells one training of a preset from the others."""
+    """What identifies one training of a preset."""
 
     activation: PresetActivation
     rate: float
@@ -41,11 +41,11 @@ def named(members: Iterable[Member]) -> str:
 
 
 class Phase(NamedTuple):
-    """What holds from a step on, until the next phase."""
+    """Learning rate and dropout from a step on, until the next phase."""
 
     start: int
     factor: float = 1.0  # of the learning rate
-    dropout: tuple[float, ...] = ()  # a rate for each stack; empty: as it was
+    dropout: tuple[float, ...] = ()  # a rate for each stack; empty: unchanged
     dropped: Literal["last", "all"] = "last"  # layers of a stack
 
 
@@ -114,9 +114,9 @@ class Preset:
     def __post_init__(self) -> None:
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         require_several(options, "activations", "seeds", "rates", "dampings")
-        require_ranges(options, OF_A_PRESET)
+        require_ranges(options, PRESET_RANGES)
         for i, phase in enumerate(self.phases):
-            require_ranges(phase._asdict(), OF_A_PHASE, f"phases.{i}.")
+            require_ranges(phase._asdict(), PHASE_RANGES, f"phases.{i}.")
         starts = [phase.start for phase in self.phases]
         if starts != sorted(set(starts)):
             raise ValueError(f"phases start at {starts}: name them in order, once each")
@@ -133,7 +133,7 @@ class Preset:
         ]
 
     def steps(self, per_epoch: int) -> int:
-        """Count the steps of the whole training, where an epoch has so many."""
+        """Count the steps of the whole training, given those of an epoch."""
         return self.iterations or self.epochs * per_epoch
 
     def steps_between(self, per_epoch: int) -> int:
@@ -141,7 +141,7 @@ class Preset:
         return self.every or per_epoch
 
     def phase(self, iteration: int) -> Phase:
-        """What holds at a step, whatever step a training was resumed at."""
+        """Return the phase at a step; dropout that it does not set is that of earlier phases."""
         now = Phase(0)
         for phase in self.phases:
             if phase.start <= iteration:

@@ -1,9 +1,9 @@
 """One training by several processes, one a device, as torchrun starts them.
 
 Each takes its share of every batch, and the gradients are averaged in one message a step, so the
-training is that of one process up to rounding. Members are not dealt out instead: the networks
-that need several devices are few and large. DistributedDataParallel would hold back the losses
-and the clock's decision, which go with the gradients here, and wants a module without views.
+training is that of one process up to rounding. Members are not distributed over processes instead,
+because networks that need several devices are few and large. DistributedDataParallel is not used:
+it has no place for the losses, which go with the gradients here, and needs a module without views.
 """
 
 import os
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PATIENCE = timedelta(hours=6)  # the first alone measures and writes, while the others wait
+PATIENCE = timedelta(hours=6)  # for the others to wait while the first one measures and writes
 
 
 class Ranks(NamedTuple):
@@ -26,7 +26,7 @@ class Ranks(NamedTuple):
 
     @classmethod
     def joined(cls) -> "Ranks":
-        """Meet the other processes that torchrun started; alone without it."""
+        """Join the other processes that torchrun started; without torchrun there are none."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls()
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -34,7 +34,7 @@ class Ranks(NamedTuple):
         return cls(dist.get_rank(), dist.get_world_size())
 
     def device(self, name: str) -> str:
-        """Return this process's own device of those that a name such as cuda stands for."""
+        """Return this process's own device: "cuda" becomes "cuda:1" on the second, for example."""
         return f"cuda:{os.environ['LOCAL_RANK']}" if self.size > 1 and name == "cuda" else name
 
     @property
@@ -46,7 +46,7 @@ class Ranks(NamedTuple):
         return batch[..., self.rank :: self.size]
 
     def averaged(self, tensors: Sequence[Tensor], cases: int) -> list[Tensor]:
-        """Average over all processes' cases what this one has summed over so many of its own."""
+        """Turn sums over this process's ``cases`` into averages over all processes' cases."""
         if self.size == 1:
             return list(tensors)
         flat = torch.cat([*(t.flatten() for t in tensors), tensors[0].new_tensor([cases])])
@@ -55,7 +55,7 @@ class Ranks(NamedTuple):
         return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
 
     def agreed(self, decision: bool) -> bool:
-        """Decide as the first does; the others wait for it here, on no device."""
+        """Return the first process's decision, for which the others wait; uses no GPU."""
         if self.size == 1:
             return decision
         decided = torch.tensor(decision)
@@ -63,12 +63,12 @@ class Ranks(NamedTuple):
         return bool(decided)
 
     def gathered(self, own: Sequence[Tensor]) -> list[Tensor]:
-        """Put the tensors of all processes, on the CPU, in a row."""
+        """Return the tensors of all processes, which are on the CPU, in order of rank."""
         if self.size == 1:
             return list(own)
         found: list[list[Tensor]] = [[]] * self.size
         dist.all_gather_object(found, list(own))
-        return [tensor for of_one in found for tensor in of_one]
+        return [tensor for tensors in found for tensor in tensors]
 
     def leave(self) -> None:
         if self.size > 1:

@@ -14,14 +14,19 @@ from unitfisher.experiments.locks import FolderInUseError
 from unitfisher.experiments.losses import DivergedError
 
 USER_ERRORS: Final = (
-    *(DataNotFoundError, DamagedDataError, DivergedError, FolderInUseError),
-    *(ModuleNotFoundError, OSError, ValueError),
+    DataNotFoundError,
+    DamagedDataError,
+    DivergedError,
+    FolderInUseError,
+    ModuleNotFoundError,
+    OSError,
+    ValueError,
 )
 KEYWORD: Final = re.compile(r"\b([a-z][a-z_.\d]*)=(\([^()]*\)|'[^']*'|[\w.+-]*\w)")
 
 
 def run(main: Callable[[], object], *options: type[Any]) -> NoReturn:
-    """Run a script to its exit code; what its user can mend ends it with a line, not a traceback.
+    """Run a script and exit; errors that its user can mend are shown without a traceback.
 
     Args:
         main: Returns the exit code, or None.
@@ -30,7 +35,7 @@ def run(main: Callable[[], object], *options: type[Any]) -> NoReturn:
     try:
         code = main()
     except USER_ERRORS as error:
-        names = {"resume", *(field.name for of in options for field in fields(of))}
+        names = {"resume", *(field.name for kind in options for field in fields(kind))}
         sys.exit(f"{Path(sys.argv[0]).name}: {as_typed(str(error), names)}")
     sys.exit(code if isinstance(code, int) else None)
 

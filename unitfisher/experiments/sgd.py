@@ -14,8 +14,8 @@ class SGD:
 
     Args:
         parameters: Each with the members as its first dimension.
-        rates: Of each member.
-        momentum: Of the heavy ball, without dampening.
+        rates: Learning rate of each member.
+        momentum: Heavy-ball momentum, without dampening.
         weight_decay: Factor of the L2 penalty's gradient.
     """
 

@@ -16,15 +16,15 @@ from unitfisher.experiments.ranks import ALONE, Ranks
 from unitfisher.experiments.streams import Stream
 
 CROPS = 2**32  # added to a seed, for the generator of crops and flips
-EVALUATED = 2_000_000  # numbers of the input, at a time
+EVALUATED = 2_000_000  # input numbers in one batch of an evaluation
 PROBE_SEED = 1  # the same probe set in every run
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Batches of each member's own, and fixed sets to evaluate on."""
+    """Training batches for each member, and fixed sets to evaluate on."""
 
-    cases: int  # that are trained on
+    cases: int  # in the training set
     classes: int
     shape: torch.Size  # of one case's input
     device: torch.device
@@ -38,7 +38,7 @@ class Source(Protocol):
         ...
 
     def probe(self, cases: int) -> Batch:
-        """Return the same training cases every time, as they are when evaluated."""
+        """Return the same training cases every time, without augmentation or random crops."""
         ...
 
     def test(self, cases: int | None = None) -> Iterator[Batch]:
@@ -79,9 +79,9 @@ class Held:
 
     Args:
         data: Inputs and classes.
-        size: Of a batch.
+        size: Cases in a batch.
         generators: One for each member, which draws its orders. Members of a seed share one.
-        augment: One for each member, which draws its crops and flips; none: images as they are.
+        augment: One for each member, which draws its crops and flips; empty: no augmentation.
         ranks: Which of the processes that share each batch this is.
     """
 
@@ -128,7 +128,7 @@ class Held:
             generator.set_state(drawn.cpu())
 
     def _augmented(self, x: Float[Tensor, "m n ..."], whole: int) -> Float[Tensor, "m n ..."]:
-        """Crop and mirror; draws are for the whole batch, of which this may be a share."""
+        """Crop and mirror; drawn for the whole batch, of which this process may have a share."""
         crops = {g: draw_crops((whole,), 2 * PAD, g) for g in dict.fromkeys(self.augment)}
         drawn = map(torch.stack, zip(*(crops[g] for g in self.augment), strict=True))
         of_members = Crops(*map(self.ranks.share, drawn))

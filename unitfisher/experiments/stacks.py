@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from unitfisher.choices import require_choice
 from unitfisher.experiments.models import ACTIVATIONS, HE, Layer, drawn
 
-Parts = OrderedDict[str, nn.Module]
+Modules = OrderedDict[str, nn.Module]
 
 
 class Conv(NamedTuple):
-    """A convolution in the paper's notation; ``pad`` zeros a side, None: as the convention says."""
+    """A convolution in the paper's notation; ``pad`` zeros on each side, None: by convention."""
 
     units: int
     size: int
@@ -35,7 +35,7 @@ Stack = tuple[Conv, ...]
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes the layers of one network: what they have in common, and who draws their weights.
+    """Makes the layers of one network, with common options and a generator for their weights.
 
     One seed gives the same initial weights for every activation, normalisation and padding.
 
@@ -66,12 +66,12 @@ class Maker:
         """Give a layer that was made on the meta device its initial weights."""
         return drawn(layer, self.weight_variance, self.generator)
 
-    def convolution(self, i: int, channels: int, conv: Conv) -> Parts:
+    def convolution(self, i: int, channels: int, conv: Conv) -> Modules:
         """Make ``conv{i}`` and what follows it; before it ``pad{i}``, if sides differ."""
         units, size, stride, pad = conv
-        parts = Parts()
+        parts = Modules()
         if pad is None and self.padding == "same" and size % 2 == 0:
-            less, more = size // 2 - 1, size // 2  # shared out as by torch's padding="same"
+            less, more = size // 2 - 1, size // 2  # as torch's padding="same" has it
             parts[f"pad{i}"] = nn.ZeroPad2d((less, more, less, more))
             pad = 0
         pad = size // 2 if pad is None else pad
@@ -79,14 +79,14 @@ class Maker:
         parts[f"conv{i}"] = self.draw(layer)
         return parts | self.activated(i, nn.BatchNorm2d(units))
 
-    def hidden(self, i: int, inputs: int, units: int) -> Parts:
+    def hidden(self, i: int, inputs: int, units: int) -> Modules:
         """Make the fully connected ``hidden{i}`` and what follows it."""
         layer = self.draw(nn.Linear(inputs, units, device="meta"))
-        return Parts({f"hidden{i}": layer}) | self.activated(i, nn.BatchNorm1d(units))
+        return Modules({f"hidden{i}": layer}) | self.activated(i, nn.BatchNorm1d(units))
 
-    def activated(self, i: int, norm: nn.Module) -> Parts:
+    def activated(self, i: int, norm: nn.Module) -> Modules:
         """Make ``norm{i}``, if there is one, and ``act{i}``."""
-        parts = Parts({f"norm{i}": norm} if self.norm == "batch" else {})
+        parts = Modules({f"norm{i}": norm} if self.norm == "batch" else {})
         parts[f"act{i}"] = self.act()
         return parts
 
@@ -112,14 +112,14 @@ class HalvingPool(nn.Module):
         return self.rounding
 
 
-def stacks(plan: Sequence[Stack], make: Maker) -> Parts:
+def stacks(plan: Sequence[Stack], make: Maker) -> Modules:
     """Make ``stack1``, ..., each of ``conv1``, ``act1``, ``drop1``, ``conv2``, ..., ``pool``.
 
     Every layer has its dropout, of rate 0 until ``set_dropout`` says otherwise.
     """
-    parts, channels = Parts(), 3  # red, green and blue
+    parts, channels = Modules(), 3  # red, green and blue
     for s, convs in enumerate(plan, start=1):
-        stack = Parts()
+        stack = Modules()
         for i, conv in enumerate(convs, start=1):
             stack |= make.convolution(i, channels, conv)
             stack[f"drop{i}"] = nn.Dropout(0.0)

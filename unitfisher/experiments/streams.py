@@ -1,4 +1,4 @@
-"""Random crops of photographs, epoch after epoch, in an order that can be gone on with.
+"""Random crops of photographs, epoch after epoch, in an order that can be resumed.
 
 Workers only decode: order and crops are drawn in the main process, from the seed and the epoch, and
 cut on the device. So nothing depends on the number of workers.
@@ -19,7 +19,7 @@ from unitfisher.experiments.ranks import ALONE, Ranks
 
 
 class StreamState(TypedDict):
-    """How far which stream has come."""
+    """Which stream this is, and its position."""
 
     seed: int
     cases: int
@@ -33,7 +33,7 @@ class Stream:
 
     Args:
         photographs: On the device to deliver to.
-        batch_size: The last batch of an epoch is what remains.
+        batch_size: The last batch of an epoch has what remains.
         seed: Decides, with the epoch, the order and the crop of every photograph.
         workers: Processes that read ahead, also into the next epoch.
         ranks: Which of the processes that share each batch this is: it reads no other's.
@@ -58,13 +58,13 @@ class Stream:
         return -(-len(self.photographs) // self.batch_size)
 
     def next(self) -> Batch:
-        """Return the next batch; where reading it fails, it stays the next.
+        """Return the next batch; if reading it fails, it stays the next one.
 
         Raises:
             DamagedDataError: A file cannot be read as an image.
         """
         reading = self._start() if self._reading is None else self._reading
-        self._reading = None  # unless it goes well
+        self._reading = None  # set again below, if reading succeeds
         read, crops = next(reading)
         x, y = self.photographs.centred(read)
         batch = Batch(cropped(x, crops, (self.photographs.seen,) * 2), y)
@@ -74,7 +74,7 @@ class Stream:
         return batch
 
     def state(self) -> StreamState:
-        """Return what the batches to come depend on; what was read ahead is not among it."""
+        """Return what the next batch and later ones depend on, whatever was prefetched."""
         return {
             "seed": self.seed,
             "cases": len(self.photographs),
@@ -96,11 +96,11 @@ class Stream:
         self.epoch, self.position = state["epoch"], state["position"]
 
     def close(self) -> None:
-        """Let the workers go; `next` would start others."""
+        """Stop the workers; `next` starts new ones."""
         self._reading = None
 
     def _start(self) -> Iterator[tuple[Batch, Crops]]:
-        # nothing in here holds the stream: in a cycle with it, workers would outlive it
+        # nothing in here refers to the stream: in a reference cycle, workers would outlive it
         spare = self.photographs.files.side - self.photographs.seen
         ahead, behind = tee(_draws(self.state(), spare, self.ranks))
         reading = self.photographs.loader((cases for cases, _ in ahead), self.workers)
@@ -110,7 +110,7 @@ class Stream:
 def _draws(
     state: StreamState, spare: int, ranks: Ranks
 ) -> Iterator[tuple[Int64[Tensor, " b"], Crops]]:
-    """Numbers and crops of all batches from there on; crops are drawn by number, not by order."""
+    """Yield numbers and crops of all later batches; a crop depends on the number, not the order."""
     epoch, position = state["epoch"], state["position"]
     while True:
         generator = _generator(state["seed"], epoch)

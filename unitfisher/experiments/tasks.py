@@ -15,7 +15,7 @@ TaskName = Literal["classification", "squared-hinge", "reconstruction", "bernoul
 class Task(NamedTuple):
     """A task: ``loss`` is minus the log-likelihood of each case, up to a constant.
 
-    The squared hinge has none: there Fishers are of the softmax of the same outputs.
+    The squared hinge is none: its Fishers are those of a softmax of the same outputs.
     """
 
     likelihood: Literal["categorical", "gaussian", "bernoulli"]

@@ -1,7 +1,7 @@
 """All members of a preset trained side by side, watched, recorded, and resumable at any step.
 
 runs/mnist/
-    checkpoint.pt              where all members are; replaced as a whole
+    checkpoint.pt              the state of all members; replaced as a whole
     elu-lr0.01-s0/             each member's record (see `unitfisher.Run`):
         training/                  loss and error by epoch
         activations/               every hidden unit's mean and variance on the probe set
@@ -45,7 +45,7 @@ class Progress(NamedTuple):
 
     epoch: int
     iteration: int
-    loss: float | None  # mean over the members that have one, after an epoch
+    loss: float | None  # mean over members whose loss is finite; None between evaluations
 
 
 class Trainer:
@@ -55,10 +55,10 @@ class Trainer:
         preset: What to train.
         members: Which of the preset's members.
         data: On the device to train on.
-        folder: Of the checkpoint, and of one record for each member.
+        folder: Receives the checkpoint, and a record for each member.
         resume: Go on from the checkpoint in the folder, if there is one.
         checkpoint_every: Seconds between checkpoints.
-        precision: Of products in training; parameters and measurements stay in float32.
+        precision: Precision of products in training; parameters and measurements stay in float32.
         compiled: Train through ``torch.compile``.
         workers: Processes that read photographs.
         ranks: Which of several processes this is. The first alone measures, records and writes.
@@ -67,9 +67,9 @@ class Trainer:
         DamagedDataError: The checkpoint cannot be read.
         FolderInUseError: Another process trains in the folder.
         RecordExistsError: The folder holds these runs, and ``resume`` is not given.
-        ValueError: The runs there are others, or were configured differently, the checkpoint is of
-            another version's form, or several processes cannot share the batches. The folder is
-            as it was.
+        ValueError: The folder holds other runs, a different configuration, or a checkpoint in
+            another version's format, or several processes cannot share the batches. Nothing in the
+            folder was changed.
     """
 
     def __init__(
@@ -111,10 +111,10 @@ class Trainer:
         self._forward = torch.compile(self.ensemble) if compiled else self.ensemble
         self._phase: Phase | None = None
         self.iteration, self.seconds, self.monitoring = 0, 0.0, 0.0
-        self._clock = time.perf_counter()  # until when seconds are counted
+        self._clock = time.perf_counter()  # the time up to which seconds are counted
         self.stopped = self._stop_asked = False
         self.losses = Losses(self.members, self.device, self.checkpoint, aloud=ranks.is_first)
-        # of dropout, which draws from torch's own generator
+        # for dropout, which draws from torch's global generator
         torch.manual_seed(members[0].seed + DROPOUT_SEED * ranks.rank)
         self._opened = ExitStack()
         try:
@@ -124,7 +124,7 @@ class Trainer:
             raise
 
     def _begin(self, resume: bool) -> None:
-        """Open the records, and go on from the checkpoint if there is one to go on from."""
+        """Open the records, and load the checkpoint if there is one to resume from."""
         state = None
         if resume and self.checkpoint.exists():
             state = checkpoints.read(self.checkpoint, self.device)
@@ -160,9 +160,9 @@ class Trainer:
         return self.preset.steps_between(len(self.source))
 
     def __iter__(self) -> Iterator[Progress]:
-        """Train to the end from where it stands, keeping checkpoints; yield after each step.
+        """Train from the present step to the end, keeping checkpoints; yield after each step.
 
-        Where `stop` asks for it, the end is that of the step at hand, and ``stopped`` is true.
+        After `stop` the training ends with the step at hand, and ``stopped`` is true.
 
         Raises:
             DivergedError: No member's loss is finite any more. The last checkpoint is older.
@@ -182,7 +182,7 @@ class Trainer:
             yield Progress(self.epoch, self.iteration, loss)
 
     def stop(self) -> None:
-        """Let the training end with the step at hand, of which there will be a checkpoint."""
+        """Let the training end with the current step, and keep a checkpoint of it."""
         self._stop_asked = True
 
     def step(self) -> None:
@@ -191,7 +191,7 @@ class Trainer:
         x, y = self.source.next()
         with self._precision:
             losses = self._losses(self._forward(x), self.task.target(x, y))
-        cases = x.shape[1] if self.ranks.size > 1 else 1  # by which means become sums that add up
+        cases = x.shape[1] if self.ranks.size > 1 else 1  # turns means into sums, which add up
         gradients = torch.autograd.grad(losses.sum() * cases, self.parameters)
         *averaged, loss = self.ranks.averaged([*gradients, losses.detach() * cases], cases)
         self.optimizer.step(averaged, phase.factor)
@@ -206,7 +206,7 @@ class Trainer:
         """
         self._count_seconds()
         self.losses.name_diverged(self.iteration)
-        state = self.state()  # of which every process has a share
+        state = self.state()  # on every process: it gathers from all
         if self.ranks.is_first:
             checkpoints.write(self.checkpoint, state)
 
@@ -230,8 +230,8 @@ class Trainer:
         """Go on from `state`; records lose the rows that came after it.
 
         Raises:
-            ValueError: The state is of other members, networks or processes, or of another
-                version's form.
+            ValueError: The state has other members, networks or processes, or another version's
+                format.
         """
         self._require_own(state)
         self.iteration, self.seconds = state["iteration"], state["seconds"]
@@ -271,9 +271,9 @@ class Trainer:
         return phase
 
     def _evaluate(self) -> float:
-        """Record every member as it stands; return the loss of the steps since the last time.
+        """Record every member; return the mean loss of the steps since the last evaluation.
 
-        It is averaged over the members that have one.
+        It is averaged over the members whose loss is finite.
         """
         self._count_seconds()
         self.losses.name_diverged(self.iteration)

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from unitfisher.experiments.data import Dataset
 from unitfisher.experiments.tasks import TASKS, Task
 
-RATE: Final = 0.01  # this and the next: the paper's for MNIST
+RATE: Final = 0.01  # rate and batch size are the paper's for MNIST
 BATCH_SIZE: Final = 64
 
 
 class Score(NamedTuple):
-    """What a network achieves on a set."""
+    """Loss and errors of a network on a data set."""
 
     loss: float
-    error: float  # share of wrong answers, as the next
-    top5_error: float  # the class is not among the five largest outputs
+    error: float  # share of wrong answers
+    top5_error: float  # share of answers whose class is not among the five largest outputs
 
 
 def train(
@@ -28,8 +28,8 @@ def train(
 ) -> Iterator[int]:
     """Train epoch by epoch at `RATE`, yielding 0 before the first step and then each epoch done.
 
-    What one does between epochs is the body of the caller's loop. The order of the
-    cases is the generator's alone, so runs of one seed see the same batches.
+    The body of the caller's loop runs between epochs. Only the generator decides the order of the
+    cases, so runs of one seed see the same batches.
     """
     parameters: list[Tensor] = list(model.parameters())
     yield 0
@@ -55,14 +55,14 @@ def batches(
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[Float[Tensor, "n ..."], Tensor]],
+    data: Iterable[tuple[Float[Tensor, "n ..."], Tensor]],
     task: Task = TASKS["classification"],
 ) -> Score:
-    """Mean loss over all cases and shares of wrong answers (NaN where there are none), in eval."""
+    """Return mean loss and shares of wrong answers (NaN where there are none), in eval mode."""
     was_training = model.training
     model.eval()
     loss, wrong, far, cases = 0.0, 0.0, 0.0, 0
-    for x, y in batches:
+    for x, y in data:
         outputs, target = model(x), task.target(x, y)
         loss += task.loss(outputs, target).double().sum().item()
         wrong += len(x) * task.error(outputs, target)

@@ -19,10 +19,12 @@ from unitfisher.experiments.sources import Source
 from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.training import evaluate
 from unitfisher.outputs import UnitMeans
-from unitfisher.record import RecordExistsError
+from unitfisher.record import require_new
 
 TABLES = ("training", "activations", "path", "finished")  # beside the Monitor's own
-OVER_UNITS: Final = MappingProxyType[str, Literal["median", "mean"]](  # medians: of heavy tails
+OVER_UNITS: Final = MappingProxyType[
+    str, Literal["median", "mean"]
+](  # medians where tails are heavy
     {
         **dict.fromkeys(("k", "sc", "corrected_mean_norm", "damping_share", "n_eff"), "median"),
         **dict.fromkeys(("cosine", "bias_shift_share_natural"), "mean"),
@@ -32,12 +34,12 @@ OVER_UNITS: Final = MappingProxyType[str, Literal["median", "mean"]](  # medians
 
 
 class Moment(NamedTuple):
-    """When a network is looked at."""
+    """The time of an evaluation."""
 
     epoch: int
     iteration: int
     seconds: float  # of training all members, until then
-    monitoring: float  # of these: Fishers, and whole passes over the probe set for the means
+    monitoring: float  # part of these: Fishers, and passes over the probe set
 
 
 class Watch:
@@ -47,8 +49,8 @@ class Watch:
         preset: What is trained.
         member: Which of its networks this is.
         model: The network.
-        source: Of the fixed sets that it is evaluated on.
-        folder: Of all records; this one is named after the member.
+        source: Has the fixed sets that it is evaluated on.
+        folder: Parent of all records; this one is named after the member.
         resume: Continue the record, if there is one.
     """
 
@@ -94,7 +96,7 @@ class Watch:
             when: The epoch that has ended; 0 before training.
             loss: Mean over the epoch's steps, as they were taken: with dropout and augmentation,
                 and companions' losses in it.
-            measure: Measure Fishers too, if it is time: of finite networks.
+            measure: Measure Fishers too, if it is time; False for a network that has diverged.
         """
         x, y = self.probe
         start = time.perf_counter()
@@ -107,7 +109,7 @@ class Watch:
             measured = self.monitor.measure(x, targets=self.task.target(x, y))
             record_path(self.run, then, measured, self.preset.dampings)
         if x.is_cuda:
-            torch.cuda.synchronize(x.device)  # or what it still has to do would not be counted
+            torch.cuda.synchronize(x.device)  # else queued work would not be counted
         spent = time.perf_counter() - start
         at_test = evaluate(self.model, self.source.test(self.preset.tested), self.task)
         scores = {"probe_loss": at_probe.loss, "probe_error": 100 * at_probe.error}
@@ -119,7 +121,7 @@ class Watch:
         return spent
 
     def state(self) -> dict[str, Any]:
-        """Return what a record that is resumed goes on from."""
+        """Return what is needed to resume the record."""
         rows = {table: self.run.count(table) for table in TABLES}
         return {"rows": rows, "monitor": self.monitor.state_dict()}
 
@@ -143,13 +145,13 @@ class Watch:
 
 
 class Watches:
-    """Those of an ensemble: its members' networks, each with a record of its own.
+    """The watches of an ensemble's networks, each with a record of its own.
 
     Args:
         preset: What is trained.
-        networks: Each member's.
-        source: Of the fixed sets that they are evaluated on.
-        folder: Of all records.
+        networks: Each member's network.
+        source: Has the fixed sets that they are evaluated on.
+        folder: Parent of all records.
         resume: Continue the records, if there are any.
     """
 
@@ -163,7 +165,7 @@ class Watches:
         resume: bool = False,
     ) -> None:
         for member in () if resume else networks:
-            _require_new(folder / member.name)  # all of them, before the first is made
+            require_new(folder / member.name)  # all of them, before the first is made
         with ExitStack() as opened:
             self.each = [
                 opened.enter_context(Watch(preset, member, model, source, folder, resume=resume))
@@ -180,7 +182,7 @@ class Watches:
         return spent
 
     def state(self) -> list[dict[str, Any]]:
-        """Return what records that are resumed go on from."""
+        """Return what is needed to resume the records."""
         return [watch.state() for watch in self.each]
 
     def load(self, states: Iterable[Mapping[str, Any]]) -> None:
@@ -196,13 +198,6 @@ class Watches:
     def close(self) -> None:
         """Write what was recorded; safe to call twice."""
         self._opened.close()
-
-
-def _require_new(folder: Path) -> None:
-    if (folder / "config.json").exists():
-        raise RecordExistsError(
-            f"{folder} already holds a run; choose another folder, or continue with resume=True"
-        )
 
 
 def _hidden(name: str, module: nn.Module) -> bool:
@@ -226,8 +221,8 @@ def record_activations(
     record: Run, when: Mapping[str, int], measured: Mapping[str, UnitMeans]
 ) -> None:
     """Record mean and variance of every hidden unit's output."""
-    for layer, of in measured.items():
-        columns = {"unit": torch.arange(len(of.mean)), "mean": of.mean, "var": of.var}
+    for layer, means in measured.items():
+        columns = {"unit": torch.arange(len(means.mean)), "mean": means.mean, "var": means.var}
         record.append("activations", {**when, "layer": layer, **columns})
 
 
@@ -240,18 +235,18 @@ def record_path(
     """Record what depends on the damping at each damping, beside what does not."""
     for layer, at_default in measured.items():
         for damping in dampings:
-            of = at_default if damping == at_default.damping else at_default.damped(damping)
+            m = at_default if damping == at_default.damping else at_default.damped(damping)
             columns = {
-                "unit": of.units,
-                "k": of.k,
-                "sc": of.s * of.c,
-                "corrected_mean_norm": of.corrected_mean.norm(dim=1),
-                "cosine": of.cosine,
-                "damping_share": of.damping_share,
-                "bias_shift_share_natural": of.bias_shift_share_natural,
-                "bias_shift_share_gradient": of.bias_shift_share_gradient,
-                "mean_share": of.mean_share,
-                "n_eff": of.n_eff,
-                "dead": of.dead,
+                "unit": m.units,
+                "k": m.k,
+                "sc": m.s * m.c,
+                "corrected_mean_norm": m.corrected_mean.norm(dim=1),
+                "cosine": m.cosine,
+                "damping_share": m.damping_share,
+                "bias_shift_share_natural": m.bias_shift_share_natural,
+                "bias_shift_share_gradient": m.bias_shift_share_gradient,
+                "mean_share": m.mean_share,
+                "n_eff": m.n_eff,
+                "dead": m.dead,
             }
             record.append("path", {**when, "layer": layer, "damping": damping, **columns})

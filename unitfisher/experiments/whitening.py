@@ -85,16 +85,16 @@ def contrast_normalised(x: Float[Tensor, "n *shape"]) -> Float[Tensor, "n *shape
 def whitened(data: Dataset, name: str, cache: Path) -> Dataset:
     """Normalise each image's contrast and whiten, by statistics of the training images alone.
 
-    The fit is kept in a file of the cache folder that belongs to these very training images and
-    constants, ``zca-<name>-<checksum>.pt``; whatever else is there, it is never another's.
+    The fit is kept in the cache folder as ``zca-<name>-<checksum>.pt``; the checksum is that of the
+    training images and the constants, so that no other data set's fit is ever used.
 
     Args:
         data: On the device to compute on, which must have float64.
-        name: Of the data set, to tell files apart by.
+        name: The data set's, for the file's name.
         cache: Folder, made when absent. 72 MiB for images of 3 × 32 × 32.
 
     Raises:
-        ValueError: As `Zca.fit`.
+        ValueError: As in `Zca.fit`.
     """
     train_x = contrast_normalised(data.train_x)
 

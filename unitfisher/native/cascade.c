@@ -1,28 +1,25 @@
-/* Send columns of error down linear layers; on the way add their squares up for each layer: √D.
+/* Backpropagate columns of error through linear layers, and add their squares to the D of each
+ * layer, which is stored as √D.
  *
- * Below a layer with weight W an error X is (X W) * f', f' the derivative of the function between.
- * All columns of a few cases go the whole way while they are in the cache. WIDTH columns of a
- * weight are put side by side first, so that a product reads one contiguous stream.
+ * Below a layer with weight W an error X becomes (X W) * f', where f' is the derivative of the
+ * activation function between the layers. All columns of a few cases go through all layers while
+ * they are in the cache. WIDTH columns of a weight are packed first, so that a product reads one
+ * contiguous stream.
  */
 
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels.h"
+
 /* A tile of T rows by WIDTH columns, a row of the panel and an entry fill the registers. */
-#if defined __AVX512F__
-enum { LANES = 16, VECTORS = 4 };
-#elif defined __AVX__
-enum { LANES = 8, VECTORS = 2 };
-#else
-enum { LANES = 4, VECTORS = 2 };
-#endif
+enum { LANES = BYTES / sizeof(float), VECTORS = BYTES == 64 ? 4 : 2 };
 enum { T = 6, WIDTH = VECTORS * LANES };
 
-typedef float lanes __attribute__((vector_size(4 * LANES)));
+typedef float lanes __attribute__((vector_size(BYTES)));
 
 typedef struct { /* as in cascade.py */
-    const float *weight, *derivative; /* n by inputs, of what it receives; none: 1 */
+    const float *weight, *derivative; /* n by inputs, of the function below; NULL: 1 */
     float *root;                      /* √D: n by units, its rows `stride` apart */
     int64_t units, inputs, stride;
 } Layer;
@@ -30,19 +27,14 @@ typedef struct { /* as in cascade.py */
 typedef struct {
     const Layer *layers; /* from the last to the first */
     const float *columns; /* r by n by the last layer's units */
-    int64_t count, r, widest, together, u, taken; /* u: cases, so many together */
+    int64_t count, r, widest, together, u, taken; /* u: cases, `together` at a time */
 } Task;
 
 typedef struct {
     float *X, *below, *panel;
-    double *D; /* of a case */
-    int64_t first, cases, rows; /* row i is of case first + i % cases */
+    double *D; /* of one case */
+    int64_t first, cases, rows; /* row i belongs to case first + i % cases */
 } Block;
-
-#define INLINE static inline __attribute__((always_inline))
-#define EACH(i, end) _Pragma("GCC unroll 8") for (int i = 0; i < (end); i++)
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static void take(Block *b, const Task *t) {
     int64_t units = t->layers->units;
@@ -57,7 +49,7 @@ INLINE void add(double *restrict D, const float *x, int64_t units) {
     for (int64_t j = 0; j < units; j++) D[j] += (double)x[j] * x[j];
 }
 
-/* In double precision, or the squares of small errors vanish. */
+/* In double precision: in single, the squares of small errors would underflow. */
 static void add_squares(const Block *b, const Layer *l) {
     for (int64_t i = 0; i < b->cases; i++) {
         float *root = l->root + (b->first + i) * l->stride;
@@ -69,7 +61,7 @@ static void add_squares(const Block *b, const Layer *l) {
     }
 }
 
-/* Columns of a weight from `first` on; zeros where there are no more */
+/* Pack WIDTH columns of a weight from `first` on; zeros where it has no more. */
 static void pack(float *panel, const Layer *l, int64_t first, int64_t width) {
     const float *from = l->weight + first;
     for (int64_t k = 0; k < l->units; k++, panel += WIDTH, from += l->inputs) {
@@ -81,26 +73,26 @@ static void pack(float *panel, const Layer *l, int64_t first, int64_t width) {
 INLINE void multiply(lanes to[T][VECTORS], const float *const X[T], const lanes *panel, int64_t K) {
     lanes sums[T][VECTORS] = {};
     for (int64_t k = 0; k < K; k++, panel += VECTORS)
-        EACH(i, T) EACH(v, VECTORS) sums[i][v] += X[i][k] * panel[v];
+        EACH(i, 0, T) EACH(v, 0, VECTORS) sums[i][v] += X[i][k] * panel[v];
     memcpy(to, sums, sizeof sums);
 }
 
-/* Part of a row times that of the derivative, if there is one */
+/* Store part of a row, times the derivative if there is one. */
 INLINE void give(float *to, lanes x[VECTORS], const float *derivative, int64_t width) {
     lanes f[VECTORS];
     if (derivative) {
         memcpy(f, derivative, width * sizeof(float));
-        EACH(v, VECTORS) x[v] *= f[v];
+        EACH(v, 0, VECTORS) x[v] *= f[v];
     }
     memcpy(to, x, width * sizeof(float));
 }
 
-/* Up to T rows; the last again and again where there are fewer */
+/* T rows; where fewer are left, the last one is repeated and not stored. */
 static void send_tile(Block *b, const Layer *l, int64_t row, int64_t first, int64_t width) {
-    int64_t rows = least(T, b->rows - row);
+    int64_t rows = min64(T, b->rows - row);
     const float *X[T];
     lanes product[T][VECTORS];
-    EACH(i, T) X[i] = b->X + (row + least(i, rows - 1)) * l->units;
+    EACH(i, 0, T) X[i] = b->X + (row + min64(i, rows - 1)) * l->units;
     multiply(product, X, (const lanes *)b->panel, l->units);
     for (int64_t i = 0, at = row % b->cases; i < rows; i++, at = at + 1 < b->cases ? at + 1 : 0) {
         float *to = b->below + (row + i) * l->inputs + first;
@@ -113,7 +105,7 @@ static void send_tile(Block *b, const Layer *l, int64_t row, int64_t first, int6
 
 static void send(Block *b, const Layer *l) {
     for (int64_t first = 0; first < l->inputs; first += WIDTH) {
-        int64_t width = least(WIDTH, l->inputs - first);
+        int64_t width = min64(WIDTH, l->inputs - first);
         pack(b->panel, l, first, width);
         for (int64_t row = 0; row < b->rows; row += T) send_tile(b, l, row, first, width);
     }
@@ -121,7 +113,7 @@ static void send(Block *b, const Layer *l) {
     b->below = b->X, b->X = sent;
 }
 
-/* What every thread runs until no cases are left; one without memory leaves them to the others. */
+/* Run by every thread until no cases are left; one that gets no memory returns at once. */
 void cascade(Task *t) {
     int64_t rows = t->together * t->r;
     int64_t numbers = t->widest * (WIDTH + 2 * rows + sizeof(double) / sizeof(float));
@@ -130,7 +122,7 @@ void cascade(Task *t) {
     Block b = {.panel = memory, .D = (double *)(memory + t->widest * WIDTH)};
     b.X = (float *)(b.D + t->widest), b.below = b.X + t->widest * rows;
     while ((b.first = __atomic_fetch_add(&t->taken, t->together, __ATOMIC_RELAXED)) < t->u) {
-        b.cases = least(t->together, t->u - b.first);
+        b.cases = min64(t->together, t->u - b.first);
         take(&b, t);
         for (const Layer *l = t->layers; l < t->layers + t->count; l++) {
             if (l > t->layers) send(&b, l - 1);

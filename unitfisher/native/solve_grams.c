@@ -1,31 +1,26 @@
 /* Solve (diag(v_u) K diag(v_u) - x_u x_u' + diag(own_u)) Y_u = rhs_u for units u that share a K.
- * Right-hand sides and solutions stand one a row; on demand their products are given too.
+ * Right-hand sides and solutions are rows; their inner products are returned if asked for.
  *
- * One unit's system is too small to fill a processor. So every lane of a vector is another unit,
- * and each operation below is on LANES units at once. Lanes never mix: what a unit gets depends
- * neither on its neighbours nor on the number of threads.
+ * One unit's system is too small to fill a processor. So every lane of a vector holds another
+ * unit, and each operation below acts on LANES units at once. Lanes never mix: the result of a
+ * unit depends neither on its neighbours nor on the number of threads.
  *
  * The Cholesky factor L is kept in panels of T rows: panel I is tiles (I, 0) .. (I, I) of T by T,
- * column after column, so that the product of two panels reads two contiguous streams. In place
- * of L_jj stands 1 / L_jj. What T or LANES do not divide is filled up with the identity.
+ * column after column, so that the product of two panels reads two contiguous streams. The
+ * diagonal holds 1 / L_jj. Sizes that T or LANES do not divide are padded with the identity.
  *
- * With SINGLE defined it is solve_grams_single, of floats.
+ * With SINGLE defined this is solve_grams_single, in floats.
  */
 
 #include <float.h>
 #include <stdbool.h>
-#include <stdint.h>
 #include <stdlib.h>
 
-/* A tile, and a column of both panels that it is the product of, fill the registers: one vector
- * too many costs twice the time, vectors wider than a register ten times. */
-#if defined __AVX512F__
-enum { BYTES = 64, T = 4 };
-#elif defined __AVX__
-enum { BYTES = 32, T = 3 };
-#else
-enum { BYTES = 16, T = 3 };
-#endif
+#include "kernels.h"
+
+/* A tile, and a column of each of the two panels that are multiplied, fill the registers: one
+ * vector too many doubles the time, vectors wider than a register take ten times as long. */
+enum { T = BYTES == 64 ? 4 : 3 };
 #ifdef SINGLE
 typedef float real;
 typedef int32_t whole;
@@ -37,15 +32,15 @@ typedef int64_t whole;
 #define EPSILON DBL_EPSILON
 #endif
 enum { LANES = BYTES / sizeof(real) };
-enum { BLOCK = 16 }; /* tiles: so many stay in the first cache, BLOCK² of them in the second */
+enum { BLOCK = 16 }; /* tiles that fit into the first cache; BLOCK² of them fit into the second */
 
 typedef real lanes __attribute__((vector_size(BYTES)));
-typedef real loose __attribute__((vector_size(BYTES), aligned(sizeof(real)))); /* anywhere */
+typedef real loose __attribute__((vector_size(BYTES), aligned(sizeof(real)))); /* unaligned */
 typedef whole mask __attribute__((vector_size(BYTES)));
 
 typedef struct { /* as in gram.py */
     const real *K, *v, *own, *rhs, *x, *noise;
-    real *Y, *products, *L; /* of Y with rhs and with Y, if asked for; the factors, if kept */
+    real *Y, *products, *L; /* of Y with rhs and Y, or NULL; the factors, or NULL */
     bool *regular;
     int64_t u, n, r, group, known, taken; /* units that share a K; are the factors known? */
 } Task;
@@ -57,16 +52,13 @@ typedef struct { /* up to LANES units: weights, solutions, factor */
     int64_t n, panels, first, units;
 } Block;
 
-#define INLINE static inline __attribute__((always_inline))
 #define APART static __attribute__((noinline)) /* keeps its registers out of the inner loop */
-#define EACH(i, start, end) _Pragma("GCC unroll 8") for (int i = start; i < (end); i++)
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t above(int64_t I) { return T * T * I * (I + 1) / 2; }
 INLINE lanes *tile(const Block *b, int64_t I, int64_t J) { return b->L + above(I) + T * T * J; }
 
 INLINE lanes gram(const Block *b, int64_t i, int64_t j) {
-    int64_t at = b->n * least(i, b->n - 1) + least(j, b->n - 1);
+    int64_t at = b->n * min64(i, b->n - 1) + min64(j, b->n - 1);
     lanes K = (lanes){} + b->K[0][at];
     if (b->K[0] != b->K[LANES - 1]) EACH(l, 1, LANES) K[l] = b->K[l][at];
     return K;
@@ -91,35 +83,35 @@ INLINE void build(lanes C[T][T], const Block *b, int64_t I, int64_t J) {
 INLINE void subtract(lanes C[T][T], const lanes *A, const lanes *B, int64_t columns) {
     for (int64_t k = 0; k < columns; k++, A += T, B += T) {
         lanes a[T], b[T];
-        EACH(i, 0, T) a[i] = A[i], b[i] = B[i]; /* once: C might be the same memory */
+        EACH(i, 0, T) a[i] = A[i], b[i] = B[i]; /* loaded once: C might alias A or B */
         EACH(i, 0, T) EACH(j, 0, T) C[i][j] -= a[i] * b[j];
     }
 }
 
-/* A pivot must be more than what rounding makes of zero: see factored in solvers.py. What x x'
- * leaves of a diagonal entry may itself be rounding, so that does not count, but what was there. */
+/* A pivot must be larger than what rounding can make of 0: see factored in solvers.py. The bound is
+ * relative to the diagonal entry before x x' was subtracted: what is left after may be rounding. */
 APART void factor_tile(Block *b, int64_t J) {
     lanes C[T][T], root, *at = tile(b, J, J);
     EACH(j, 0, T) {
         int64_t row = T * J + j;
-        lanes least = b->noise[row] + 64 * EPSILON * (weighted(b, row, row) + b->own[row]);
+        lanes rounding = b->noise[row] + 64 * EPSILON * (weighted(b, row, row) + b->own[row]);
         EACH(i, j, T) C[i][j] = at[T * j + i];
         EACH(k, 0, j) EACH(i, j, T) C[i][j] -= C[i][k] * C[j][k];
         EACH(l, 0, LANES) root[l] = __builtin_sqrt(C[j][j][l]);
         C[j][j] = 1 / root;
-        b->regular &= least * C[j][j] * C[j][j] < 1;
+        b->regular &= rounding * C[j][j] * C[j][j] < 1;
         EACH(i, j + 1, T) C[i][j] *= C[j][j];
         EACH(i, j, T) at[T * j + i] = C[i][j];
     }
 }
 
-/* Bring tile (I, J) forward by the panels' tiles first .. last - 1. */
+/* Update tile (I, J) by the products of tiles first .. last - 1 of panels I and J. */
 INLINE void update(const Block *b, int64_t I, int64_t J, int64_t first, int64_t last) {
     lanes C[T][T], *at = tile(b, I, J), *D = tile(b, J, J);
     if (first == 0) build(C, b, I, J);
     else EACH(j, 0, T) EACH(i, 0, T) C[i][j] = at[T * j + i];
-    subtract(C, tile(b, I, first), tile(b, J, first), T * (least(J, last) - first));
-    if (J < least(I, last)) EACH(j, 0, T) EACH(i, 0, T) {
+    subtract(C, tile(b, I, first), tile(b, J, first), T * (min64(J, last) - first));
+    if (J < min64(I, last)) EACH(j, 0, T) EACH(i, 0, T) {
         EACH(k, 0, j) C[i][j] -= C[i][k] * D[T * k + j];
         C[i][j] *= D[T * j + j];
     }
@@ -131,7 +123,7 @@ static void factor(Block *b) {
     for (int64_t first = 0; first < b->panels; first += BLOCK)
         for (int64_t left = first; left < b->panels; left += BLOCK)
             for (int64_t I = left; I < b->panels; I++) {
-                for (int64_t J = left; J < least(I + 1, left + BLOCK); J++)
+                for (int64_t J = left; J < min64(I + 1, left + BLOCK); J++)
                     update(b, I, J, first, first + BLOCK);
                 if (I < first + BLOCK) factor_tile(b, I);
             }
@@ -201,7 +193,7 @@ static void multiply(const Task *t, int64_t unit) {
 
 static void factor_block(Block *b, const Task *t) {
     EACH(l, 0, LANES)
-        b->K[l] = t->K + t->n * t->n * (least(b->first + l, t->u - 1) / t->group);
+        b->K[l] = t->K + t->n * t->n * (min64(b->first + l, t->u - 1) / t->group);
     gather(b->v, b, t->v + b->first * t->n, 1, 1);
     gather(b->own, b, t->own + b->first * t->n, 1, 1);
     gather(b->x, b, t->x + b->first * t->n, 1, 1);
@@ -214,7 +206,7 @@ static void factor_block(Block *b, const Task *t) {
 
 static void solve_block(Block *b, const Task *t) {
     int64_t column = 0;
-    b->units = least(LANES, t->u - b->first);
+    b->units = min64(LANES, t->u - b->first);
     if (t->L) b->L = (lanes *)t->L + b->first / LANES * above(b->panels);
     if (!t->known) factor_block(b, t);
     for (int64_t l = 0; l < b->units; l++) b->regular[l] = t->regular[b->first + l];
@@ -224,7 +216,7 @@ static void solve_block(Block *b, const Task *t) {
         for (int64_t l = 0; l < b->units; l++) multiply(t, b->first + l);
 }
 
-/* What every thread runs until no units are left; one without memory leaves them to the others. */
+/* Run by every thread until no units are left; one that gets no memory returns at once. */
 void solve_grams(Task *t) {
     int64_t panels = (t->n + T - 1) / T, rows = T * panels, L = t->L ? 0 : above(panels);
     lanes *memory = aligned_alloc(sizeof(lanes), (6 * rows + L + 1) * sizeof(lanes));

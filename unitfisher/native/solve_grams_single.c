@@ -1,4 +1,4 @@
-/* The same in single precision: twice the units to a vector, for half the time of a factor. */
+/* The same in single precision: a vector holds twice the units, so a factor takes half the time. */
 
 #define SINGLE
 #include "solve_grams.c"

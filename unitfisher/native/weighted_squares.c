@@ -1,34 +1,29 @@
 /* Sum w² (a - o)(a - o)' and w² (a - o) over cases, each of many units u with its own w and o.
  *
- * Single precision where it is exact enough: rows w (a - o) are formed from the difference, and
- * products add up in it over at most ROWS cases; then they go on in double precision. What a unit
- * needs at a time, ROWS cases and its sums, stays in the cache.
+ * Rows w (a - o) and the sums over up to ROWS of them are in single precision, which is exact
+ * enough there; these sums are added up in double precision. The ROWS cases and the sums that a
+ * unit needs at a time stay in the cache.
  *
- * Rows stand in panels of WIDTH columns, row after row, so that a product of two panels reads two
- * contiguous streams. What WIDTH does not divide is filled up with zeros.
+ * Rows lie in panels of WIDTH columns, row after row, so that a product of two panels reads two
+ * contiguous streams. Sizes that WIDTH does not divide are padded with zeros.
  */
 
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels.h"
+
 /* A tile of T rows by WIDTH columns, a row of the panel and an entry fill the registers. */
-#if defined __AVX512F__
-enum { LANES = 16 };
-#elif defined __AVX__
-enum { LANES = 8 };
-#else
-enum { LANES = 4 };
-#endif
+enum { LANES = BYTES / sizeof(float) };
 enum { T = 4, VECTORS = 3, WIDTH = VECTORS * LANES, ROWS = 64 };
 
-typedef float lanes __attribute__((vector_size(4 * LANES)));
+typedef float lanes __attribute__((vector_size(BYTES)));
 
 typedef struct { /* as in scatter.py */
     const float *a, *w, *origin;
-    const double *scale; /* of a unit's w² */
+    const double *scale; /* of each unit's w² */
     double *first, *second;
-    int64_t u, n, d, group, own, taken; /* units that share a; does each have an origin? */
+    int64_t u, n, d, group, own, taken; /* group: units that share a; own: each has an origin */
 } Task;
 
 typedef struct {
@@ -38,10 +33,6 @@ typedef struct {
     int64_t columns;
 } Sums;
 
-#define INLINE static inline __attribute__((always_inline))
-#define EACH(i, start, end) _Pragma("GCC unroll 8") for (int i = start; i < (end); i++)
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE float *panel(const Sums *s, int64_t J) { return (float *)(s->X + J * ROWS * VECTORS); }
 
 /* C += A' B, T columns of one panel with all of another */
@@ -56,7 +47,7 @@ INLINE void add_tile(double *C, int64_t columns, const float *A, const lanes *B,
     }
 }
 
-/* Take up to ROWS cases that weigh anything, from `n` on; return how many. */
+/* Load up to ROWS cases of nonzero weight, from `n` on; return how many. */
 static int64_t take(Sums *s, const Task *t, const float *a, const float *w, const float *o,
                     int64_t *n) {
     int64_t rows = 0;
@@ -65,7 +56,7 @@ static int64_t take(Sums *s, const Task *t, const float *a, const float *w, cons
         const float *case_n = a + *n * t->d;
         for (int64_t j = 0; j < t->d; j += WIDTH) {
             float *x = panel(s, j / WIDTH) + rows * WIDTH;
-            int64_t width = least(WIDTH, t->d - j);
+            int64_t width = min64(WIDTH, t->d - j);
             for (int64_t l = 0; l < width; l++) x[l] = w[*n] * (case_n[j + l] - o[j + l]);
         }
         s->w[rows++] = w[*n];
@@ -86,7 +77,7 @@ static void add_rows(Sums *s, int64_t d, int64_t rows) {
     }
 }
 
-/* Both triangles of the sums, of which the lower was formed. */
+/* Store both triangles of the sums, of which only the lower was computed. */
 static void give(const Sums *s, const Task *t, int64_t u) {
     double *second = t->second + u * t->d * t->d, scale = t->scale[u];
     for (int64_t i = 0; i < t->d; i++) t->first[u * t->d + i] = scale * s->first[i];
@@ -106,7 +97,7 @@ static void add_unit(Sums *s, const Task *t, int64_t u) {
     give(s, t, u);
 }
 
-/* What every thread runs until no units are left; one without memory leaves them to the others. */
+/* Run by every thread until no units are left; one that gets no memory returns at once. */
 void weighted_squares(Task *t) {
     int64_t panels = (t->d + WIDTH - 1) / WIDTH, columns = panels * WIDTH;
     int64_t X = ROWS * columns * sizeof(float), sums = (columns + 1) * columns * sizeof(double);
