@@ -21,7 +21,7 @@ from unitfisher.experiments.panels import panels
 
 def draw() -> Figure:
     """Per layer: share of units whose variance of changes is at most x."""
-    summary = Summary.read("mnist")
+    summary = Summary.read("mnist").at_one_rate()
     changes = summary.changes
     layers = sorted(changes["layer"].unique())
     figure, axes = panels(2, -(-len(layers) // 2), 1.5, sharex="all", sharey="all")

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from summary import TRAINING_LOSS, Summary
 
-from unitfisher.experiments import ACTIVATIONS, plotting, scripts
+from unitfisher.experiments import plotting, scripts
 from unitfisher.experiments.panels import panels
 
 ERRORS = {
@@ -58,7 +58,7 @@ def _medians(summary: Summary, rate: float, value: str) -> pd.DataFrame:
 def _name_diverged(ax: Axes, summary: Summary, rate: float) -> None:
     lost = summary.diverged[summary.diverged["rate"] == rate]
     names = [
-        f"{ACTIVATIONS[str(name)].label} ({seeds} of {summary.seeds})"
+        f"{plotting.label(str(name))} ({seeds} of {summary.seeds})"
         for name, seeds in lost["activation"].value_counts(sort=False).items()
     ]
     if names:

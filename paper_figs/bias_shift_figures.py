@@ -21,32 +21,24 @@ Names = Annotated[
 ]
 
 
-def chosen_rate(summary: Summary) -> float:
-    """The largest rate at which every network stayed finite, or the smallest."""
-    rates = set(summary.training["rate"])
-    return max(rates - set(summary.diverged["rate"]), default=min(rates))
-
-
-def receiving(summary: Summary, rate: float) -> pd.DataFrame:
+def receiving(summary: Summary) -> pd.DataFrame:
     """The layers that receive activations: all but the first, with the angle in degrees."""
-    layers = summary.layers[summary.layers["rate"] == rate]
+    layers = summary.layers
     after = layers[layers["layer"] != layers["layer"].iloc[0]]
     return after.assign(angle=plotting.degrees(after["cosine"]))
 
 
-def foot(found: Mapping[str, Summary], rate: float) -> str:
+def foot(found: Mapping[str, Summary]) -> str:
     """The caption: what is averaged over which units, and where the damping makes most of s."""
     first = next(iter(found.values()))
-    several = len(first.training["rate"].unique()) > 1
-    notes = [*together(found), *([f"shown: rate {rate:g}"] if several else [])]
     units = f"layers after the first, mean or median over {first.config['units']} units of each"
-    return "; ".join([*notes, units, first.spread, *_mostly_damped(found.values(), rate)])
+    return "; ".join([*together(found), units, first.spread, *_mostly_damped(found.values())])
 
 
-def _mostly_damped(summaries: Iterable[Summary], rate: float) -> Iterator[str]:
+def _mostly_damped(summaries: Iterable[Summary]) -> Iterator[str]:
     """Name the dampings that make most of s, for some activation at some time."""
     shares = [
-        receiving(s, rate).groupby(["damping", "activation", s.time])["damping_share"].mean()
+        receiving(s).groupby(["damping", "activation", s.time])["damping_share"].mean()
         for s in summaries
     ]
     most = pd.concat(shares).groupby("damping").max().sort_index(ascending=False)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 import style
-from bias_shift_figures import chosen_rate, foot, main, receiving
+from bias_shift_figures import foot, main, receiving
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from summary import Summary, with_and_without_norm
@@ -39,8 +39,7 @@ def draw(name: str) -> Figure:
     """Quantities without damping in the top row; below, a column for each damping."""
     found = with_and_without_norm(name)
     first = next(iter(found.values()))
-    rate = chosen_rate(first)
-    layers = {norm: receiving(summary, rate) for norm, summary in found.items()}
+    layers = {norm: receiving(summary) for norm, summary in found.items()}
     dampings = sorted(first.layers["damping"].unique(), reverse=True)
     columns = max(len(FREE), len(dampings))
     figure, axes = panels(1 + len(DAMPED), columns, 1.2, width=PAGE, sharex="all")
@@ -60,7 +59,7 @@ def draw(name: str) -> Figure:
     for ax in axes[-1]:
         _measured(ax, first)
     kinds = style.entries(style.NORMS) if len(found) > 1 else []
-    return style.finish(figure, lines, foot(found, rate), kinds)
+    return style.finish(figure, lines, foot(found), kinds)
 
 
 def _over_time(

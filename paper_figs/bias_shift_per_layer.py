@@ -4,7 +4,7 @@ python paper_figs/bias_shift_per_layer.py mnist cifar100-11
 """
 
 import style
-from bias_shift_figures import chosen_rate, foot, main, receiving
+from bias_shift_figures import foot, main, receiving
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from summary import with_and_without_norm
@@ -23,7 +23,6 @@ def draw(name: str) -> Figure:
     """A column for each time: before training, in its middle (on a log scale), after it."""
     found = with_and_without_norm(name)
     first = next(iter(found.values()))
-    rate = chosen_rate(first)
     dampings = sorted(first.layers["damping"].unique())
     damping = dampings[len(dampings) // 2]
     times = sorted(first.layers[first.time].unique())
@@ -31,7 +30,7 @@ def draw(name: str) -> Figure:
     figure, axes = panels(len(VALUES), len(chosen), 1.4, sharex="all", sharey="row")
     lines: plotting.Lines = {}
     for norm, summary in found.items():
-        layers = receiving(summary, rate)
+        layers = receiving(summary)
         order = {layer: n for n, layer in enumerate(layers["layer"].unique(), start=2)}
         layers = layers[layers["damping"] == damping].assign(place=layers["layer"].map(order))
         for row, value in zip(axes, VALUES, strict=True):
@@ -49,7 +48,7 @@ def draw(name: str) -> Figure:
         ax.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         ax.set_xlabel("layer")
     kinds = style.entries(style.NORMS) if len(found) > 1 else []
-    note = f"angle at damping {damping:g}; {foot(found, rate)}"
+    note = f"angle at damping {damping:g}; {foot(found)}"
     return style.finish(figure, lines, note, kinds)
 
 

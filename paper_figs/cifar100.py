@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from summary import TRAINING_LOSS, Summary
 
-from unitfisher.experiments import ACTIVATIONS, plotting, scripts
+from unitfisher.experiments import plotting, scripts
 from unitfisher.experiments.panels import panels
 
 VALUES = {"train_loss": "training loss\n(cross-entropy, nats)", "test_error": "test error (%)"}
@@ -25,7 +25,7 @@ QUARTERS = {
 
 def draw(name: str = "cifar100-11") -> Figure:
     """Loss above, error below: the whole training, its first and its last quarter."""
-    summary = Summary.read(name)
+    summary = Summary.read(name).at_one_rate()
     figure, axes = panels(2, 3, 1.6)
     for row, (value, label) in zip(axes, VALUES.items(), strict=True):
         for ax, (start, stop) in zip(row, QUARTERS.values(), strict=True):
@@ -57,7 +57,7 @@ def _published(ax: Axes, summary: Summary) -> list[str]:
     dataset, network = summary.config["dataset"], summary.config["network"]
     same = [r for r in style.published()["cifar"] if r.get("network") == network]
     rows = [r for r in same if dataset in r and "iterations" in r]
-    said = [f"{ACTIVATIONS[r['activation']].label} {r[dataset]:.2f}" for r in rows]
+    said = [f"{plotting.label(r['activation'])} {r[dataset]:.2f}" for r in rows]
     if not rows:
         return []
     after = rows[0]["iterations"]

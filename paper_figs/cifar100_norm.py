@@ -16,7 +16,7 @@ from cifar100 import VALUES
 from matplotlib.figure import Figure
 from summary import NORMS, TRAINING_LOSS, Summary, together, with_and_without_norm
 
-from unitfisher.experiments import ACTIVATIONS, plotting, scripts
+from unitfisher.experiments import plotting, scripts
 from unitfisher.experiments.panels import panels
 
 
@@ -35,7 +35,7 @@ def draw(name: str = "cifar100-11") -> Figure:
                 lines = plotting.plot_over(ax, shown, value, x="iteration", style=look) | lines
         row[0].set_ylabel(label)
     for ax, other in zip(axes[0], others, strict=False):
-        ax.set_title(f"ELU, {ACTIVATIONS[other].label}")
+        ax.set_title(f"ELU, {plotting.label(other)}")
     for ax in axes[-1]:
         style.count(ax, "iteration")
     notes = [*together(found), *(f"{norm}: not recorded" for norm in NORMS if norm not in found)]

@@ -18,7 +18,7 @@ import summary
 from matplotlib.figure import Figure
 from summary import Summary
 
-from unitfisher.experiments import ACTIVATIONS, plotting, scripts
+from unitfisher.experiments import plotting, scripts
 from unitfisher.experiments.markdown import markdown_table, spread
 from unitfisher.experiments.panels import FOOT as FONT
 from unitfisher.experiments.panels import PAGE, panels
@@ -45,7 +45,7 @@ class Kind(NamedTuple):
     def label(self) -> str:
         norm = "" if self.norm == "none" else f", {self.norm} norm"
         network = NETWORKS.get(self.network, self.network)
-        return f"{ACTIVATIONS[self.activation].label}, {network}{norm}"
+        return f"{plotting.label(self.activation)}, {network}{norm}"
 
 
 Errors = dict[str, str]  # by data set
@@ -109,7 +109,7 @@ def _recorded() -> list[Summary]:
 
 def _ours(recorded: Sequence[Summary]) -> dict[Kind, Errors]:
     ours: dict[Kind, Errors] = defaultdict(dict)
-    for s in recorded:
+    for s in (each.at_one_rate() for each in recorded):
         config, final = s.config, s.final
         for name in reversed(plotting.COLOURS):
             errors = final.loc[final["activation"] == name, "test_error"]
@@ -143,7 +143,8 @@ def _notes(recorded: Sequence[Summary]) -> Iterator[str]:
     published = style.published()
     yield f"test error in %; italics: published ({'; '.join(published['source'].values())})"
     yield from (f"{row['label']}: {row['note']}" for row in published["cifar"] if "note" in row)
-    yield from (f"ours, {s.name}: {s.conditions}{_sampled(s)}" for s in recorded)
+    shown = [s.at_one_rate() for s in recorded]
+    yield from (f"ours, {s.name}: {s.conditions}{_sampled(s)}" for s in shown)
     if not recorded:
         yield "none of ours is recorded yet"
 

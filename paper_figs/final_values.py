@@ -10,7 +10,7 @@ import pandas as pd
 import tyro
 from summary import TRAINING_LOSS, Summary
 
-from unitfisher.experiments import ACTIVATIONS, plotting, scripts
+from unitfisher.experiments import plotting, scripts
 from unitfisher.experiments.markdown import markdown_table, spread
 
 COLUMNS = {
@@ -37,7 +37,7 @@ def _rows(final: pd.DataFrame, shown: list[str]) -> Iterator[list[str]]:
     for name in plotting.COLOURS:
         of_activation = final[final["activation"] == name]
         for rate, networks in of_activation.groupby("rate"):
-            label = ACTIVATIONS[name].label
+            label = plotting.label(name)
             over_seeds = (spread(networks[v].mean(), networks[v].std()) for v in shown)
             yield [label, f"{rate:g}", *over_seeds]
 

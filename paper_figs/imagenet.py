@@ -22,7 +22,7 @@ VALUES = {
 
 def draw(name: str = "imagenet-15") -> Figure:
     """Loss, top-5 error, top-1 error, from left to right."""
-    summary = Summary.read(name)
+    summary = Summary.read(name).at_one_rate()
     figure, (axes,) = panels(1, 3, 2.1)
     for ax, (value, label) in zip(axes, VALUES.items(), strict=True):
         lines = plotting.plot_over(ax, summary.training, value, x="iteration")

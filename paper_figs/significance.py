@@ -7,7 +7,7 @@ import pandas as pd
 from scipy.stats import wilcoxon
 from summary import Summary
 
-from unitfisher.experiments import ACTIVATIONS, plotting
+from unitfisher.experiments import plotting
 
 PAIRS = 5  # fewer cannot reach 5 %, on the one side that is tested
 
@@ -40,7 +40,7 @@ def final_errors(summary: Summary) -> dict[str, pd.DataFrame]:
     """The networks' errors after training, by the label of their activation."""
     final = summary.final
     present = [name for name in plotting.COLOURS if (final["activation"] == name).any()]
-    return {ACTIVATIONS[name].label: final[final["activation"] == name] for name in present}
+    return {plotting.label(name): final[final["activation"] == name] for name in present}
 
 
 def told(lowest: str, errors: Mapping[str, pd.DataFrame]) -> str:

@@ -35,9 +35,9 @@ def summarise(name: str, folders: Sequence[Path], note: str = "") -> Summary:
 
     Raises:
         FileNotFoundError: There are none.
-        ValueError: They are not of one configuration.
+        ValueError: They are not of one configuration, or a network is among them twice.
     """
-    found = {file.parent for folder in folders for file in folder.rglob("config.json")}
+    found = {file.parent.resolve() for folder in folders for file in folder.rglob("config.json")}
     runs = sorted(run for run in found if all((run / table).is_dir() for table in RECORDED))
     if not runs:
         raise FileNotFoundError(f"no records below {', '.join(map(str, folders))}")
@@ -82,9 +82,13 @@ def _changes(activations: pd.DataFrame) -> pd.DataFrame:
 def _provenance(runs: Sequence[Path], training: pd.DataFrame) -> dict[str, Any]:
     made = [json.loads((run / "config.json").read_text()) for run in runs]
     config = {k: v for k, v in made[0]["config"].items() if k not in NETWORK}
+    networks: dict[tuple[Any, ...], Path] = {}
     for run, other in zip(runs, made, strict=True):
         if {k: v for k, v in other["config"].items() if k not in NETWORK} != config:
             raise ValueError(f"{run} was configured differently from {runs[0]}")
+        network = tuple(other["config"][key] for key in NETWORK)
+        if (twin := networks.setdefault(network, run)) != run:
+            raise ValueError(f"{run} and {twin} are of one network; leave one of them out")
     last = training.groupby(NETWORK)[[*WHEN, "seconds", "monitoring"]].last()
     names = dict.fromkeys(name for run in made for name in run["versions"])
     return {

@@ -6,7 +6,7 @@ normalisation is another, ``<preset>-bn``. summaries.py makes them.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from unitfisher.experiments.models import ACTIVATIONS, HE
+from unitfisher.experiments.models import HE
+from unitfisher.experiments.plotting import label
 from unitfisher.experiments.presets import PRESETS
 
 FOLDER = Path(__file__).parent / "tables"
@@ -72,8 +73,21 @@ class Summary:
 
     @property
     def time(self) -> Literal["epoch", "iteration"]:
-        """The column that this training is counted in."""
-        return "iteration" if self.config.get("iterations") else "epoch"
+        """The column that this training is counted in: one evaluation has one value."""
+        counted = self.config.get("iterations") or self.config.get("every")
+        return "iteration" if counted else "epoch"
+
+    @property
+    def rates(self) -> list[float]:
+        return sorted(self.training["rate"].unique(), reverse=True)
+
+    def at_one_rate(self, rate: float | None = None) -> "Summary":
+        """Return the networks of one rate: the largest at which all stayed finite, if not given."""
+        if rate not in self.rates:
+            rate = max(set(self.rates) - set(self.diverged["rate"]), default=min(self.rates))
+        tables = {part: getattr(self, part) for part in PARTS}
+        shown = {part: table[table["rate"] == rate] for part, table in tables.items()}
+        return replace(self, **shown, provenance=self.provenance | {"rates": self.rates})
 
     @property
     def done(self) -> int:
@@ -126,7 +140,7 @@ class Summary:
         return ", ".join([self._extent(), seeds, *absent, *self._losses()])
 
     def _settings(self) -> Iterator[str]:
-        config, rates = self.config, sorted(self.training["rate"].unique(), reverse=True)
+        config = self.config
         runs = [(width, len(list(same))) for width, same in groupby(config["hidden"])]
         hidden = "-".join(f"{n}×{width}" if n > 1 else str(width) for width, n in runs)
         yield config["dataset"]
@@ -139,7 +153,14 @@ class Summary:
         if config.get("weight_variance") not in (None, HE):
             yield f"initial variance {config['weight_variance']:.3g} / fan-in"
         yield f"batch {config['batch_size']}"
-        yield f"rate{'s' if len(rates) > 1 else ''} {', '.join(f'{rate:g}' for rate in rates)}"
+        shown = ", ".join(f"{rate:g}" for rate in self.rates)
+        others = [
+            f"{rate:g}" for rate in self.provenance.get("rates", []) if rate not in self.rates
+        ]
+        not_shown = f" (not shown: {', '.join(others)})" if others else ""
+        yield f"rate{'s' if len(self.rates) > 1 else ''} {shown}{not_shown}"
+        if config.get("precision", "float32") != "float32":
+            yield f"products in {config['precision']}"
         yield from (f"{said} {config[key]:g}" for key, said in UNLESS_ZERO.items() if config[key])
         if config.get("tested"):
             yield f"first {config['tested']:,} test cases"
@@ -148,7 +169,7 @@ class Summary:
         """Steps or epochs done, of those of the whole preset where these are more."""
         unit = f"{self.time}s"
         preset = PRESETS.get(self.name.removesuffix(NORMALISED))
-        whole = max(self.config[unit], (preset and getattr(preset, unit)) or 0)
+        whole = max(self.done, self.config[unit] or 0, (preset and getattr(preset, unit)) or 0)
         return (
             f"{self.done:,} {unit}" if self.done == whole else f"{self.done:,} of {whole:,} {unit}"
         )
@@ -157,7 +178,7 @@ class Summary:
         """For each rate: activations whose networks diverged, in how many seeds, and by when."""
         for rate, at in self.diverged.groupby("rate"):
             told = [
-                f"{ACTIVATIONS[str(name)].label} ({len(rows)} of {self.seeds} "
+                f"{label(str(name))} ({len(rows)} of {self.seeds} "
                 f"by {self.time} {rows[self.time].max():,})"
                 for name, rows in at.groupby("activation")
             ]
@@ -165,15 +186,17 @@ class Summary:
 
 
 def with_and_without_norm(name: str) -> dict[str, Summary]:
-    """Read a training without and with batch normalisation, by one of ``NORMS``.
+    """Read a training without and with batch normalisation, by ``NORMS``, both at one rate.
 
     Raises:
         FileNotFoundError: There are tables of neither.
     """
-    found, missing = {}, []
+    found: dict[str, Summary] = {}
+    missing = []
     for norm, tables in zip(NORMS, (name, name + NORMALISED), strict=True):
         try:
-            found[norm] = Summary.read(tables)
+            rate = next((s.rates[0] for s in found.values()), None)
+            found[norm] = Summary.read(tables).at_one_rate(rate)
         except FileNotFoundError as error:
             missing.append(error)
     if not found:

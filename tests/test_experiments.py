@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from urllib.error import URLError
 
@@ -19,6 +20,7 @@ from unitfisher.experiments import (
     probe,
     train,
 )
+from unitfisher.experiments.data import DamagedDataError
 from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.training import batches
 
@@ -76,6 +78,17 @@ def test_absent_mnist_without_a_network_says_what_to_copy_where(
 
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
     with pytest.raises(DataNotFoundError, match=r"copy its four \*-ubyte files to .*MNIST/raw"):
+        load("mnist", tmp_path)
+
+
+def test_labels_of_other_images_are_refused(tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 2), ("t10k", 3)):
+        for kind, sizes in (("images-idx3", (3, 28, 28)), ("labels-idx1", (count,))):
+            head = bytes([0, 0, 8, len(sizes)]) + b"".join(n.to_bytes(4, "big") for n in sizes)
+            (raw / f"{part}-{kind}-ubyte").write_bytes(head + bytes(prod(sizes)))
+    with pytest.raises(DamagedDataError, match=r"raw has 3 images and 2 labels for training"):
         load("mnist", tmp_path)
 
 

@@ -18,15 +18,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from unitfisher.experiments import DataNotFoundError, Dataset, whitening
-from unitfisher.experiments.images import (
-    Crops,
-    DamagedDataError,
-    augmented,
-    cropped,
-    draw_crops,
-    kept,
-    load_cifar,
-)
+from unitfisher.experiments.data import DamagedDataError
+from unitfisher.experiments.images import Crops, augmented, cropped, draw_crops, kept, load_cifar
 from unitfisher.experiments.whitening import Zca, contrast_normalised, whitened
 
 

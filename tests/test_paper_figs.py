@@ -153,6 +153,32 @@ def test_summaries_are_of_one_configuration(empty: Path) -> None:
         summarise("cifar100-11", [empty / "a", empty / "b"])
 
 
+def test_a_network_counts_once_in_one_folder_and_is_refused_in_two(empty: Path) -> None:
+    one, two = empty / "one", empty / "two"
+    for folder in (one, two):
+        record(folder, SHORT, (0, 100))
+    again = empty / "two" / ".." / "one"
+    assert summarise("twice", [one, again]).provenance["networks"] == 2
+    with pytest.raises(ValueError, match=r"two/\S+ and \S+one/\S+ are of one network"):
+        summarise("twins", [one, two])
+
+
+def test_figures_of_one_rate_show_the_largest_that_stayed_finite(empty: Path) -> None:
+    preset = replace(SHORT, rates=(0.1, 0.01, 0.001))
+    summary = made(empty, "cifar100-11", preset, (0, 100), [Member("elu", 0.1, 0)])
+    shown = summary.at_one_rate()
+    assert set(shown.training["rate"]) == set(shown.layers["rate"]) == {0.01}
+    assert "rate 0.01 (not shown: 0.1, 0.001)" in foot(cifar100.draw())
+
+
+def test_evaluations_within_an_epoch_are_counted_by_iterations(empty: Path) -> None:
+    preset = replace(PRESETS["mnist"], seeds=(0,), epochs=2, every=50, dampings=(0.1,))
+    summary = made(empty, "mnist", preset, (0, 50, 100))
+    assert summary.time == "iteration"
+    assert len(summary.final) == len(preset.activations)
+    assert mnist.draw().axes[0].get_xlabel() == "iteration"
+
+
 def test_summaries_need_records(empty: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no records below"):
         summarise("mnist", [empty])
@@ -352,7 +378,7 @@ def test_bias_shift_has_a_column_per_damping() -> None:
     k = next(ax for ax in figure.axes if ax.get_ylabel() == "k")
     assert k.get_title(loc="right") == "damping 0.1"
     assert figure.axes[-1].get_xlabel() == "epoch"
-    assert "shown: rate 0.001" in foot(figure)  # none diverged there
+    assert "rate 0.001 (not shown: 0.01)" in foot(figure)  # none diverged there
 
 
 def test_bias_shift_with_and_without_norm_stand_together() -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from unitfisher.experiments import DataNotFoundError, photographs, streams
-from unitfisher.experiments.images import Batch, DamagedDataError, Files, draw_crops
+from unitfisher.experiments.data import DamagedDataError
+from unitfisher.experiments.images import Batch, Files, draw_crops
 from unitfisher.experiments.photographs import Photographs, PhotographSets, load_photographs
 from unitfisher.experiments.ranks import Ranks
 from unitfisher.experiments.streams import Stream

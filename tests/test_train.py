@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -21,7 +22,8 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from unitfisher.experiments import Dataset, scripts
-from unitfisher.experiments.images import DamagedDataError
+from unitfisher.experiments.data import DamagedDataError
+from unitfisher.experiments.losses import DivergedError
 from unitfisher.experiments.photographs import PhotographSets
 from unitfisher.experiments.presets import PRESETS, Preset
 from unitfisher.experiments.sources import Held
@@ -333,11 +335,35 @@ def test_the_end_says_how_fast_it_was_and_what_the_monitors_took(
     assert re.search(r"2 networks, 6 steps in \d+ s: .* steps/s; Monitors .*% of the time", said)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+def test_a_record_that_lost_rows_is_named(tmp_path: Path) -> None:
+    given = [*TINY.split(), "--out", str(tmp_path)]
+    assert train.main(*train.parse(given)) == 0
+    shutil.rmtree(tmp_path / "elu-lr0.01-s0" / "training")
+    with pytest.raises(DamagedDataError, match=r"elu-lr0.01-s0 has 0 of the 3 rows of 'training'"):
+        train.main(*train.parse([*given, "--resume"]))
+
+
+def test_a_resumed_training_computes_in_the_same_precision(tmp_path: Path) -> None:
+    given = [*TINY.split(), "--out", str(tmp_path)]
+    assert train.main(*train.parse(given)) == 0
+    with pytest.raises(ValueError, match="another configuration: precision"):
+        train.main(*train.parse([*given, "--resume", "--precision", "bfloat16"]))
+
+
+def test_a_training_that_diverged_before_its_first_checkpoint_says_that_there_is_none(
+    tmp_path: Path,
+) -> None:
+    given = [*TINY.split(), "--rates", "1e38", "--out", str(tmp_path)]
+    with pytest.raises(DivergedError, match="no checkpoint was kept"):
+        train.main(*train.parse(given))
+
+
+@pytest.mark.parametrize("left", [0, 1000, 20_000])
+def test_a_damaged_checkpoint_is_named(left: int, tmp_path: Path) -> None:
     given = [*TINY.split(), "--out", str(tmp_path)]
     assert train.main(*train.parse(given)) == 0
     checkpoint = tmp_path / "checkpoint.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    checkpoint.write_bytes(checkpoint.read_bytes()[:left])
     with pytest.raises(DamagedDataError, match=r"checkpoint.pt cannot be read .*delete"):
         train.main(*train.parse([*given, "--resume"]))
 
@@ -351,6 +377,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         ("--network cifar11 --hidden", "cifar11 takes cifar-10, .* not --dataset digits"),
         ("--network timm:vit --hidden --dataset cifar-10 --weight-variance None", "timm"),
         ("--rates 0.1 -1", r"--rates 0.1 -1.0, but must be above 0"),
+        ("--seeds 99999999999", r"--seeds 99999999999, but must be 0 or more and below 2\*\*31"),
         ("--dampings -1", r"--dampings -1.0, but must be 0 or more"),
         ("--checkpoint-every -1", r"--checkpoint-every -1.0, but must be 0 or more"),
     ],

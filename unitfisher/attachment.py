@@ -1,4 +1,4 @@
-"""What a Monitor may be attached to, and observe."""
+"""Checks of the model and layers that a Monitor is attached to, and warnings about them."""
 
 import warnings
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from unitfisher.live import STANDING
 
 
 class TiedWeightsWarning(UserWarning):
-    """Observed layers whose weight other modules use, too."""
+    """An observed layer shares its weight with other modules."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """See through DataParallel and DistributedDataParallel.
+    """Return the module inside DataParallel or DistributedDataParallel; any other as it is.
 
     Raises:
-        LayerSelectionError: It is no module, or compiled: a compiled model calls no hooks.
+        LayerSelectionError: The argument is not a module, or is compiled: that calls no hooks.
     """
     if not isinstance(model, nn.Module):
         raise LayerSelectionError(f"attach to an nn.Module, not to a {type(model).__name__}")
@@ -45,16 +45,16 @@ def sample_units(
 ) -> dict[str, Tensor]:
     if units is None:
         return {}
-    chance = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     sampled = {}
     for name, layer in layers.items():
         count = weight_shape(layer)[0]
-        sampled[name] = torch.randperm(count, generator=chance)[:units].sort().values
+        sampled[name] = torch.randperm(count, generator=generator)[:units].sort().values
     return sampled
 
 
 def require_unobserved(chosen: Mapping[str, nn.Module]) -> None:
-    """Refuse layers that another Monitor observes, whichever module that one stands on."""
+    """Refuse layers that another Monitor observes, to whichever module that one is attached."""
     observed = {layer for live in STANDING for layer in live.layers.values()}
     twice = [name for name, layer in chosen.items() if layer in observed]
     if twice:
@@ -65,7 +65,7 @@ def require_unobserved(chosen: Mapping[str, nn.Module]) -> None:
 
 
 def require_told_apart(chosen: Mapping[str, nn.Module], record: object) -> None:
-    """Refuse a run in which layers of the same names are written: rows tell only names."""
+    """Refuse a run to which another Monitor writes layers of the same names."""
     written = {name for live in STANDING if live.run and live.run is record for name in live.layers}
     if both := [name for name in chosen if name in written]:
         raise LayerSelectionError(
@@ -75,7 +75,7 @@ def require_told_apart(chosen: Mapping[str, nn.Module], record: object) -> None:
 
 
 def name_tied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    """Say which layers share their weight with other modules: a Fisher is of one layer's calls."""
+    """Warn of layers that share their weight with others: only their own calls are measured."""
     owners: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter, []).append(name)
@@ -85,10 +85,11 @@ def name_tied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     ]
     if tied:
         warnings.warn(
-            f"one parameter is {'; '.join(' and '.join(names) for names in tied)}: each layer is "
-            f"measured by its own calls, as if its weight were its own, while .grad, and what "
-            f"natural_gradient() makes of it, is of all uses together. measure(x, targets=y) takes "
-            f"each layer's own part of the gradient",
+            f"these names share one parameter: "
+            f"{'; '.join(' and '.join(names) for names in tied)}. Each layer is measured by its "
+            f"own calls, as if the weight were not shared, while .grad, from which "
+            f"natural_gradient() is computed, is the sum over all uses. measure(x, targets=y) "
+            f"computes each layer's own part of the gradient",
             TiedWeightsWarning,
             stacklevel=3,
         )
@@ -100,7 +101,7 @@ def _kind(layer: nn.Module) -> str:
 
 
 def name_uncovered(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    """Say once which modules with parameters are not observed, and what to do about it."""
+    """Warn which modules with parameters are not observed, and what to do about it."""
     left = {n: m for n, m in parametric(model) if n not in chosen}
     if left:
         by_kind: dict[str, list[str]] = {}
@@ -109,8 +110,8 @@ def name_uncovered(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
         named = "; ".join(f"{kind} {', '.join(names)}" for kind, names in by_kind.items())
         kinds = ", ".join(sorted({_kind(m) for m in chosen.values()}))
         warnings.warn(
-            f"not observed, having no form as units over shared inputs: {named}. To leave them "
-            f"out without this note name the layers to observe: layers=({kinds},). {PER_SAMPLE}",
+            f"not observed, having no form as units over shared inputs: {named}. To leave them out "
+            f"without this warning, name the layers to observe: layers=({kinds},). {PER_SAMPLE}",
             UncoveredLayersWarning,
             stacklevel=3,
         )

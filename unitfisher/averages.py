@@ -1,4 +1,4 @@
-"""Mean and variance of what is given over cases, in one pass: by a kernel in C, or in torch."""
+"""Mean and variance over cases in one pass over the data: by a kernel in C, or in torch."""
 
 import ctypes
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ CACHED = 2**22  # bytes: larger pieces leave the cache between two operations
 
 
 class Average(NamedTuple):
-    """Over samples and positions."""
+    """Averages over samples and positions."""
 
     mean: Float64[Tensor, "g u"]
     var: Float64[Tensor, "g u"]  # population variance
 
 
 class Task(native.Task):
-    """As in averages.c."""
+    """The struct Task of averages.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("y", "mean", "var")),
@@ -32,7 +32,7 @@ class Task(native.Task):
 
 
 def averages(y: Float[Tensor, "g n t u"]) -> Average:
-    """Average each of u numbers in g groups over n samples of t positions."""
+    """Return mean and variance of u numbers in g groups over n samples of t positions."""
     kernel = native.kernel("averages", y, dtype=torch.float32)
     if kernel is None or not y.numel():
         return _by_torch(y if y.dtype == torch.float64 else y.float())
@@ -40,7 +40,7 @@ def averages(y: Float[Tensor, "g n t u"]) -> Average:
 
 
 def pieces(y: Float[Tensor, "g n ..."]) -> Iterator[slice]:
-    """Part the samples so that on a CPU what is made of a piece stays in the cache."""
+    """Split the samples into slices; on a CPU the temporaries of a slice stay in the cache."""
     count, case = y.shape[1], max(1, y[:, :1].nbytes)
     piece = max(1, (CACHED if y.device.type == "cpu" else workspace()) // case)
     return (slice(start, start + piece) for start in range(0, count, piece))
@@ -57,7 +57,8 @@ def _by_kernel(kernel: Kernel, y: Float[Tensor, "g n t u"]) -> Average:
 
 
 def _by_torch(y: Float[Tensor, "g n t u"]) -> Average:
-    first, count = y[:, :1, :1], y.shape[1] * y.shape[2]  # about it, or a large mean loses digits
+    first, count = y[:, :1, :1], y.shape[1] * y.shape[2]
+    # sums are about the first case: about 0, a large mean would lose digits
     total = squares = torch.zeros((), dtype=torch.float64, device=y.device)
     for piece in pieces(y):
         about = y[:, piece] - first

@@ -1,6 +1,6 @@
-"""From the model's output back to the units: δ = ∂ ln p(y | z) / ∂net, for column after column.
+"""Backpropagation of columns from the model's output to the units: δ = ∂ ln p(y | z) / ∂net.
 
-Several at once go through one backward pass of the graph that the forward pass has built.
+Several columns share one backward pass through the graph that the forward pass has built.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,14 +27,14 @@ class Backward:
 
     output: Tensor
     edges: Sequence[GradientEdge]  # where ∂/∂net arrives
-    half: bool = False  # do float16 numbers lie between?
+    half: bool = False  # does the graph contain float16 tensors?
 
     def send_all_back(self, blocks: Iterator[Float[Tensor, "r n t y"]]) -> Iterator[Grads]:
-        """Send block after block of columns back, together where the graph allows it.
+        """Send blocks of columns back, the columns of a block together where the graph allows it.
 
-        Operations that a stack of columns does not know are vmapped; those without a batching rule
-        (checkpointed segments, custom functions) take their columns one by one, with the same
-        result.
+        A block goes as a `Stack`; if the graph has operations without a rule for that, through
+        ``vmap``; if some have no batching rule either (checkpointed segments, custom functions),
+        column by column. The result is the same. What failed once is not tried again.
         """
         ways = [_stacked, _vmapped]
         for block in blocks:
@@ -42,17 +42,17 @@ class Backward:
                 try:
                     yield self._send(ways[0], block)
                     break
-                except Exception:  # whatever a custom function does with what is no plain tensor
+                except Exception:  # a custom function may raise anything on a tensor subclass
                     ways.pop(0)
             else:
                 for column in block.split(1):
                     yield self.send_back(column)
 
     def send_back(self, column: Float[Tensor, "1 n t y"]) -> Grads:
-        """Return ∂/∂net at each edge, (1, *net.shape); None where the output does not depend.
+        """Return δ at each edge, (1, *net.shape); None where the output does not depend on it.
 
         Raises:
-            OutputError: The graph cannot be gone through by parts (reentrant checkpointing).
+            OutputError: Reentrant checkpointing, which has no gradients at inner edges.
         """
         try:
             return self._send(_alone, column)
@@ -66,13 +66,13 @@ class Backward:
             ) from error
         except Exception as error:
             error.add_note(
-                "This backward function was called by unitfisher, which sends errors back before "
-                "the training does: one that works only once cannot be measured through."
+                "unitfisher called this backward function, before the training does: a function "
+                "whose backward works only once cannot be measured through."
             )
             raise
 
     def _send(self, way: Send, block: Float[Tensor, "r n t y"]) -> Grads:
-        """Send columns as large as half precision takes them; small ones would become zero."""
+        """Send a block back; through float16 scaled to at most 1, or small entries become zero."""
         if not self.half:
             return way(self.output, self.edges, block)
         _, exponent = block.abs().amax().frexp()
@@ -112,7 +112,7 @@ def _cotangent(output: Tensor, column: Float[Tensor, "r n t y"]) -> Tensor:
 
 
 def bytes_of_column(z: Output, seen: Seen, estimator: Estimator) -> int:
-    """What a column takes on its way: its root, gradients at the layers and between, squares."""
+    """Return the bytes that a column needs: its root, gradients at and between layers, squares."""
     roots = z if estimator.fisher == "rademacher" else z[:, :1]
     item, largest = z.element_size(), seen.largest
     return (
@@ -123,9 +123,9 @@ def bytes_of_column(z: Output, seen: Seen, estimator: Estimator) -> int:
 
 
 def columns_together(output: Tensor, column: int, convolutional: bool) -> int:
-    """How many columns of so many bytes to send back at once.
+    """Return how many columns, of ``column`` bytes each, to send back at once.
 
-    On a CPU a convolution's batched backward leaves the cache and loses to a loop.
+    On a CPU a convolution's batched backward leaves the cache and is slower than a loop.
     """
     if convolutional and output.device.type == "cpu":
         return 1

@@ -1,4 +1,4 @@
-"""The calls of the layers in one forward pass: what went in, what came out, where errors arrive."""
+"""The calls of the layers in one forward pass: inputs, outputs, and where errors arrive."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,14 +21,14 @@ class Call:
     layer: str
     module: nn.Module
     x: Tensor  # as the layer received it
-    version: int  # of that tensor: a later change in place would be seen
-    y: Tensor  # the preactivations, as long as no nonlinearity changes them
+    version: int  # of x: a later in-place change raises it
+    y: Tensor  # the preactivations, until a nonlinearity changes them in place
     y_version: int
     edge: GradientEdge | None  # where ∂/∂net arrives; None when no graph is built
     nonlinearity: str | None = None
-    output: ReferenceType[Tensor] | None = None  # what was taken; None: no operation has followed
-    lasting: Tensor | None = None  # the same, where nothing will change it: averaged when asked for
-    taken: Taken | None = None
+    output: ReferenceType[Tensor] | None = None  # the tensor that was taken; None: none yet
+    lasting: Tensor | None = None  # the same, if nothing will change it: averaged on demand
+    taken: Taken | None = None  # its values, or their averages
 
     @property
     def shape(self) -> torch.Size:
@@ -39,21 +39,21 @@ class Call:
         return self.x.detach()
 
     def take(self, y: Tensor, nonlinearity: str | None = None, *, lasting: bool = False) -> None:
-        """Take the units' outputs as they are now; copies, unless nothing will change them."""
+        """Take the units' outputs, copied unless ``lasting``, when nothing will change them."""
         self.nonlinearity, self.output = nonlinearity, ref(y)
         self.lasting = y if lasting else None
         self.taken = None if lasting else self._taken(y, copied=True)
 
     def lose(self) -> None:
-        """Take nothing: what the units put out cannot be told."""
+        """Take NaN for outputs, as the units' outputs cannot be determined."""
         self.take(torch.full_like(self.y, torch.nan))
 
     def settled(self) -> Taken:
-        """Return what was taken; the preactivations if nothing was."""
+        """Return the outputs taken; the preactivations if none were."""
         if self.output is None:
             if version_of(self.y) == self.y_version:
                 self.take(self.y, lasting=True)
-            else:  # changed by what no function mode sees
+            else:  # changed in place, unseen by function modes
                 self.lose()
         if self.lasting is not None:
             self.taken, self.lasting = self._taken(self.lasting, copied=False), None
@@ -74,7 +74,7 @@ class Call:
 
 
 class Unfit(NamedTuple):
-    """Of which kind a layer is, and why a call of it cannot be observed."""
+    """A layer's kind, and the reason why its call cannot be observed."""
 
     kind: str
     why: str
@@ -85,12 +85,16 @@ class Seen:
     """The calls of one forward pass, in order."""
 
     calls: list[Call] = field(default_factory=list)
-    unfit: dict[str, Unfit] = field(default_factory=dict)  # layers that cannot be observed in it
-    retained: list[Tensor] = field(default_factory=list)  # on which forward called retain_grad
-    row: list[Tensor] = field(default_factory=list)  # see `Chain`: what each layer's output became
+    unfit: dict[str, Unfit] = field(
+        default_factory=dict
+    )  # layers that cannot be observed in this pass
+    retained: list[Tensor] = field(
+        default_factory=list
+    )  # tensors on which forward called retain_grad
+    row: list[Tensor] = field(default_factory=list)  # in a `Chain`: what the next layer received
 
     def forget_gradients(self) -> None:
-        """Take back what sending errors through the graph has left on retained tensors."""
+        """Clear the ``.grad`` that sending errors back has left on retained tensors."""
         for tensor in self.retained:
             tensor.grad = None
 
@@ -102,7 +106,7 @@ class Seen:
 
     @property
     def numbers(self) -> list[Tensor]:
-        """What went into each layer and what came out."""
+        """Input and output of each call, one after the other."""
         return [x for call in self.calls for x in (call.activations, call.y.detach())]
 
     def fault(self) -> str | None:
@@ -115,12 +119,12 @@ class Seen:
 
     @property
     def net_numbers(self) -> int:
-        """Count the preactivations of the pass: what one column of errors takes."""
+        """The number of preactivations in the pass, which is the size of a column of errors."""
         return sum(call.shape.numel() for call in self.calls)
 
     @property
     def largest(self) -> int:
-        """Count the numbers of the largest tensor that goes into a layer or comes out of it."""
+        """The size of the largest input or output of a layer."""
         return max(n for call in self.calls for n in (call.x.numel(), call.shape.numel()))
 
     def means(self) -> dict[str, UnitMeans]:
@@ -128,7 +132,7 @@ class Seen:
         return means([call.settled() for call in self.calls])
 
     def averages(self) -> Averages:
-        """Return the same, all layers end to end."""
+        """Average every layer's outputs; return the layers' averages concatenated."""
         return Averages.of([call.settled() for call in self.calls])
 
 
@@ -140,7 +144,7 @@ def version_of(x: Tensor) -> int:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Look at the sums of tensors on whatever devices, so that the host waits but once.
+    """Return whether the sums of tensors are finite; the host waits for the devices only once.
 
     False is not certain: finite numbers may have an infinite sum.
     """
@@ -152,5 +156,5 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def total(x: Tensor) -> Float[Tensor, ""]:
-    """In single precision at least: sums of half-precision numbers soon overflow."""
+    """Sum, in single precision at least, as half precision soon overflows."""
     return x.sum(dtype=torch.float32) if x.element_size() < 4 else x.sum()

@@ -1,7 +1,7 @@
-"""What one forward pass shows: the activations into each layer, and where its errors will arrive.
+"""Capture of one forward pass: the activations into each layer, and where its errors will arrive.
 
-Hooks stand on the layers for the length of one pass. Nothing is set on the user's modules, and a
-gradient edge taken at once survives the in-place activations that break module backward hooks.
+The layers have hooks for that pass only. No attribute is set on the user's modules, and a gradient
+edge taken at once survives in-place activations, which break module backward hooks.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ from unitfisher.kinds import LayerSelectionError
 
 
 class Hook:
-    """A hook of ours. Copies and pickles of what it stands on carry an idle one instead."""
+    """A hook that does nothing in copies and pickles of its module."""
 
     def __init__(self, act: Callable[..., None]) -> None:
         self.act = act
@@ -30,7 +30,7 @@ class Hook:
         self.act(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")  # does nothing, needs nothing to be unpickled
+        return getattr, (nullcontext(), "__exit__")  # does nothing, and unpickles anywhere
 
 
 @contextmanager
@@ -40,9 +40,9 @@ def capture(
     """Watch these layers, and the nonlinearity that follows each, until the block ends.
 
     Args:
-        layers: By name.
-        follow: Look at every function that is called; not needed where a `Chain` is known.
-        look: Make sure that layers multiply weight and input; not needed for averages of outputs.
+        layers: The layers to watch, by name.
+        follow: Follow function calls to find the nonlinearities; not needed if a `Chain` is known.
+        look: Check that layers multiply weight and input; not needed for averages of outputs.
     """
     seen = Seen()
     following = Follow(seen.retained) if follow else None
@@ -66,11 +66,11 @@ def capture(
         for handle in handles:
             handle.remove()
         for watch in watches:
-            watch.end()  # where the pass was interrupted
+            watch.end()  # in case the pass was interrupted
 
 
 def _watches(layers: Mapping[str, nn.Module], seen: Seen, following: Follow | None) -> list[Watch]:
-    """Watch the attentions whose products are among the layers."""
+    """Return a watch for each attention whose products are among the layers."""
 
     def note(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         _note(name, seen, following, False, layer, (x,), {}, y)
@@ -95,17 +95,17 @@ def _note(
     kwargs: dict[str, Any],
     y: Any,
 ) -> None:
-    """Note a call of a layer: its forward hook."""
+    """Note a call of a layer, as its forward hook."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        return  # inside vmap or grad: shapes and levels are not those of the pass
+        return  # inside vmap or grad: these tensors are not those of the pass
     if not isinstance(y, Tensor):
         raise LayerSelectionError(
             f"layer {name!r} ({type(layer).__name__}) returns a {type(y).__name__}, not the "
             f"preactivations of its units: leave it out with layers=..."
         )
-    with torch._C.DisableTorchFunction():  # no need to follow what is done here
+    with torch._C.DisableTorchFunction():  # hides what is done here from `Follow`
         if y.numel() == 0:
-            return  # an expert to which no row was sent
+            return  # for example an expert that receives no rows
         x = args[0] if args else _only_input(name, layer, kwargs)
         if shapeless(layer, x, y):
             seen.unfit[name] = Unfit(type(layer).__name__, SHAPELESS)
@@ -124,6 +124,6 @@ def _only_input(name: str, layer: nn.Module, kwargs: Mapping[str, Any]) -> Tenso
     if len(tensors) != 1:
         raise LayerSelectionError(
             f"layer {name!r} ({type(layer).__name__}) is called with {', '.join(kwargs)}, "
-            f"and which of that its units receive is not known: leave it out with layers=..."
+            f"and which of these its units receive is not known: leave it out with layers=..."
         )
     return tensors[0]

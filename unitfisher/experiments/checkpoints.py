@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from unitfisher.experiments.images import DamagedDataError
+from unitfisher.experiments.data import DamagedDataError
 from unitfisher.experiments.presets import Member, named
 from unitfisher.experiments.ranks import Ranks
 from unitfisher.table import write_atomically
@@ -29,9 +29,10 @@ def read(path: Path, device: torch.device) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
+    except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
+        reason = str(error) or type(error).__name__
         raise DamagedDataError(
-            f"{path} cannot be read as a checkpoint ({error}); bring back a copy, or delete "
+            f"{path} cannot be read as a checkpoint ({reason}); bring back a copy, or delete "
             "it to begin anew"
         ) from error
     return state

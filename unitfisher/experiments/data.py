@@ -24,6 +24,10 @@ class DataNotFoundError(RuntimeError):
     """A data set is not on disk and cannot be downloaded."""
 
 
+class DamagedDataError(RuntimeError):
+    """The content of a file of a data set is damaged."""
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Images, flattened or with channels, rows and columns, and their classes."""
@@ -126,6 +130,12 @@ def _read(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
         part = reader(root, train=train)
     except RuntimeError:  # torchvision's word for absent
         part = _download(reader, name, root, train=train)
+    if len(part.data) != len(part.targets):
+        raise DamagedDataError(
+            f"{root / reader.__name__ / 'raw'} has {len(part.data)} images and {len(part.targets)} "
+            f"labels for {'training' if train else 'testing'}: its files do not belong together; "
+            "delete them to have them downloaded again"
+        )
     return part.data.flatten(1).float() / 255, part.targets.long()
 
 

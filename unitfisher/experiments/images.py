@@ -15,7 +15,7 @@ import torch.utils.data
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from unitfisher.experiments.data import DataNotFoundError, Dataset
+from unitfisher.experiments.data import DamagedDataError, DataNotFoundError, Dataset
 from unitfisher.table import write_atomically
 
 if TYPE_CHECKING:
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 
 PAD: Final = 4  # pixels on each side
 SIDE: Final = 256  # pixels; image files are resized to it by default
-
-
-class DamagedDataError(RuntimeError):
-    """The content of a file of a data set is damaged."""
 
 
 class Crops(NamedTuple):

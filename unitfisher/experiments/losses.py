@@ -51,9 +51,10 @@ class Losses:
         before, self.diverged = self.diverged, self.diverged | ~self.sum.isfinite().cpu()
         news = self.diverged & ~before
         if self.diverged.all():
+            kept = f"{self.checkpoint} holds the last finite state that was kept"
             raise DivergedError(
                 f"by step {step} the loss of {named(self.members)} is NaN or infinite; "
-                f"{self.checkpoint} holds the last finite state that was kept. "
+                f"{kept if self.checkpoint.exists() else 'no checkpoint was kept'}. "
                 "Train with a smaller rate, in another folder"
             )
         if self.aloud and news.any():

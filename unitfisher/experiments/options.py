@@ -26,6 +26,7 @@ class Range(NamedTuple):
 COUNT: Final = Range(lambda n: n >= 1, "1 or more")
 POSITIVE: Final = Range(lambda x: 0 < x < math.inf, "above 0 and finite")
 NATURAL: Final = Range(lambda x: 0 <= x < math.inf, "0 or more and finite")
+SEED: Final = Range(lambda n: 0 <= n < 2**31, "0 or more and below 2**31")
 SHARE: Final = Range(lambda x: 0 <= x < 1, "0 or more and below 1")
 
 MEASUREMENTS: Final = Range(lambda n: n >= 2, "2 or more: before and after training")
@@ -36,7 +37,8 @@ PRESET_RANGES: Final = MappingProxyType(
         **dict.fromkeys(("epochs", "iterations", "every", "batch_size", "probe", "tested"), COUNT),
         **dict.fromkeys(("units", "rows", "hidden", "side", "crop"), COUNT),
         **dict.fromkeys(("rates", "weight_variance"), POSITIVE),
-        **dict.fromkeys(("seeds", "weight_decay", "dampings"), NATURAL),
+        **dict.fromkeys(("weight_decay", "dampings"), NATURAL),
+        "seeds": SEED,
         "momentum": SHARE,
         "measurements": MEASUREMENTS,
     }

@@ -34,6 +34,7 @@ COLOURS: Final = MappingProxyType(
         "gelu": "#7f7f7f",
         "silu": "#bcbd22",
         "selu": "#d62780",
+        "own": "#444444",
     }
 )
 MARKERS: Final = MappingProxyType(
@@ -46,6 +47,7 @@ MARKERS: Final = MappingProxyType(
         "gelu": "P",
         "silu": "X",
         "selu": "h",
+        "own": "*",
     }
 )
 
@@ -72,17 +74,20 @@ def plot_mean_activation(ax: Axes, activations: pd.DataFrame) -> Lines:
     return lines
 
 
-def plot_loss(ax: Axes, training: pd.DataFrame, on: Literal["train", "test"]) -> Lines:
-    """Cross-entropy over epochs, on the training or the test set.
+def plot_loss(
+    ax: Axes, training: pd.DataFrame, on: Literal["train", "test"], x: str = "epoch"
+) -> Lines:
+    """Cross-entropy over time, on the training or the test set.
 
     Args:
         ax: Where to draw.
-        training: Columns epoch, train_loss and test_loss.
+        training: Columns ``x``, train_loss and test_loss.
         on: Which of them.
+        x: The column that counts time; 0 is before training.
     """
-    trained = training[training["epoch"] > 0]  # the untrained networks would set the scale
-    ax.set(xlabel="epoch", yscale="log", ylabel=f"{LOSSES[on]}\n(cross-entropy, nats)")
-    lines = plot_over(ax, trained, f"{on}_loss", x="epoch")
+    trained = training[training[x] > 0]  # the untrained networks would set the scale
+    ax.set(xlabel=x, yscale="log", ylabel=f"{LOSSES[on]}\n(cross-entropy, nats)")
+    lines = plot_over(ax, trained, f"{on}_loss", x=x)
     tick_plainly(ax)
     return lines
 
@@ -192,7 +197,7 @@ def tick_plainly(ax: Axes) -> None:
 
 
 def _by_activation(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    present = [name for name in ACTIVATIONS if (frame["activation"] == name).any()]
+    present = [name for name in COLOURS if (frame["activation"] == name).any()]
     return [(name, frame[frame["activation"] == name]) for name in present]
 
 
@@ -204,8 +209,13 @@ def look(activation: str, points: int) -> dict[str, Any]:
         "markevery": max(1, points // 8),
         "markersize": 3.2,
         "linewidth": 1.1,
-        "label": ACTIVATIONS[activation].label,
+        "label": label(activation),
     }
+
+
+def label(activation: str) -> str:
+    """How tables and legends call an activation; "own" is whatever a network was published with."""
+    return "as published" if activation == "own" else ACTIVATIONS[activation].label
 
 
 def degrees(cosine: pd.Series) -> NDArray[Any]:

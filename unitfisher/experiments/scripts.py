@@ -8,8 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from unitfisher.experiments.data import DataNotFoundError
-from unitfisher.experiments.images import DamagedDataError
+from unitfisher.experiments.data import DamagedDataError, DataNotFoundError
 from unitfisher.experiments.locks import FolderInUseError
 from unitfisher.experiments.losses import DivergedError
 

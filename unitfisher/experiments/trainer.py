@@ -109,6 +109,7 @@ class Trainer:
             self.device.type, torch.bfloat16, enabled=precision == "bfloat16"
         )
         self._forward = torch.compile(self.ensemble) if compiled else self.ensemble
+        self._computed = {"precision": precision, "compiled": compiled}
         self._phase: Phase | None = None
         self.iteration, self.seconds, self.monitoring = 0, 0.0, 0.0
         self._clock = time.perf_counter()  # the time up to which seconds are counted
@@ -133,7 +134,9 @@ class Trainer:
         if self.ranks.is_first:
             self._opened.callback(FolderLock(folder).release)
             recorded.update(zip(self.members, self.ensemble.members, strict=True))
-        self.watches = Watches(self.preset, recorded, self.source, folder, resume=resume)
+        self.watches = Watches(
+            self.preset, recorded, self.source, folder, computed=self._computed, resume=resume
+        )
         self._opened.callback(self.watches.close)
         if state is not None:
             self.load(state)

@@ -14,6 +14,7 @@ from torch import nn
 
 from unitfisher import Monitor, Run, UnitStatistics
 from unitfisher.capture import capture
+from unitfisher.experiments.data import DamagedDataError
 from unitfisher.experiments.presets import Member, Preset
 from unitfisher.experiments.sources import Source
 from unitfisher.experiments.tasks import TASKS
@@ -51,6 +52,7 @@ class Watch:
         model: The network.
         source: Has the fixed sets that it is evaluated on.
         folder: Parent of all records; this one is named after the member.
+        computed: How, for the record's configuration.
         resume: Continue the record, if there is one.
     """
 
@@ -62,6 +64,7 @@ class Watch:
         source: Source,
         folder: Path,
         *,
+        computed: Mapping[str, Any],
         resume: bool = False,
     ) -> None:
         self.preset, self.model, self.source = preset, model, source
@@ -69,7 +72,7 @@ class Watch:
         config = asdict(preset) | {"device": str(source.device)} | member._asdict()
         for several in ("activations", "rates", "seeds"):
             del config[several]
-        config |= {"train_cases": source.cases, "classes": source.classes}
+        config |= {"train_cases": source.cases, "classes": source.classes, **computed}
         self.run = Run(folder / member.name, config, resume=resume)
         self.monitor = Monitor(
             model,
@@ -126,7 +129,18 @@ class Watch:
         return {"rows": rows, "monitor": self.monitor.state_dict()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`: the record loses the rows that came after it."""
+        """Go on from `state`: the record loses the rows that came after it.
+
+        Raises:
+            DamagedDataError: It has fewer rows than there were.
+        """
+        for table, rows in state["rows"].items():
+            if (found := self.run.count(table)) < rows:
+                raise DamagedDataError(
+                    f"{self.run.folder} has {found} of the {rows} rows of {table!r} that the "
+                    "checkpoint counts: bring back a copy of the record, or begin anew in another "
+                    "folder"
+                )
         self.monitor.load_state_dict(state["monitor"])
         for table, rows in state["rows"].items():
             self.run.truncate(table, rows)
@@ -152,6 +166,7 @@ class Watches:
         networks: Each member's network.
         source: Has the fixed sets that they are evaluated on.
         folder: Parent of all records.
+        computed: How, for the records' configurations.
         resume: Continue the records, if there are any.
     """
 
@@ -162,13 +177,15 @@ class Watches:
         source: Source,
         folder: Path,
         *,
+        computed: Mapping[str, Any],
         resume: bool = False,
     ) -> None:
         for member in () if resume else networks:
             require_new(folder / member.name)  # all of them, before the first is made
         with ExitStack() as opened:
+            options: Any = {"computed": computed, "resume": resume}
             self.each = [
-                opened.enter_context(Watch(preset, member, model, source, folder, resume=resume))
+                opened.enter_context(Watch(preset, member, model, source, folder, **options))
                 for member, model in networks.items()
             ]
             self._opened = opened.pop_all()
