@@ -22,12 +22,12 @@ from unitfisher import Monitor
 from unitfisher.experiments import Dataset, load, mlp, train
 from unitfisher.experiments.allocation import keep_freed_memory
 from unitfisher.experiments.ensembles import Ensemble
-from unitfisher.experiments.locks import FolderInUseError
 from unitfisher.experiments.losses import DivergedError
 from unitfisher.experiments.orders import Orders
 from unitfisher.experiments.presets import PRESETS, Member, Phase, Preset
 from unitfisher.experiments.sgd import SGD
 from unitfisher.experiments.trainer import Trainer
+from unitfisher.locks import FolderInUseError
 from unitfisher.record import RecordExistsError
 
 SMALL = replace(
@@ -482,7 +482,7 @@ def test_a_second_process_waits_until_the_first_is_gone_however_it_went(tmp_path
     first.start()
     assert held.wait(60)
     before = listing(tmp_path)
-    with pytest.raises(FolderInUseError, match=f"{tmp_path} is trained in by another process"):
+    with pytest.raises(FolderInUseError, match=f"{tmp_path} is in use by another process"):
         Trainer(SMALL, SMALL.members, few(), tmp_path, resume=True)
     assert listing(tmp_path) == before
     first.kill()

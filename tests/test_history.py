@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,18 @@ def test_a_record_that_is_resumed_loses_what_came_after_the_state(tmp_path):
     resumed = Monitor(again, **OPTIONS, record=Run(tmp_path, {}, resume=True))
     resumed.load_state_dict(state)
     assert_frame_equal(passes(again, resumed, range(5, 9)), expected)
+
+
+def test_a_state_whose_rows_are_lost_is_refused(tmp_path):
+    model = mlp()
+    monitor = Monitor(model, every=1, record=Run(tmp_path, {}))
+    model(normal(8, 4))
+    state = monitor.state_dict()
+    monitor.detach()
+    shutil.rmtree(tmp_path / "units")
+    resumed = Monitor(mlp(), every=1, record=Run(tmp_path, {}, resume=True))
+    with pytest.raises(ValueError, match=r"has 0 of the \d+ rows of 'units'"):
+        resumed.load_state_dict(state)
 
 
 def test_a_state_goes_on_in_a_new_record(tmp_path):

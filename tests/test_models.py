@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 from unitfisher import (
     Monitor,
+    NonFiniteError,
     TiedWeightsWarning,
     UncoveredLayersWarning,
     per_sample_gradients,
@@ -399,6 +400,13 @@ def test_what_vmap_cannot_take_has_unit_fishers_too():
         pi = model(x).softmax(-1)[:, y].detach()
         expected += torch.einsum("n,nud,nue->ude", pi, g, g) / len(x)
     assert_close(F, expected, **TOL)
+
+
+def test_per_sample_gradients_that_are_not_finite_are_named_too():
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), normal(6, 4)
+    x[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="the gradients of layer '1'"):
+        unit_fisher(model, x, layers="1", sharing="joint")
 
 
 def test_a_kind_without_a_form_has_empirical_fishers_too_and_exact_ones_ignore_targets():

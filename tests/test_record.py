@@ -16,9 +16,11 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import torch
+from forked import forked, succeeded
 
 import unitfisher.table
-from unitfisher.record import RecordExistsError, Run
+from unitfisher.locks import FolderInUseError
+from unitfisher.record import DamagedRecordError, RecordExistsError, Run
 
 ROOT = Path(unitfisher.table.__file__).parents[1]
 NEVER = float("inf")
@@ -345,6 +347,42 @@ def test_a_fork_writes_nothing(tmp_path, writers):
     assert Run(tmp_path / "run", resume=True).read()["step"].tolist() == [0, 2]
 
 
+def test_one_process_writes_a_run_at_a_time(tmp_path):
+    run = Run(tmp_path / "run")
+
+    def refused() -> bool:
+        try:
+            Run(tmp_path / "run", resume=True)
+        except FolderInUseError as error:
+            return "in use by another process" in str(error)
+        return False
+
+    assert succeeded(forked(refused))
+    run.append("units", {"step": [0]})
+    run.close()
+    assert succeeded(forked(lambda: len(Run(tmp_path / "run", resume=True).read()) == 1))
+
+
+def test_a_run_that_is_opened_again_goes_on_where_it_was(tmp_path):
+    first = Run(tmp_path / "run")
+    first.append("units", {"step": [0]})
+    with Run(tmp_path / "run", resume=True) as second:
+        second.append("units", {"step": [1]})
+        assert second.read()["step"].tolist() == [0, 1]
+        with pytest.raises(RuntimeError, match="is closed"):
+            first.append("units", {"step": [2]})
+
+
+@pytest.mark.parametrize("file", ["config.json", "units/part-00000.parquet"])
+def test_a_damaged_file_of_a_run_is_named_when_it_is_opened(file, tmp_path):
+    with Run(tmp_path / "run") as run:
+        run.append("units", {"step": [0]})
+    damaged = tmp_path / "run" / file
+    damaged.write_bytes(damaged.read_bytes()[:20])
+    with pytest.raises(DamagedRecordError, match=rf"{file} cannot be read .*bring back a copy"):
+        Run(tmp_path / "run", resume=True)
+
+
 def no_space(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -362,7 +400,7 @@ def test_a_full_disk_keeps_the_rows_in_memory(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="3 rows are kept in memory: make room"):
             run.close()
     assert pd.read_parquet(run.folder / "units")["step"].tolist() == [0]
-    assert list(run.folder.glob(".*")) == []
+    assert [path.name for path in run.folder.glob(".*")] == [".lock"]
     run.close()
     assert run.read()["step"].tolist() == [0, 1, 2]
 
@@ -412,7 +450,7 @@ def test_resume_clears_away_what_a_killed_writer_left(tmp_path):
     Run(tmp_path / "run").close()
     (tmp_path / "run" / ".unfinished").write_bytes(b"PAR1")
     run = Run(tmp_path / "run", resume=True)
-    assert [path.name for path in run.folder.iterdir()] == ["config.json"]
+    assert {path.name for path in run.folder.iterdir()} == {"config.json", ".lock"}
 
 
 def test_a_kill_before_the_configuration_leaves_an_empty_folder(tmp_path):

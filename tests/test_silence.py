@@ -21,8 +21,9 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.overrides import _get_current_function_mode_stack as function_modes
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 
-from unitfisher import Monitor, NonFiniteError
+from unitfisher import LayerSelectionError, Monitor, NonFiniteError, Run, detach_all
 
 STEPS = 50
 OPTIMIZERS = {
@@ -534,3 +535,42 @@ def test_measuring_between_forward_and_backward_leaves_the_gradients_bit_identic
             monitor.measure(x)
         loss.backward()
     assert identical(content(watched), content(alone))
+
+
+def test_a_loader_that_draws_leaves_no_trace():
+    model, data = mlp(), TensorDataset(torch.randn(8, 4))
+    state = torch.get_rng_state()
+    with Monitor(model) as monitor:
+        for loader in (DataLoader(data, 4), DataLoader(data, 4, shuffle=True)):
+            monitor.measure(loader)
+            assert torch.get_rng_state().equal(state)
+
+
+def test_copies_of_a_model_that_holds_its_monitor_hold_none(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.monitor = Monitor(model, every=1, record=tmp_path / "run")
+    assert copy.deepcopy(model).monitor is None
+    assert pickle.loads(pickle.dumps(model)).monitor is None
+    model(torch.randn(5, 4))
+    assert len(model.monitor.to_pandas()) == 3
+
+
+def test_a_lost_monitor_can_be_detached():
+    model = mlp()
+    Monitor(model)
+    with pytest.raises(LayerSelectionError, match=r"unitfisher.detach_all\(model\)"):
+        Monitor(model)
+    detach_all(model)
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    Monitor(model).detach()
+
+
+def test_a_run_forgets_the_monitors_that_are_detached(tmp_path):
+    with Run(tmp_path / "run") as run:
+        monitor = Monitor(mlp(), record=run)
+        history = weakref.ref(monitor._history)
+        monitor.detach()
+        del monitor
+        gc.collect()
+        assert history() is None

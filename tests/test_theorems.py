@@ -563,3 +563,16 @@ def test_negative_damping_and_unknown_blocks_are_refused(batch):
         m.damped(-1e-3)
     with pytest.raises(ValueError, match="block"):
         m.damped(1e-3, block="bias")
+
+
+def test_a_dead_unit_leaves_the_others_their_gradients():
+    generator = torch.Generator().manual_seed(0)
+    a, D = normal(generator, 30, 4).requires_grad_(), normal(generator, 30, 3).square()
+    D[:, 1] = 0
+
+    def gradients(units: list[int]) -> tuple[Tensor, ...]:
+        m = UnitMoments.of(a, D[:, units]).damped(1e-3)
+        s, k = bias_shift_correction(m)
+        return torch.autograd.grad(s.nansum() + k.nansum(), a)
+
+    assert_close(gradients([0, 1, 2]), gradients([0, 2]), **TOL)

@@ -11,7 +11,9 @@ from unitfisher.likelihoods import Gaussian as Gaussian
 from unitfisher.likelihoods import Likelihood as Likelihood
 from unitfisher.likelihoods import OutputError as OutputError
 from unitfisher.loader import LoaderError as LoaderError
+from unitfisher.locks import FolderInUseError as FolderInUseError
 from unitfisher.monitor import Monitor as Monitor
+from unitfisher.monitor import detach_all as detach_all
 from unitfisher.observation import NonFiniteError as NonFiniteError
 from unitfisher.operator import UnitFisherOperator as UnitFisherOperator
 from unitfisher.operator import unit_fisher_operator as unit_fisher_operator
@@ -20,6 +22,7 @@ from unitfisher.per_sample import per_sample_gradients as per_sample_gradients
 from unitfisher.plan import MemoryBudgetError as MemoryBudgetError
 from unitfisher.plan import Plan as Plan
 from unitfisher.products import UnconvergedWarning as UnconvergedWarning
+from unitfisher.record import DamagedRecordError as DamagedRecordError
 from unitfisher.record import RecordExistsError as RecordExistsError
 from unitfisher.record import Run as Run
 from unitfisher.solvers import SingularFisherError as SingularFisherError

@@ -60,12 +60,13 @@ def require_unobserved(chosen: Mapping[str, nn.Module]) -> None:
     if twice:
         raise LayerSelectionError(
             f"layers {', '.join(map(repr, twice))} are observed by a Monitor already: "
-            f"detach() that one first, or choose other layers"
+            f"detach() that one first (unitfisher.detach_all(model) where you have lost it), or "
+            f"choose other layers"
         )
 
 
 def require_told_apart(chosen: Mapping[str, nn.Module], record: object) -> None:
-    """Refuse a run to which another Monitor writes layers of the same names."""
+    """Refuse a run to which another Monitor writes layers of these names: rows tell names only."""
     written = {name for live in STANDING if live.run and live.run is record for name in live.layers}
     if both := [name for name in chosen if name in written]:
         raise LayerSelectionError(

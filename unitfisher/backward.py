@@ -66,8 +66,8 @@ class Backward:
             ) from error
         except Exception as error:
             error.add_note(
-                "unitfisher called this backward function, before the training does: a function "
-                "whose backward works only once cannot be measured through."
+                "This backward function was called by unitfisher, before the training calls it: "
+                "a function whose backward works only once cannot be measured through."
             )
             raise
 

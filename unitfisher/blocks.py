@@ -123,17 +123,9 @@ def _form(of: Observation | Streamed) -> object:
     received, delta = cases.received, cases.delta
     if cases.groups > 1 or received.shape[2] > 1:
         return None
-    of_gradient = None if gradient is None else (gradient.g.dtype, gradient.g0 is None)
+    grads = None if gradient is None else (gradient.g.dtype, gradient.g0 is None)
     counts = cases.samples, cases.population
-    return (
-        received.shape,
-        received.dtype,
-        delta.device,
-        delta.shape,
-        delta.dtype,
-        counts,
-        of_gradient,
-    )
+    return received.shape, received.dtype, delta.device, delta.shape, delta.dtype, counts, grads
 
 
 def _together(of: Observation | Streamed) -> int:

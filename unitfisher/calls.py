@@ -85,12 +85,9 @@ class Seen:
     """The calls of one forward pass, in order."""
 
     calls: list[Call] = field(default_factory=list)
-    unfit: dict[str, Unfit] = field(
-        default_factory=dict
-    )  # layers that cannot be observed in this pass
-    retained: list[Tensor] = field(
-        default_factory=list
-    )  # tensors on which forward called retain_grad
+    paused: bool = False  # the model runs inside its own pass, without being trained there
+    unfit: dict[str, Unfit] = field(default_factory=dict)  # layers not observable in this pass
+    retained: list[Tensor] = field(default_factory=list)  # where forward called retain_grad
     row: list[Tensor] = field(default_factory=list)  # in a `Chain`: what the next layer received
 
     def forget_gradients(self) -> None:

@@ -96,7 +96,7 @@ def _note(
     y: Any,
 ) -> None:
     """Note a call of a layer, as its forward hook."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if seen.paused or torch._C._functorch.peek_interpreter_stack() is not None:
         return  # inside vmap or grad: these tensors are not those of the pass
     if not isinstance(y, Tensor):
         raise LayerSelectionError(

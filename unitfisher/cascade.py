@@ -1,8 +1,8 @@
-"""D = E_y δ² of linear layers in a row, by a kernel in C.
+"""D = E_y δ² of a chain of linear layers, by a kernel in C.
 
-Where nothing but an elementwise function stands between one layer and the next, a column of errors
-goes down by one product with a weight and one with a derivative. The kernel takes all columns of a
-few cases the whole way at once and keeps nothing of them but their squares.
+Where only an elementwise function stands between two layers, a column of errors is sent back by a
+product with the weight and one with the function's derivative. The kernel takes all columns of a
+few cases through all layers at once, and keeps only their squares.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from unitfisher.calls import Call, Seen
 from unitfisher.memory import workspace
 from unitfisher.native import Kernel
 
-ROWS = 144  # taken down together: as many as leave room for weights in the cache
+ROWS = 144  # errors sent back together: as many as leave the weights room in the cache
 LINEAR = {"Addmm", "Mm"}
 ELEMENTWISE = {
     *("Celu", "Clamp", "ClampMax", "ClampMin", "Elu", "Gelu", "Hardsigmoid", "Hardswish"),
@@ -28,7 +28,7 @@ ELEMENTWISE = {
 
 
 class Layer(ctypes.Structure):
-    """As in cascade.c."""
+    """The struct Layer of cascade.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "derivative", "root")),
@@ -37,7 +37,7 @@ class Layer(ctypes.Structure):
 
 
 class Task(native.Task):
-    """As in cascade.c."""
+    """The struct Task of cascade.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("layers", "columns")),
@@ -46,7 +46,7 @@ class Task(native.Task):
 
 
 class Cascade(NamedTuple):
-    """The layers that one pass has gone through in a row."""
+    """The chain of linear layers of one pass."""
 
     kernel: Kernel
     cases: int
@@ -55,7 +55,7 @@ class Cascade(NamedTuple):
 
     @classmethod
     def of(cls, seen: Seen, output: Tensor) -> "Cascade | None":
-        """Take a pass whose layers stand in a row; None for any other, or where no kernel is."""
+        """Take a pass through a chain; None for any other, without a kernel, or short of memory."""
         pairs = list(zip(seen.calls, seen.row, strict=False))
         if not pairs or seen.row[-1] is not output or _recomputed():
             return None
@@ -63,7 +63,7 @@ class Cascade(NamedTuple):
         if not (once and all(_plain(call, received) for call, received in pairs)):
             return None
         layers = [call.module for call in seen.calls]
-        weights = [of.weight.detach().contiguous() for of in layers if isinstance(of, nn.Linear)]
+        weights = [m.weight.detach().contiguous() for m in layers if isinstance(m, nn.Linear)]
         kernel = native.kernel("cascade", *weights, dtype=torch.float32)
         going_down = 2 * ROWS * torch.get_num_threads() * max(map(len, weights))
         if kernel is None or 4 * (seen.net_numbers + going_down) > workspace():
@@ -74,7 +74,7 @@ class Cascade(NamedTuple):
     def send(
         self, blocks: Iterable[Float[Tensor, "_ n 1 y"]]
     ) -> Iterator[tuple[Float[Tensor, "1 n _"], ...]]:
-        """Send all columns back; yield for each layer one that stands for them, √D."""
+        """Send all columns back; yield once, with a single column for each layer: √D."""
         widths = [len(weight) for weight in self.weights]
         roots = self.weights[0].new_zeros(self.cases, sum(widths))
         layers = self._downward(roots.split(widths, 1))
@@ -83,8 +83,8 @@ class Cascade(NamedTuple):
             columns = block.squeeze(2) if last is None else block.squeeze(2) * last
             columns, r = columns.float().contiguous(), len(block)
             together = max(1, min(ROWS // r, -(-self.cases // torch.get_num_threads())))
-            given = len(widths), r, max(widths), together, self.cases
-            task = Task(ctypes.addressof(layers), columns.data_ptr(), *given, 0)
+            sizes = len(widths), r, max(widths), together, self.cases
+            task = Task(ctypes.addressof(layers), columns.data_ptr(), *sizes, 0)
             native.run(self.kernel, task, r * self.cases * flop)
         yield roots.unsqueeze(0).split(widths, 2)
 
@@ -92,12 +92,12 @@ class Cascade(NamedTuple):
         layers = [
             Layer(
                 weight.data_ptr(),
-                None if of_input is None else of_input.data_ptr(),
+                None if derivative is None else derivative.data_ptr(),
                 root.data_ptr(),
                 *weight.shape,
                 root.stride(0),
             )
-            for weight, of_input, root in zip(
+            for weight, derivative, root in zip(
                 self.weights, [None, *self.derivatives[:-1]], roots, strict=True
             )
         ]
@@ -105,9 +105,9 @@ class Cascade(NamedTuple):
 
 
 def _plain(call: Call, received: Tensor) -> bool:
-    """Nothing but a product and an elementwise function, and no hook that might change errors.
+    """Return whether a call is a product and an elementwise function, without hooks on errors.
 
-    A weight that is made from activations would be another way for errors.
+    Weight and bias must be leaves: through a weight made from activations errors flow as well.
     """
     if type(call.module) is not nn.Linear or call.y.dim() != 2 or call.edge is None:
         return False
@@ -115,17 +115,17 @@ def _plain(call: Call, received: Tensor) -> bool:
     known = behind is layer or operation(behind) in ELEMENTWISE
     single = native.plain(call.y.detach(), torch.float32)
     hooks = call.y._backward_hooks or received._backward_hooks
-    given = all(p is None or p.is_leaf for p in (call.module.weight, call.module.bias))
-    return operation(layer) in LINEAR and known and single and given and not hooks
+    leaves = all(p is None or p.is_leaf for p in (call.module.weight, call.module.bias))
+    return operation(layer) in LINEAR and known and single and leaves and not hooks
 
 
 def operation(node: Node | None) -> str:
-    """Read the name of "EluBackward0", whose number tells variants apart, in place or not."""
+    """Return "Elu" for "EluBackward0"; the number distinguishes variants, such as in place."""
     return "" if node is None else node.name().partition("Backward")[0]
 
 
 def _derivative(call: Call, received: Tensor) -> Float[Tensor, "n u"] | None:
-    """Ask the node of the function, which has kept what it needs for that."""
+    """Return the derivative of the function behind the layer: its backward applied to ones."""
     behind: Any = received.grad_fn
     if call.edge is None or behind is call.edge.node:
         return None
@@ -134,5 +134,5 @@ def _derivative(call: Call, received: Tensor) -> Float[Tensor, "n u"] | None:
 
 
 def _recomputed() -> bool:
-    """Tell whether nodes keep nothing here: what they are asked would run the model again."""
+    """Return whether saved-tensor hooks are active: backward might run the model again."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

@@ -1,4 +1,4 @@
-"""The cases of one layer: what its units received and the errors that came back.
+"""The cases of one layer: the activations into its units, and the errors sent back to them.
 
 A case is a sample (joint, reduce) or one position of a sample (expand), with r columns of error.
 """
@@ -20,22 +20,22 @@ from unitfisher.solvers import rounding
 
 @dataclass(frozen=True)
 class UnitCases:
-    """Activations and errors of a layer, from which any moments are formed.
+    """Activations and errors of a layer, from which all moments are formed.
 
-    With one position a case, columns fold to D = Σ_r δ²; where nothing is learnt from how they
-    differ, only one column √D is kept. With several positions (``sharing="joint"``) they may not:
-    each column's gradient is Σ_t δ a, then squared.
+    With one position per case only D = Σ_r δ² matters: one column √D is kept, or several random
+    columns, whose spread gives standard errors. With several positions (``sharing="joint"``) all
+    columns are kept: the gradient of each is Σ_t δ a, and only then squared.
     """
 
-    received: Received  # what the units of a group see
+    received: Received  # activations into the units of a group
     delta: Float[Tensor, "r m t u"]
     samples: int
-    incoming: Incoming | None = None  # of all cases, where these are drawn from more
-    replicates: int = 0  # the last so many columns are estimates of D that average; 0: exact
+    incoming: Incoming | None = None  # means over all cases, if these were drawn from more
+    replicates: int = 0  # number of random columns, which are the last; 0: nothing is drawn
     population: int = 0  # number of cases these were drawn from; 0: nothing was drawn
-    sample: Int[Tensor, " m"] | None = None  # sample of each case; None: as many of each, in a row
-    in_order: bool = True  # the layer's first axis is the samples; else a case's is not known
-    whole: "UnitCases | None" = None  # the layer's cases, where these are of some of its units
+    sample: Int[Tensor, " m"] | None = None  # sample of each case; None: in order, equally many
+    in_order: bool = True  # samples are the layer's first axis; else a case's sample is unknown
+    whole: "UnitCases | None" = None  # the layer's cases, if these are a part of its units
 
     @property
     def units(self) -> int:
@@ -63,13 +63,13 @@ class UnitCases:
 
     @property
     def for_one_pass(self) -> Received:
-        """What is looked at but once need not be unfolded whole."""
+        """The activations, for reading them once: large patches are not unfolded as a whole."""
         size = self.received.shape.numel() * self.received.dtype.itemsize
         return self.a if size <= UNFOLDED_WHOLE else self.received
 
     @property
     def shared(self) -> bool:
-        """Whether a sample has several cases, whose errors were drawn for together."""
+        """Whether a sample has several cases, whose errors come from the same random draws."""
         return self._population > self.samples
 
     @property
@@ -86,54 +86,55 @@ class UnitCases:
 
     @property
     def dead(self) -> Bool[Tensor, " u"]:
-        """No error reaches the unit in any case or, if joint, all cancel over its positions."""
+        """Units without error in any case or, if joint, whose errors cancel over positions."""
         return self.weight == 0 if self.unmoved is None else self.unmoved
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What is kept, caches too."""
+        """All tensors held, caches included."""
         folded = [self.received.view] if isinstance(self.received, Patches) else []
         return [t for t in [*vars(self).values(), *folded] if isinstance(t, Tensor)]
 
     def forget(self) -> None:
-        """Drop what was unfolded; it is unfolded again when it is asked for."""
+        """Drop the unfolded patches; they are unfolded again on demand."""
         vars(self).pop("a", None)
 
     @property
     def rows(self) -> int:
+        """Number of rows Z with Zᵀ Z = F for a unit."""
         columns, cases, *_ = self.delta.shape
-        return columns * cases if self.joint else cases  # alone, columns fold
+        return columns * cases if self.joint else cases  # with one position, columns fold into D
 
     @cached_property
     def D(self) -> Float[Tensor, "m u"]:
-        """Σ_r (Σ_t δ)²: how much a case weighs for a unit."""
+        """Σ_r (Σ_t δ)²: the weight of a case for a unit."""
         errors = self.joint_errors
         return errors[0].square() if len(errors) == 1 else errors.square().sum(0)
 
     @cached_property
     def weight(self) -> Float[Tensor, " u"]:
-        """Σ D."""
+        """Σ D over cases."""
         return self.D.sum(0)
 
     @property
     def q(self) -> Float[Tensor, "m u"]:
-        """D / Σ D: how the cases of a unit are weighed; zero for a dead one."""
+        """D / Σ D: the distribution q over a unit's cases; zero for a dead unit."""
         return self.D / torch.where(self.weight > 0, self.weight, 1.0)
 
     @property
     def mean(self) -> Float[Tensor, "*g d"]:
-        """E_p(a): one for all units, or one a unit where groups see different inputs."""
+        """E_p(a): one for all units, or one per unit if there are several groups."""
         return self._incoming.mean
 
     @property
     def center(self) -> Float[Tensor, "g d"]:
-        """The same of each group of consecutive units."""
+        """E_p(a) of each group of consecutive units."""
         mean = self.mean
         return mean.unsqueeze(0) if mean.dim() == 1 else mean[:: self.units // self.groups]
 
     @property
     def origin(self) -> Float[Tensor, "g d"]:
-        """That in the precision of the activations, so that a - origin is exact."""
+        """E_p(a) of each group, rounded to the precision of the activations, as a - origin is."""
         return self.center.to(self.received.dtype)
 
     @property
@@ -143,12 +144,12 @@ class UnitCases:
 
     @cached_property
     def _incoming(self) -> Incoming:
-        of = self.for_one_pass if self.joint else self.a
-        return self.incoming or Incoming.of(of, self.units)
+        received = self.for_one_pass if self.joint else self.a
+        return self.incoming or Incoming.of(received, self.units)
 
     @property
     def n_eff(self) -> Float[Tensor, " u"]:
-        """1 / Σ w² of the cases' weights w ∝ D; NaN for a dead unit."""
+        """1 / Σ q², the effective number of cases; NaN for a dead unit."""
         return (self.weight**2 / (self.D**2).sum(0)).masked_fill(self.dead, torch.nan)
 
     @property
@@ -164,20 +165,19 @@ class UnitCases:
         )
 
     def by_group(self) -> list["UnitCases"]:
-        """The cases of each group's units."""
+        """Split into the cases of each group's units."""
         groups = self.groups
-        given: Sequence[Incoming | None] = [None] * groups
+        means: Sequence[Incoming | None] = [None] * groups
         if self.incoming is not None:
-            given = self.incoming.by_group(groups)
-        parts = zip(self.a.split(1), self.delta.chunk(groups, -1), given, strict=True)
-        return [
-            replace(self, received=a, delta=delta, incoming=of_all) for a, delta, of_all in parts
-        ]
+            means = self.incoming.by_group(groups)
+        parts = zip(self.a.split(1), self.delta.chunk(groups, -1), means, strict=True)
+        return [replace(self, received=a, delta=delta, incoming=mean) for a, delta, mean in parts]
 
     def drawn(self, rows: int, generator: torch.Generator) -> "UnitCases":
-        """Return so many cases, each as likely, that stand for all: their Fisher is unbiased.
+        """Return ``rows`` cases, drawn uniformly without replacement; all if there are no more.
 
-        E_p(a) and its variance stay those of all cases.
+        Errors are scaled so that the Fisher is unbiased. E_p(a) and its variance stay those of
+        all cases.
         """
         count = self.delta.shape[1]
         if rows >= count:
@@ -185,21 +185,22 @@ class UnitCases:
         received = self.for_one_pass
         chosen = torch.randperm(count, generator=generator, device=generator.device)[:rows]
         chosen = chosen.to(self.delta.device)
-        asked = self.replicates > 1 and self.shared and self.in_order
+        by_sample = self.replicates > 1 and self.shared and self.in_order
         return replace(
             self,
             received=received.at(chosen) if isinstance(received, Patches) else received[:, chosen],
             delta=self.delta[:, chosen] * (count / rows) ** 0.5,
             incoming=self.incoming or Incoming.of(received, self.units),
             population=count,
-            sample=self.of_sample[chosen] if asked else None,
+            sample=self.of_sample[chosen] if by_sample else None,
         )
 
     def of_units(self, part: slice) -> "UnitCases":
+        """Return the cases of a part of the units."""
         if part == slice(None):
             return self
-        received, incoming = self.received, self._incoming  # averaged once, not part after part
-        if self.groups > 1:  # keep only the groups of these units, one each
+        received, incoming = self.received, self._incoming  # averaged once, not for each part
+        if self.groups > 1:  # each of these units becomes a group
             received = self.a.repeat_interleave(self.units // self.groups, 0)[part]
             incoming = incoming.of_units(part)
         delta = self.delta[..., part]
@@ -221,9 +222,9 @@ class UnitCases:
 
     @cached_property
     def unmoved(self) -> Bool[Tensor, " u"] | None:
-        """Units whose bias moves nothing: all that is left of Σ_t δ is rounding.
+        """Units whose bias has no effect: Σ_t δ is zero up to rounding. None unless joint.
 
-        Before instance normalisation, say, or at the keys of attention. None without positions.
+        Units before an instance normalisation are examples, and the keys of attention.
         """
         if not self.joint:
             return None
@@ -233,5 +234,5 @@ class UnitCases:
 
     @property
     def rounded_mean(self) -> Float[Tensor, "*g d"]:
-        """The origin, shaped as the mean."""
+        """The origin in double, in the shape of the mean."""
         return self.mean.to(self.received.dtype).double()

@@ -1,7 +1,7 @@
-"""Layers in a row: each one's output, after one function, is what the next one receives.
+"""Models that are a chain: a layer's output, after at most one function, is the next one's input.
 
-Whoever knows that of a model need not follow its function calls nor copy its outputs: they stand
-there when the pass is over, and its graph tells whether it went the same way again.
+For such a model function calls need not be followed, nor outputs copied: outputs still exist after
+the pass, and its graph shows whether it took the same path as the pass before.
 """
 
 from collections.abc import Iterator
@@ -15,25 +15,25 @@ SAME = "as it is"
 
 
 class Link(NamedTuple):
-    """What a layer's output goes through before it is received."""
+    """The function between a layer's output and the next layer's input."""
 
     layer: str
-    way: str
+    way: str  # its autograd node, or SAME for none
     nonlinearity: str | None
 
 
 class Chain:
-    """The links of a model's passes: learnt from one that was followed, looked up in later ones."""
+    """A model's links: learnt from one pass that was followed, and checked in later ones."""
 
     def __init__(self) -> None:
         self.links: list[Link] = []
         self.searched = False
 
     def settle(self, seen: Seen, result: Any) -> None:
-        """Take the outputs of a pass that was not followed, or learn from one that was.
+        """Take the outputs of a pass that was not followed, or learn the links from one that was.
 
-        Outputs of a layer behind which the model went another way than before are lost: NaN. All
-        passes are followed from then on.
+        Where the model took another path behind a layer, that layer's outputs are lost (NaN), and
+        all later passes are followed.
 
         Args:
             seen: What `capture` saw, with ``follow=not self.links``.
@@ -46,7 +46,7 @@ class Chain:
         elif not self.searched:
             self.searched = True
             self.links = _links(seen, result)
-        if self.links:  # it is a row
+        if self.links:  # the model is a chain
             seen.row = [received for _, received in _with_received(seen, result)]
 
     def _look_up(self, seen: Seen, result: Any) -> None:
@@ -63,7 +63,7 @@ class Chain:
 
 
 def _links(seen: Seen, result: Any) -> list[Link]:
-    """Learn the links of a pass; none where something else lies between layers."""
+    """Return the links of a pass; none if more than one function lies between two layers."""
     links = []
     for call, received in _with_received(seen, result):
         call.settled()
@@ -81,18 +81,18 @@ def _with_received(seen: Seen, result: Any) -> Iterator[tuple[Call, Any]]:
 
 
 def _way(call: Call, received: Any) -> str | None:
-    """Read from the graph by what one function a layer's output became what was received.
+    """Return the one function that turned a layer's output into ``received``, as the graph says.
 
     Returns:
-        Its node, as autograd names it; SAME for none; None for any other way.
+        The name of its autograd node; SAME if there is none; None for any other path.
     """
     if call.edge is None or not isinstance(received, Tensor) or received.shape != call.shape:
         return None
-    own, node, layer = received is call.y, received.grad_fn, call.edge.node
+    same, node, layer = received is call.y, received.grad_fn, call.edge.node
     version = version_of(received)
-    if own and node is layer:
+    if same and node is layer:
         return SAME if version == call.y_version else None
-    if node is None or version != (call.y_version + 1 if own else 0):
+    if node is None or version != (call.y_version + 1 if same else 0):
         return None
     before = node.next_functions
     return node.name() if len(before) == 1 and before[0][0] is layer else None

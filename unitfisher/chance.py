@@ -1,4 +1,4 @@
-"""Random numbers of our own: the global generators are never touched."""
+"""Random generators apart from torch's global ones, which are never touched."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Chance:
-    """A generator for each device, all from one seed."""
+    """One generator per device, each seeded with ``seed``."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

@@ -1,4 +1,4 @@
-"""Values of options that are refused, saying which are possible."""
+"""Checks of option values; the errors name the possible ones."""
 
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -20,7 +20,7 @@ def require_choice(option: str, value: object, valid: Sequence[str]) -> None:
 
 
 def require_counts(**options: object) -> None:
-    """Refuse what is not a whole number from 1."""
+    """Refuse values that are not whole numbers from 1."""
     for name, value in options.items():
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number from 1{MEANING[name]}, got {value!r}")

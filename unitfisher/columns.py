@@ -1,7 +1,8 @@
-"""Which columns are sent back from the model's output: their squared errors sum to D = E_y δ².
+"""The columns to send back from the model's output, whose squared errors sum to D = E_y δ².
 
-They are those of the output Fisher's root S, drawn labels, random signs through S, the most
-probable class exactly and random signs through the rest of S, or the observed label.
+They are the columns of the output Fisher's root S (exact), scores of drawn labels (mc), S times
+random signs (rademacher), the most probable class exactly and the rest of S times random signs
+(top-rademacher), or the score of the observed labels (empirical).
 """
 
 import warnings
@@ -21,12 +22,12 @@ DRAWN = ("mc", "rademacher", "top-rademacher")
 FISHERS = ("exact", *DRAWN, "empirical")
 SHARINGS = ("expand", "joint", "reduce")
 ROOT = 40  # bytes for each number of a root while it is formed
-MANY_COLUMNS = 1000  # exact, but slow enough to say so
+MANY_COLUMNS = 1000  # above this, warn that "exact" is slow
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """Which Fisher: of what likelihood, over which labels, with what sharing of weights."""
+    """How the Fisher is estimated: likelihood, labels, random columns, sharing of weights."""
 
     likelihood: Likelihood
     fisher: str = "exact"
@@ -45,7 +46,7 @@ class Estimator:
 
     @property
     def replicates(self) -> int:
-        """How many columns, the last ones, estimate D each on its own; 0: nothing is drawn."""
+        """The number of random columns, which come last; 0: nothing is drawn."""
         return self.samples if self.fisher in DRAWN else 0
 
     def count(self, z: Output) -> int:
@@ -64,11 +65,12 @@ def columns(
     *,
     independent: bool = False,
 ) -> Iterator[Float[Tensor, "r n t y"]]:
-    """Yield cotangents of z whose squared errors sum to D = E_y δ² (or its estimate).
+    """Yield cotangents of z, ``together`` at most, whose squared errors sum to D, or estimate it.
 
-    Columns of all samples go back together. Where samples may act on one another (batch
-    statistics, graphs) each has a random sign: products of two vanish on average, and no square
-    changes. Where samples are known to be independent the signs are drawn, but not taken.
+    All samples go back in one column. Where one sample may affect another's output (batch
+    statistics, graphs) each has a random sign: products of two samples vanish on average, and
+    squares stay. If samples are ``independent`` signs are not applied, but drawn all the same, so
+    that the generator's state does not depend on it.
     """
     likelihood, signs = estimator.likelihood, None
     if estimator.fisher in ("exact", "top-rademacher"):
@@ -97,8 +99,8 @@ def _exact(
     if total * positions > MANY_COLUMNS:
         warnings.warn(
             f"the exact Fisher of an output of {positions} positions and {z.shape[2]} numbers each "
-            f"takes {total * positions} backward columns a measurement; fisher='rademacher' "
-            f"estimates it with samples= of them",
+            f"takes {total * positions} backward columns per measurement; fisher='rademacher' "
+            f"estimates it from samples= random columns",
             stacklevel=2,
         )
     for position in range(positions):
@@ -116,7 +118,7 @@ def _drawn(
     generator: torch.Generator,
     signs_of_top: Float[Tensor, "n t"] | None,
 ) -> Iterator[Output]:
-    """Each random column estimates what is left of D, and they average."""
+    """Yield the random columns, scaled to average; before them the exact one, if there is one."""
     likelihood, share = estimator.likelihood, estimator.samples**-0.5
     if estimator.fisher == "top-rademacher":
         assert isinstance(likelihood, Classes)
@@ -136,13 +138,13 @@ def _drawn(
 
 
 def _coin(z: Output, columns: int, generator: torch.Generator) -> Float[Tensor, "r n t"]:
-    """Toss 0 or 1 for every column, sample and position."""
+    """Draw 0 or 1, equally likely, for every column, sample and position."""
     coin = torch.empty(columns, *z.shape[:2], device=z.device)
     return coin.bernoulli_(0.5, generator=generator)
 
 
 def _signs(coin: Float[Tensor, "*r n t"], z: Output) -> Float[Tensor, "*r n t"]:
-    """±1 as the coin fell: of a root S and signs ε is E (S ε)(S ε)ᵀ = S Sᵀ."""
+    """Turn 0 and 1 into signs ε = ±1, in place. For a root S, E (S ε)(S ε)ᵀ = S Sᵀ."""
     return coin.mul_(2).sub_(1).to(z.dtype)
 
 

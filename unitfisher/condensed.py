@@ -1,4 +1,4 @@
-"""The cases of a layer, condensed to moments of as many units at a time as memory allows."""
+"""A layer's cases, condensed to moments, for as many units at a time as memory allows."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from unitfisher.weighted import Weighted
 
 
 class SharedRows(NamedTuple):
-    """Cases about their mean, and their products."""
+    """Cases minus their mean, and their Gram matrix."""
 
     about: Float[Tensor, "g n d"]
     gram: Float[Tensor, "g n n"]
@@ -34,13 +34,13 @@ class SharedRows(NamedTuple):
 
 @dataclass
 class Condensed:
-    """What is formed of a layer's cases, and kept until it is told to forget."""
+    """The moments formed from a layer's cases, which are kept until `forget`."""
 
     cases: UnitCases
     solver: str = "auto"
-    moments: Moments | None = field(default=None, init=False)  # of all units, where these fit
-    solved: dict[float, Moments] = field(default_factory=dict, init=False)  # at the newest damping
-    shared: SharedRows | None = field(default=None, init=False)  # of all units that see the same
+    moments: Moments | None = field(default=None, init=False)  # of all units, if these fit
+    solved: dict[float, Moments] = field(default_factory=dict, init=False)  # the newest damped ones
+    shared: SharedRows | None = field(default=None, init=False)  # if all units are treated together
 
     @cached_property
     def route(self) -> str:
@@ -48,7 +48,7 @@ class Condensed:
         return route_of(self.cases.sizes, self.solver)
 
     def parts(self) -> Iterator[tuple[slice, Moments]]:
-        """Yield the moments of part after part of the units, as memory allows."""
+        """Yield part after part of the units, as memory allows, with its moments."""
         for part in split(self.cases, self.route):
             if part != slice(None):
                 yield part, self._formed(self.cases.of_units(part))
@@ -58,7 +58,7 @@ class Condensed:
             yield part, self.moments
 
     def damped_parts(self, damping: float) -> Iterator[Part]:
-        """Yield the same also damped; what was solved at the newest damping is kept."""
+        """Yield the same with damped moments; those of all units at the newest damping are kept."""
         for part, m in self.parts():
             if part != slice(None):
                 yield Part(part, m, m.damped(damping))
@@ -68,13 +68,13 @@ class Condensed:
             yield Part(part, m, self.solved[damping])
 
     def forget(self) -> None:
-        """Drop what was solved or unfolded; it is formed again when it is asked for."""
+        """Drop moments, solutions and unfolded patches; they are formed again on demand."""
         self.moments, self.solved, self.shared = None, {}, None
         self.cases.forget()
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What is kept beside the cases."""
+        """Tensors kept besides the cases."""
         formed = [vars(m) for m in [self.moments, *self.solved.values()] if m is not None]
         return [t for t in tree_leaves([formed, self.shared]) if isinstance(t, Tensor)]
 
@@ -84,12 +84,12 @@ class Condensed:
         if self.route == "rows":
             rows = _joint_rows(cases) if cases.joint else _rows(cases, self._shared_by(cases))
             return replace(rows, iterates=self.solver != "direct")
-        # iterate as long as forming second moments would take; then units that are late get theirs
+        # iterate for the time that second moments would take; units not solved then get theirs
         patience = None if self.solver == "iterative" else max(20, cases.inputs // 4)
         return replace(_products(cases), patience=patience)
 
     def _shared_by(self, cases: UnitCases) -> SharedRows:
-        """As long as all units see the same, once."""
+        """Return the rows that all units share, formed once if all have the same activations."""
         if cases.received is not self.cases.received:
             return SharedRows.of(cases)
         if self.shared is None:
@@ -98,7 +98,7 @@ class Condensed:
 
 
 def split(cases: UnitCases, route: str) -> list[slice]:
-    """Choose which units to treat together; the whole is one part that has no bounds."""
+    """Choose which units to treat together; ``slice(None)`` stands for all of them."""
     units, together = cases.units, units_together(cases.sizes, route)
     if together >= units:
         return [slice(None)]
@@ -106,11 +106,11 @@ def split(cases: UnitCases, route: str) -> list[slice]:
 
 
 def sums(cases: UnitCases, origin: Float[Tensor, "*u d"] | None = None) -> UnitMoments:
-    """Form the second moments of all units at once, u·d² numbers, about an origin near them."""
+    """Form the second moments of all units at once, u·d² numbers, about an origin near E_q(a)."""
     if cases.joint:
         return _joint_sums(cases, cases.rounded_mean if origin is None else origin)
     a = cases.a.squeeze(2)
-    origin = _mean_q(cases) if origin is None else origin  # each unit's own: exactly centred
+    origin = _mean_q(cases) if origin is None else origin  # E_q(a) of each unit: centred
     m = UnitMoments.of(
         a.squeeze(0) if len(a) == 1 else a,
         cases.D,

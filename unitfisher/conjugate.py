@@ -1,9 +1,9 @@
 """Systems diag(v) K diag(v) + ε I of many cases, by conjugate gradients for all units at once.
 
-A factor costs n³/3 multiplications a unit, an iteration 4n² a right-hand side in products that the
-units share. Each unit's system is scaled to a diagonal of ones; what is left differs by how a
-unit's weights differ from the units' mean, whose inverse preconditions them all. Where activations
-are nearly of lower rank that takes too long: who is not on the way in time is given to Cholesky.
+A Cholesky factor costs n³/3 multiplications per unit, an iteration 4n² per right-hand side, in
+products over all units. Each unit's system is scaled to a unit diagonal. One preconditioner serves
+all units, the inverse of the system with their mean squared weights. Where activations are nearly
+of lower rank convergence is slow: units that fall behind are solved by Cholesky.
 """
 
 from typing import NamedTuple
@@ -15,23 +15,23 @@ from torch import Tensor
 from unitfisher.gram import Scaled, solve_others
 from unitfisher.solvers import dot, require_regular
 
-MANY_CASES = 1024  # from so many on iterations can be faster, if there are
-MANY_UNITS = 32  # that share the preconditioner
-PACE = 40  # the cases by this: iterations that cost about as much as three fifths of a factor
-RESIDUAL = 1e-11  # relative, at which a unit stops
-SLACK = 10  # a unit has converged if its true residual is up to so many times larger
-LOOK = 4  # iterations from one look at which units are still busy to the next
+MANY_CASES = 1024  # iterations can be faster with at least this many cases,
+MANY_UNITS = 32  # and this many units for each preconditioner
+PACE = 40  # n / PACE iterations, the most there are, cost about three fifths of a factor
+RESIDUAL = 1e-11  # relative residual at which a system stops
+SLACK = 10  # a unit has converged if its true residual is at most this many times RESIDUAL
+LOOK = 4  # iterations between two checks of which systems have stopped
 
 
 class Iterated(NamedTuple):
-    """Solutions, and the residual relative to the right-hand side: 0 where solved directly."""
+    """Solutions, and residuals relative to the right-hand side: 0 where solved by Cholesky."""
 
     Y: Float64[Tensor, "u r n"]
     residual: Float64[Tensor, " u"]
 
 
 def mean_inverse(scaled: Scaled, K: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
-    """Invert what a unit of mean squared weights would have."""
+    """Invert the scaled matrix of a unit with the mean squared weights; identity if singular."""
     square = (scaled.t**2).mean(0)
     t = square.sqrt()
     mean = t[:, None] * K * t
@@ -41,7 +41,7 @@ def mean_inverse(scaled: Scaled, K: Float64[Tensor, "n n"]) -> Float64[Tensor, "
 
 
 def pays(K: Float[Tensor, "g n n"], units: int) -> bool:
-    """Say whether iterations may be faster than factors."""
+    """Return whether iterations may be faster than Cholesky factors."""
     return K.shape[-1] >= MANY_CASES and units >= MANY_UNITS * len(K)
 
 
@@ -54,7 +54,7 @@ def solve_by_iterations(
     """Solve (diag(v_u) K diag(v_u) + ε_u I) Y_u = rhs_u, ε > 0, with one K for each group of units.
 
     Raises:
-        SingularFisherError: Rounding hides that a unit's matrix has an inverse.
+        SingularFisherError: A unit's matrix is singular up to rounding.
     """
     groups = zip(K, *(x.chunk(len(K)) for x in (v, epsilon, rhs)), strict=True)
     found = [_of_group(*group) for group in groups]
@@ -89,7 +89,7 @@ def _iterate(
     scaled: Scaled,
     b: Float64[Tensor, "w n"],
 ) -> Float64[Tensor, "w n"]:
-    """Return solutions, of those rows that came to an end in time."""
+    """Return each row's last iterate, whether it has converged or has fallen behind."""
     found, patience = torch.zeros_like(b), len(K) // PACE
     busy = b.any(1).nonzero().flatten()
     system, r = scaled.at(busy), b[busy]

@@ -1,4 +1,4 @@
-"""A softmax's Fisher by contrasts: each class against the mean of those after it.
+"""A root of the softmax Fisher from contrasts: each class against the mean of the later ones.
 
 Tanabe and Sagae (1992), equation 4, as `likelihoods.Categorical` uses it.
 """
@@ -23,17 +23,17 @@ def contrasts(pi: Float[Tensor, "n t y"]) -> tuple[Float[Tensor, "n t r"], Float
 def signed_contrasts(
     pi: Float[Tensor, "n t y"], signs: Float[Tensor, "r n t"]
 ) -> Float[Tensor, "n t y"]:
-    """Class i of Σ_j ε_j column j, by prefix sums: ε_i s_i - π_i Σ_{j<i} ε_j s_j / r_j."""
+    """Return Σ_j ε_j column_j by prefix sums; entry i is ε_i s_i - π_i Σ_{j<i} ε_j s_j / r_j."""
     scale, rest = contrasts(pi)
-    own = scale * signs.movedim(0, -1)
-    earlier = (own / rest).cumsum(-1)
-    return F.pad(own, (0, 1)) - pi * F.pad(earlier, (1, 0))
+    signed = scale * signs.movedim(0, -1)
+    earlier = (signed / rest).cumsum(-1)
+    return F.pad(signed, (0, 1)) - pi * F.pad(earlier, (1, 0))
 
 
 def most_probable(
     z: Float[Tensor, "n t y"],
 ) -> tuple[Float[Tensor, "n t y"], Bool[Tensor, "n t y"]]:
-    """Return the probabilities, and where the largest stands; one of several that tie."""
+    """Return the probabilities, and a mask of the largest; of several that tie, one is chosen."""
     pi = z.double().softmax(-1)
     classes = torch.arange(z.shape[-1], device=z.device)
     return pi, classes == pi.argmax(-1, keepdim=True)

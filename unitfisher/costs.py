@@ -1,9 +1,9 @@
-"""What the ways of solving a layer's systems cost: seconds, and bytes held at one time.
+"""Costs of the routes for solving a layer's systems: seconds, and bytes held at one time.
 
-"rows" solves by Cholesky on the cases' side, "sums" by Cholesky from second moments, "products"
-by conjugate gradients, of which each iteration multiplies with the cases. Which one is taken
-follows from sizes alone: it is the same in every run, however busy the machine. "passes" are
-conjugate gradients over a loader whose cases are not kept, where "sums" do not fit.
+"rows" is Cholesky of the Gram matrix of the cases, n × n; "sums" is Cholesky of second moments,
+d × d; "products" are conjugate gradients, which multiply with the cases in each iteration;
+"passes" are conjugate gradients that read a loader again in each iteration, where "sums" do not
+fit. The choice depends on sizes alone: it is the same in every run, however busy the machine.
 """
 
 from math import log
@@ -15,23 +15,23 @@ from unitfisher.memory import workspace
 from unitfisher.native import compiled
 
 ROUTES = ("rows", "sums", "products")
-DAMPED = 1e-6  # relative damping with which rows may be more than inputs, and sums of fewer cases
-HEAVY = 5.0  # weights are heavy-tailed: so many cases count as one
+DAMPED = 1e-6  # relative; from here "rows" may take more cases than inputs, and "sums" fewer
+HEAVY = 5.0  # cases that count as one, since their weights are heavy-tailed
 BEFORE = 15  # iterations before convergence is linear
-REFINED = 384  # cases from which factors are made in single precision, in half the time
-CALLS = {"rows": 250, "sums": 250, "products": 100}  # operations, however small the layer
-REUSED = 2**25  # bytes: larger pieces of memory come from the system, page by page
+REFINED = 384  # cases; factors of this size or larger are in single precision, in half the time
+CALLS = {"rows": 250, "sums": 250, "products": 100}  # operations per layer, whatever its size
+REUSED = 2**25  # bytes: larger blocks of memory come from the system, page by page
 
 
 class Rates(NamedTuple):
-    """What a machine does in a second, and what it takes to ask for it."""
+    """What a machine does in a second, and the overhead of an operation."""
 
     single: float  # FLOP of matrix products
     double: float
-    cubic: float  # FLOP of the factor of a small matrix, n³ / 3
-    square: float  # of its n² entries, for all that is not the factor
-    moved: float  # bytes read or written, one by one
-    call: float  # seconds of an operation that has nothing to do
+    cubic: float  # FLOP of a small matrix's Cholesky factor, n³ / 3 of them
+    square: float  # entries of that matrix, n² of them, in all work but factoring
+    moved: float  # bytes read or written by elementwise operations
+    call: float  # seconds that an operation takes on tiny tensors
 
 
 RATES = {  # results/calibration-cpu: one core of an AMD EPYC, torch 2.15.0; cuda: not measured
@@ -42,20 +42,20 @@ RATES = {  # results/calibration-cpu: one core of an AMD EPYC, torch 2.15.0; cud
 
 
 def engine(device: torch.device) -> str:
-    """Which rates are those of a device."""
+    """Return the key of a device's rates in RATES."""
     if device.type != "cpu":
         return "cuda"
     return "compiled" if compiled() else "torch"
 
 
 class Sizes(NamedTuple):
-    """Of one layer's systems."""
+    """Sizes of one layer's systems."""
 
     rows: int  # cases; in joint sharing samples times columns
     inputs: int
     units: int
-    groups: int = 1  # sets of inputs that are seen by consecutive units
-    joined: int = 0  # positions whose gradients are summed in joint sharing, all samples'
+    groups: int = 1  # sets of consecutive units, each with its own inputs
+    joined: int = 0  # positions of all samples, in joint sharing
     itemsize: int = 4  # bytes of an activation
     engine: str = "compiled"
 
@@ -65,11 +65,11 @@ class Sizes(NamedTuple):
 
 
 def route_of(s: Sizes, solver: str = "auto", damping: float = 0.0) -> str:
-    """Choose the fastest way to solve among those that are exact, and that fit if any does.
+    """Choose the fastest exact route that fits into the workspace; if none fits, the smallest.
 
     Args:
-        solver: "auto", "direct" or "iterative"; or a route, which is then taken.
-        damping: The least that will be asked for.
+        solver: "auto", "direct" or "iterative"; or a route, which is returned.
+        damping: The least relative damping that will be asked for.
     """
     if solver in ROUTES:
         return solver
@@ -85,7 +85,7 @@ def route_of(s: Sizes, solver: str = "auto", damping: float = 0.0) -> str:
 
 
 def admissible(s: Sizes, damping: float) -> list[str]:
-    """Which routes give the answer, whatever they cost."""
+    """Return the routes that give the exact answer, whatever they cost."""
     few, damped = s.rows <= s.inputs, damping >= DAMPED
     allowed = {
         "rows": few or (damped and s.rows <= 2 * s.inputs),
@@ -96,7 +96,7 @@ def admissible(s: Sizes, damping: float) -> list[str]:
 
 
 def seconds(s: Sizes, route: str) -> float:
-    """Predict the time of s, k and the corrected mean of all units."""
+    """Predict the seconds for s, k and the corrected mean of all units."""
     rates = RATES[s.engine]
     return CALLS[route] * rates.call + SECONDS[route](s, rates)
 
@@ -111,9 +111,9 @@ def _of_rows(s: Sizes, rates: Rates) -> float:
 
 def _of_sums(s: Sizes, rates: Rates) -> float:
     n, d, u, compiled = s.rows, s.inputs, s.units, s.engine == "compiled"
-    tile = 24 if compiled else 64  # of which a triangle is made
+    tile = 24 if compiled else 64  # edge of the square blocks that make up a triangle
     triangle = 1.0 if d <= 256 and not compiled else 0.5 + tile / d
-    passed = 400 if not compiled or 8 * u * d**2 > REUSED else 100  # bytes of an entry
+    passed = 400 if not compiled or 8 * u * d**2 > REUSED else 100  # bytes moved per entry
     return (
         2 * u * n * d**2 * triangle / (rates.double if s.joint else _gemm(s, rates))
         + 2 * s.itemsize * u * n * d / rates.moved
@@ -137,40 +137,41 @@ def _gemm(s: Sizes, rates: Rates) -> float:
 
 
 def iterations(s: Sizes) -> float:
-    """How many conjugate gradients take where the weights of cases are heavy-tailed.
+    """Estimate the iterations of conjugate gradients, for cases of heavy-tailed weights.
 
     Whitened by the mean over units, a random second moment has its spectrum within (1 ± r)²,
-    r² = inputs / cases (Marčenko and Pastur), where an iteration leaves r of the error. Heavy
-    weights make the cases count as fewer; close to r = 1 all of it is guesswork.
+    r² = inputs / cases (Marčenko and Pastur), and an iteration multiplies the error by r. Heavy
+    tails reduce the effective number of cases; close to r = 1 the estimate is a guess.
     """
     r = min(0.97, HEAVY * s.inputs / s.rows) ** 0.5
     return BEFORE + log(2e6 if s.itemsize == 4 else 2e11) / log(1 / r)
 
 
 def layers_together(s: Sizes, route: str) -> int:
-    """How many layers of this form are treated as the groups of one."""
+    """Return how many layers of these sizes to treat together, as the groups of one."""
     shared = bytes_of_group(s, route)
-    room = min(workspace(), 2 * REUSED) if route == "sums" else workspace()  # of 4 pieces each
+    # sums take four blocks of memory, each of which is to stay below REUSED
+    room = min(workspace(), 2 * REUSED) if route == "sums" else workspace()
     return max(1, (room + shared) // (s.units * bytes_of_unit(s, route) + shared))
 
 
 def units_together(s: Sizes, route: str) -> int:
-    """How many units are treated at one time; all, or as many as fit into the workspace."""
-    own, others = bytes_of_unit(s, route), (s.groups - 1) * bytes_of_group(s, route)
-    if others + s.units * own <= workspace():
+    """Return how many units to treat at one time: all, or as many as fit into the workspace."""
+    unit, others = bytes_of_unit(s, route), (s.groups - 1) * bytes_of_group(s, route)
+    if others + s.units * unit <= workspace():
         return s.units
-    alone = bytes_of_group(s, route) if s.groups > 1 else 0  # parts give each unit its own copy
-    return max(1, min(s.units, workspace() // (own + alone)))
+    alone = bytes_of_group(s, route) if s.groups > 1 else 0  # a unit in a part gets its own copy
+    return max(1, min(s.units, workspace() // (unit + alone)))
 
 
 def least(s: Sizes, route: str) -> int:
-    """Bytes of workspace without which not even one unit can be treated."""
+    """Return the bytes of workspace that a single unit needs."""
     alone = bytes_of_group(s, route) if s.groups > 1 else 0
     return bytes_of_unit(s, route) + alone
 
 
 def bytes_of_unit(s: Sizes, route: str) -> int:
-    """What is held for each of the units that are treated together."""
+    """Return the bytes held for each unit that is treated at the same time."""
     n, d = s.rows, s.inputs
     gradients = 24 * n * d if s.joint else 0
     if route == "products":
@@ -181,7 +182,7 @@ def bytes_of_unit(s: Sizes, route: str) -> int:
 
 
 def bytes_of_group(s: Sizes, route: str) -> int:
-    """What units of one group share: copies of the cases about their mean, products of these."""
+    """Return the bytes that a group's units share: copies of the centred cases, their products."""
     n, d, item = s.rows, s.inputs, s.itemsize
     kernel = 32 * torch.get_num_threads() * (d if route == "sums" else n) ** 2
     if s.joint:
@@ -194,15 +195,15 @@ def bytes_of_group(s: Sizes, route: str) -> int:
 
 
 def bytes_of_sums(s: Sizes) -> int:
-    """What is kept of all units from batch to batch."""
+    """Return the bytes of all units' sums, which are kept from batch to batch."""
     return 8 * s.units * s.inputs * (s.inputs + 3)
 
 
 def bytes_of_passes(s: Sizes) -> int:
-    """The same where systems are solved by passes over a loader, and what solving takes.
+    """Return the bytes kept if systems are solved by passes over a loader, and those of solving.
 
-    Of two right-hand sides the vectors that conjugate gradients keep, of the sums E_q(a) in its
-    forms, of a batch the whitened cases and how they weigh; of what units share, four matrices.
+    They hold the vectors of conjugate gradients for two right-hand sides, E_q(a) in its several
+    forms, the whitened cases and weights of a batch, and four matrices for each group.
     """
     n, d, u = s.rows, s.inputs, s.units
     return 136 * u * d + 32 * u * n + s.groups * (2 * s.itemsize * n * d + 32 * d**2)

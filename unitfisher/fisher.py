@@ -37,31 +37,36 @@ def unit_fisher(
 ) -> dict[str, Float[Tensor, "u e e"]]:
     """Materialise every unit's Fisher block, weights in ``weight[i].flatten()`` order, bias last.
 
-    Where inputs come first, in transposed convolutions and GPT-2's linear layers, that is
-    ``weight[:, i]``, of those in groups their part of it.
+    A block is the Fisher of one sample's ln p, summed over positions and averaged over samples.
+    Where the weight's first axis is inputs (transposed convolutions, GPT-2's linear layers) its
+    order is that of ``weight[:, i]``, or of the part of it that belongs to the unit's group.
 
-    The model runs in eval mode and is left as it was. A layer without bias gives (u, d, d). This
-    takes u·(d+1)² numbers a layer, of the activations' precision; `Monitor` gives the theorems'
-    quantities without them.
+    The model runs in eval mode and is left as it was. `Monitor` gives the theorems' quantities
+    without these u·(d+1)² numbers per layer.
 
     Args:
         model: Any module; its forward is called once.
         inputs: A tensor, a tuple of arguments or a mapping of keyword arguments.
-        layers: Patterns, types or a predicate, as for `Monitor`. Kinds that the Monitor does not
-            cover go by per-sample gradients, which know ``sharing="joint"`` only.
+        layers: Patterns, types or a predicate, as for `Monitor`. Layers of other kinds than Monitor
+            supports are measured by per-sample gradients, which need ``sharing="joint"``.
         likelihood: "categorical", "bernoulli", "gaussian" or a Likelihood object.
         fisher: "exact", "mc", "rademacher", "top-rademacher" or "empirical".
         sharing: "expand", "joint" or "reduce" (positions that share weights).
         targets: Observed labels, for ``fisher="empirical"``.
         output: Picks the logits from what forward returns.
-        samples: Random columns; "top-rademacher" has one more, which is exact.
-        seed: Of the drawn labels or signs.
+        samples: Number of random columns; "top-rademacher" has one more, which is exact.
+        seed: Seed of the drawn labels or signs.
+
+    Returns:
+        By layer name, (u, d+1, d+1) for u units of d inputs; (u, d, d) for a layer without bias.
+        By ``layer.weight_name`` for a layer that has several weights, such as an LSTM.
 
     Raises:
-        LayerSelectionError: A choice matches no layer, or one that needs ``sharing="joint"``.
-        NonFiniteError: The pass holds NaN or infinity.
+        LayerSelectionError: A choice matches no layer, or a layer needs ``sharing="joint"``, or has
+            no weight.
+        NonFiniteError: Activations, logits or errors hold NaN or infinity.
         OutputError: The output, or the targets, do not fit the likelihood.
-        ValueError: An unknown name or impossible number for an option.
+        ValueError: An unknown name or impossible number for an option, or missing targets.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 2))
     >>> {name: tuple(F.shape) for name, F in unit_fisher(model, torch.randn(10, 3)).items()}
@@ -81,14 +86,18 @@ def unit_fisher(
             blocks[name] = materialised(observation.cases, biased=biased)
     for name in (name for name in chosen if name not in covered):
         require_joint(name, chosen[name], estimator)
-        blocks |= unit_fisher_per_sample(
-            model, inputs, name, estimator, targets=targets, output=output, seed=seed
-        )
+        with exactly(device_of(model)):
+            found = unit_fisher_per_sample(
+                model, inputs, name, estimator, targets=targets, output=output, seed=seed
+            )
+        finite = all(F.isfinite().all() for F in found.values())
+        require_finite([None if finite else f"the gradients of layer {name!r}"])
+        blocks |= found
     return blocks
 
 
 def materialised(cases: UnitCases, *, biased: bool) -> Float[Tensor, "u e e"]:
-    """Form the Fishers of these cases, bias last, in the precision of the activations."""
+    """Form the Fishers of all units, bias last, in the precision of the activations."""
     e = cases.inputs + biased
     F = cases.delta.new_empty(cases.units, e, e, dtype=cases.received.dtype)
     parted = max(1, workspace() // (64 * cases.rows * e))
@@ -116,6 +125,6 @@ def _root(cases: UnitCases, *, biased: bool) -> Float[Tensor, "u n e"]:
 def require_joint(name: str, layer: nn.Module, estimator: Estimator) -> None:
     if estimator.sharing != "joint":
         raise LayerSelectionError(
-            f"layer {name!r} ({type(layer).__name__}) goes by per-sample gradients, which are "
-            f"summed over positions already: pass sharing='joint'"
+            f"layer {name!r} ({type(layer).__name__}) is measured by per-sample gradients, which "
+            f"are summed over positions already: pass sharing='joint'"
         )

@@ -1,4 +1,4 @@
-"""Follows each preactivation to the nonlinearity behind it."""
+"""Follows each preactivation to the nonlinearity that is applied to it."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -70,7 +70,7 @@ class Follow(TorchFunctionMode):
     def __init__(self, retained: list[Tensor]) -> None:
         super().__init__()
         self.retained = retained
-        self.open: dict[int, tuple[Call, int, Tensor]] = {}  # by id: held, so that it stays theirs
+        self.open: dict[int, tuple[Call, int, Tensor]] = {}  # by id; held, or ids would be reused
 
     def __torch_function__(
         self,
@@ -87,7 +87,7 @@ class Follow(TorchFunctionMode):
         return result
 
     def _followed(self, args: Iterable[Any]) -> Call | None:
-        """Whose preactivation is read? No one's any more once a sum in place has changed it."""
+        """Return the call whose preactivation is read, unless it was changed in place since."""
         for x in args:
             if id(x) in self.open:
                 call, version, y = self.open[id(x)]
@@ -114,7 +114,7 @@ class Follow(TorchFunctionMode):
         if transparent:
             self.open[id(result)] = call, version_of(result), result
         elif nonlinear and call.nonlinearity is None:
-            whole = isinstance(result, Tensor) and result.shape == call.shape  # no ``max`` of rows
+            whole = isinstance(result, Tensor) and result.shape == call.shape  # not a reducing max
             call.take(result if whole else call.y, name if whole else None)
             if whole:
                 self.open = {i: held for i, held in self.open.items() if held[0] is not call}
@@ -122,6 +122,6 @@ class Follow(TorchFunctionMode):
 
 
 def _is_pure(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Dropout may work in place: its fourth argument."""
+    """Return whether a function leaves its input unchanged; dropout has a flag for in place."""
     in_place = kwargs.get("inplace", len(args) > 3 and args[3] is True)
     return not (func.__name__.endswith("_") or in_place)

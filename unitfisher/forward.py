@@ -31,6 +31,12 @@ def activation_statistics(
         inputs: A tensor, a tuple of arguments or a mapping of keyword arguments.
         layers: Patterns, types or a predicate, as for `Monitor`.
 
+    Returns:
+        By layer name, `UnitMeans` over samples and positions, (u,) each and in double precision.
+
+    Raises:
+        LayerSelectionError: A choice matches no layer, or layers that cannot be observed.
+
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 2))
     >>> tuple(activation_statistics(model, torch.randn(10, 3))["0"].mean.shape)
     (4,)
@@ -43,9 +49,9 @@ def activation_statistics(
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Read a tensor, a tuple of arguments or a mapping of keyword arguments.
+    """Return (args, kwargs) of a tensor, a tuple of arguments or a mapping of keyword arguments.
 
-    Tensors of inference mode are copied: autograd takes none.
+    Tensors made in inference mode are copied: autograd refuses them.
     """
     with torch.inference_mode(False):
         inputs = tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, inputs)
@@ -55,13 +61,13 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def eagerly() -> AbstractContextManager[Any]:
-    """Run what was compiled as it was written, so that its layers' hooks are called."""
+    """Run compiled code eagerly, so that its layers' hooks are called."""
     compiling = "torch._dynamo" in sys.modules  # else nothing is compiled, and it is slow to import
     return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
 
 
 def pick_output(result: Any, pick: Pick) -> Tensor:
-    """Find the logits in what forward returned.
+    """Return the logits among what forward returned.
 
     Raises:
         OutputError: There is no such entry, it is no tensor, or the choice is ambiguous.

@@ -1,7 +1,7 @@
 """Solve the systems diag(v) K diag(v) - x xᵀ + ε I of many units that share a Gram matrix K.
 
-A kernel in C does it with one unit in each lane of a vector, or else torch alone. Neither keeps a
-factor: for small systems the kernel factors about as fast as memory would return what was kept.
+A kernel in C solves one unit in each lane of a vector; without it torch solves. Neither keeps a
+factor: for small systems the kernel factors about as fast as it could read a stored factor.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from unitfisher.solvers import factored, outer, rounding, substituted
 
 
 class GramSolution(NamedTuple):
-    """Solutions, and which units' matrices have an inverse; NaN for the others."""
+    """Solutions, NaN for units whose matrix is singular, and which units are regular."""
 
     Y: Float64[Tensor, "u r n"]
     regular: Bool[Tensor, " u"]
@@ -26,7 +26,7 @@ class GramSolution(NamedTuple):
 
 
 class System(NamedTuple):
-    """What is to be solved: one K for each g of consecutive units."""
+    """The systems to solve, with one K for each of g groups of consecutive units."""
 
     K: Float[Tensor, "g n n"]
     v: Float[Tensor, "u n"]
@@ -47,7 +47,7 @@ class System(NamedTuple):
 
 
 class Task(native.Task):
-    """As in solve_grams.c."""
+    """The struct Task of solve_grams.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("K", "v", "own", "rhs", "x", "noise")),
@@ -66,17 +66,19 @@ def solve_grams(
 ) -> GramSolution:
     """Solve (diag(v_u) K diag(v_u) - x_u x_uᵀ + ε_u I) Y_u = rhs_u for all units, in double.
 
-    K is one for all units, or one for each of g groups of consecutive units. A matrix is called
-    regular if every pivot of its Cholesky factor is more than 64 roundings of the diagonal entry
-    that it began as, before x xᵀ was subtracted, and than the noise, which says how wrong that
-    entry is to begin with.
+    K is one matrix for all units, or one for each of g groups of consecutive units. A matrix is
+    called regular if every pivot of its Cholesky factor is more than ``noise``, the error of the
+    diagonal entry it began as, plus 64 eps of that entry before x xᵀ was subtracted.
+
+    Raises:
+        ValueError: The number of units is no multiple of the number of groups.
     """
     u, _, n = rhs.shape
     groups = len(K) if K.dim() == 3 else 1
     if u % groups:
         raise ValueError(f"{u} units cannot share {groups} Gram matrices evenly")
-    none = torch.zeros_like(v)
-    x, noise = (none if given is None else given for given in (x, noise))
+    zero = torch.zeros_like(v)
+    x, noise = (zero if each is None else each for each in (x, noise))
     of_units = v.expand(u, n), epsilon.expand(u), rhs, x.expand(u, n), noise.expand(u, n)
     system = System(K.expand(groups, n, n), *of_units)
     kernel = native.kernel("solve_grams", *system)
@@ -91,17 +93,17 @@ def solve_others(
     epsilon: Float64[Tensor, " u"],
     rhs: Float64[Tensor, "u r n"],
 ) -> Bool[Tensor, " u"]:
-    """Solve these units' systems after another way could not, into Y; return who is regular."""
+    """Solve the systems of ``units`` by Cholesky, into Y; return which are not singular."""
     regular, chosen = torch.ones_like(units), units.nonzero().flatten()
     if len(chosen):
-        own = K if len(K) == 1 else K[chosen * len(K) // len(v)]
-        found = solve_grams(own, v[chosen], epsilon[chosen], rhs[chosen])
+        grams = K if len(K) == 1 else K[chosen * len(K) // len(v)]
+        found = solve_grams(grams, v[chosen], epsilon[chosen], rhs[chosen])
         Y[chosen], regular[chosen] = found.Y, found.regular
     return regular
 
 
 class Scaled(NamedTuple):
-    """Systems diag(own) + diag(t) K diag(t), one a row, with diagonals of ones."""
+    """Systems diag(own) + diag(t) K diag(t), one per row, scaled to a unit diagonal."""
 
     own: Float64[Tensor, "w n"]
     t: Float64[Tensor, "w n"]
@@ -113,7 +115,7 @@ class Scaled(NamedTuple):
         v: Float64[Tensor, "u n"],
         epsilon: Float64[Tensor, " u"],
     ) -> tuple["Scaled", Float64[Tensor, "u n"]]:
-        """Return also by what solutions and right-hand sides are to be divided."""
+        """Return them, and the scale by which right-hand sides and solutions are to be divided."""
         square = torch.addcmul(epsilon[:, None], v**2, K.diagonal())
         return cls(epsilon[:, None] / square, v / square.sqrt()), square.sqrt()
 
@@ -126,12 +128,12 @@ class Scaled(NamedTuple):
 
 def _by_kernel(kernel: Kernel, system: System) -> GramSolution:
     (K, v, epsilon, rhs, x, noise), (u, r, n) = system, system.rhs.shape
-    own = epsilon[:, None].expand(u, n)
-    given = [each.contiguous() for each in (K, v, own, rhs, x, noise)]
+    ridge = epsilon[:, None].expand(u, n)
+    inputs = [each.contiguous() for each in (K, v, ridge, rhs, x, noise)]
     found = GramSolution(
         rhs.new_empty(u, r, n), rhs.new_empty(u, dtype=torch.bool), rhs.new_empty(u, r, 2 * r)
     )
-    pointers = [each.data_ptr() for each in (*given, found.Y, found.products)]
+    pointers = [each.data_ptr() for each in (*inputs, found.Y, found.products)]
     task = Task(*pointers, None, found.regular.data_ptr(), u, n, r, system.group, False, 0)
     native.run(kernel, task, u * n**2 * (n // 3 + 4 * r))
     return found

@@ -1,4 +1,4 @@
-"""The tables of what a Monitor has measured: one row per step, layer and unit."""
+"""Tables of a Monitor's measurements: one row per step, layer and unit."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     import pandas as pd
 
 UNITS, ACTIVATIONS, PLAN = "units", "activations", "plan"
-Columns = dict[str, Any]  # each a value for every unit of every layer, or one for all
+Columns = dict[str, Any]  # by name: a value for each unit of each layer, or one for all
 
 
 class HistoryState(TypedDict):
-    """What a history goes back to."""
+    """A state that a history can go back to."""
 
     rows: dict[str, list[Columns]]  # in memory
-    run: str | None  # the record's
-    written: dict[str, int]  # rows of its tables
+    run: str | None  # id of the record
+    written: dict[str, int]  # number of rows in each of its tables
     plan: Columns
 
 
 def columns_of(measured: Collection[UnitStatistics], phase: str) -> Columns:
-    """Lay a measurement out as columns, layer after layer; nothing is copied from the device."""
-    layers = [_columns_of_layer(of, phase) for of in measured]
-    units = [len(of.units) for of in measured]
+    """Return a measurement as columns, layer after layer; nothing is copied to the host."""
+    layers = [_columns_of_layer(layer, phase) for layer in measured]
+    units = [len(layer.units) for layer in measured]
     return {name: _joined([columns[name] for columns in layers], units) for name in layers[0]}
 
 
 def _joined(values: Sequence[Any], units: Sequence[int]) -> Any:
-    """Put the layers' tensors end to end; repeat what is one value a layer, and not one for all."""
+    """Concatenate the layers' tensors; repeat values per unit if they differ between layers."""
     if isinstance(values[0], Tensor):
         return torch.cat([x.to(values[0].device) for x in values])
     if len(set(values)) == 1:
@@ -82,7 +82,7 @@ def _columns_of_layer(measured: UnitStatistics, phase: str) -> Columns:
 
 
 def columns_of_activations(averages: Averages, step: int) -> Columns:
-    """Lay mean and variance of the units' outputs out as columns."""
+    """Return mean and variance of the units' outputs as columns."""
     layer, unit = _numbered(averages.layers, averages.mean.device)
     return {
         "step": step,
@@ -97,29 +97,29 @@ def columns_of_activations(averages: Averages, step: int) -> Columns:
 def _numbered(
     layers: tuple[tuple[str, int], ...], device: torch.device
 ) -> tuple[tuple[str, ...], Tensor]:
-    """Name the layer and number of every unit; the same objects at every step."""
+    """Return layer and number of every unit; the same objects at every step."""
     names = tuple(layer for layer, units in layers for _ in range(units))
     return names, torch.cat([torch.arange(n, device=device) for _, n in layers])
 
 
 class History:
-    """Keeps rows in a run's record, or in memory where there is none.
+    """Keeps rows in a run's record, or in memory without one.
 
-    The newest measurement is held back until the next pass begins: it is solved together with a
-    gradient that arrives with its backward pass, and that completes its rows.
+    The newest measurement is held back until the next pass begins: the gradient from its own
+    backward pass may still arrive, is solved with it, and completes its rows.
     """
 
     def __init__(self, run: Run | None, owned: bool) -> None:
         self.run, self.owned = run, owned
         self.rows: dict[str, list[Columns]] = {UNITS: [], ACTIVATIONS: [], PLAN: []}
         self.newest: Measurement | None = None
-        self.plan: Columns = {}  # the newest that stands in the table
+        self.plan: Columns = {}  # the newest in the table
         if run is not None:
             run.holds_back(self.commit)
 
     @classmethod
     def opened(cls, record: str | Path | Run | None, config: Mapping[str, Any]) -> "History":
-        """Open a record in the folder given, or use the Run that its owner has opened."""
+        """Open a record in a folder, or write to a Run that the caller has opened."""
         if isinstance(record, str | Path):
             return cls(Run(record, config), owned=True)
         if record is None:
@@ -142,7 +142,7 @@ class History:
         self.plan = self.plan if held is None else held.plan.columns()
 
     def _rows_of(self, held: Measurement | None) -> Iterator[tuple[str, Columns]]:
-        """Lay out a measurement, and its plan if that is another than the one before."""
+        """Yield the rows of a measurement, and of its plan if that has changed."""
         if held is None:
             return
         yield UNITS, columns_of(held.statistics().values(), held.phase)
@@ -162,10 +162,10 @@ class History:
             self.run.flush()
 
     def state(self) -> HistoryState:
-        """Return rows that are held in memory; of a record, which it is and how many it has."""
+        """Return the rows in memory, or a record's id and its numbers of rows."""
         self.commit()
         if self.run is not None:
-            self.run.complete()  # others that write to it may hold rows back, too
+            self.run.complete()  # its other writers may hold rows back, too
         return {
             "rows": {table: list(rows) for table, rows in self.rows.items()},
             "run": None if self.run is None else self.run.id,
@@ -174,14 +174,19 @@ class History:
         }
 
     def load(self, state: HistoryState) -> None:
-        """Go back to a state: hold its rows, and drop those that its record got afterwards.
+        """Go back to a state: restore its rows, and drop those added to its record since then.
 
-        Another record keeps what it has: the state's counts say nothing of its rows.
+        A record other than the state's keeps its rows: the state's counts do not apply to it.
         """
         if self.run is not None and self.run.id != state["run"]:
             self.commit()
         elif self.run is not None:
             for table, count in state["written"].items():
+                if (found := self.run.count(table)) < count:
+                    raise ValueError(
+                        f"{self.run.folder} has {found} of the {count} rows of {table!r} that the "
+                        f"state counts: bring back a copy of the record, or use another folder"
+                    )
                 self.run.truncate(table, count)
         self.newest, self.plan = None, state["plan"]
         self.rows = {table: [] for table in self.rows}
@@ -190,20 +195,21 @@ class History:
                 self.append(table, columns)
 
     def close(self) -> None:
-        """Write what is held; without a record nothing would be left of it."""
+        """Write the measurement held, and close the record if owned; without one, do nothing."""
         if self.run is None:
             return
         try:
             self.flush()
         finally:
+            self.run.holds_back_no_more(self.commit)
             if self.owned:
                 self.run.close()
 
     def frame(self, table: str = UNITS) -> "pd.DataFrame":
-        """Return all rows of a table, one per step, layer and unit, in order of measuring."""
+        """Return all rows of a table in the order of measurement."""
         import pandas as pd  # slow to import, and few processes read
 
-        newest = [columns for of, columns in self._rows_of(self.newest) if of == table]
+        newest = [columns for name, columns in self._rows_of(self.newest) if name == table]
         rows = [*self.rows[table], *newest]
         frames = [pd.DataFrame(_on_host(columns)) for columns in rows]
         if self.run is not None and table in self.run.tables:

@@ -1,4 +1,4 @@
-"""What the units of a layer receive on average, in one pass over the activations."""
+"""Mean and variance of a layer's incoming activations, in one pass over them."""
 
 from typing import NamedTuple
 
@@ -11,14 +11,14 @@ from unitfisher.patches import Received, in_pieces
 
 
 class Incoming(NamedTuple):
-    """E_p(a) and E_p‖a - E_p(a)‖², one for all units or, where groups see others, one a unit."""
+    """E_p(a) and E_p‖a - E_p(a)‖², one for all units, or one per unit if there are groups."""
 
     mean: Float[Tensor, "*g d"]
     trace_variance: Float[Tensor, "*g"]
 
     @classmethod
     def of(cls, received: Received, units: int) -> "Incoming":
-        """Average over cases and positions, for so many units in all groups together."""
+        """Average over cases and positions; ``units`` counts those of all groups together."""
         mean, var = _averages(received)
         of_groups = mean, var.sum(-1)
         if len(mean) == 1:
@@ -29,13 +29,13 @@ class Incoming(NamedTuple):
         return Incoming(*(x[part] for x in self))
 
     def by_group(self, groups: int) -> list["Incoming"]:
-        """Part what is one for all units of a group."""
+        """Split by groups, in each of which all units have the same values."""
         first = self.of_units(slice(None, None, len(self.mean) // groups))
-        return [Incoming(*own) for own in zip(*first, strict=True)]
+        return [Incoming(*values) for values in zip(*first, strict=True)]
 
 
 def _averages(received: Received) -> Average:
-    """Average patches piece by piece: all of them, unfolded, would only pass through memory."""
+    """Average; patches are unfolded piece by piece, so that each piece stays in the cache."""
     if isinstance(received, Tensor):
         return averages(received)
     found = [(a.shape[1], *averages(a)) for _, a in in_pieces(received)]

@@ -1,10 +1,11 @@
-"""What measures: passes are observed, pooled, drawn from, and the newest one is kept."""
+"""Measurement of passes: they are observed, pooled and subsampled, and the newest is kept."""
 
 import warnings
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from unitfisher.calls import Seen
@@ -26,12 +27,12 @@ from unitfisher.window import Window
 
 
 class Instrument:
-    """Measures a model with these options, and hands what it found to a history.
+    """Measures a model with these options, and hands the measurements to a history.
 
     Args:
-        model: Whose passes are measured.
-        options: How.
-        observer: Of the layers that are observed, with a planner of training passes.
+        model: The model whose passes are measured.
+        options: How to measure.
+        observer: Observes the layers; it has a planner for training passes.
         history: Receives every measurement.
     """
 
@@ -50,7 +51,7 @@ class Instrument:
 
     @property
     def plan(self) -> Plan:
-        """How the newest measurement was made; before the first one, what is known of it."""
+        """The plan of the newest measurement; before the first, as much of it as is known."""
         assert self._planner.newest is not None
         return self._planner.newest if self.newest is None else self.newest.plan
 
@@ -60,7 +61,7 @@ class Instrument:
         return self.observer.planner
 
     def measure_pass(self, seen: Seen, result: Any, targets: Tensor | None, step: int) -> None:
-        """Measure a training pass, before its graph is used; of an empty batch there is nothing."""
+        """Measure a training pass before its graph is used; ignore an empty batch."""
         with exactly(device_of(self.model)):
             self._make_room()
             try:
@@ -90,8 +91,8 @@ class Instrument:
             self._keep(self._prepared(observations, planner), planner, step, "measure")
 
     def measure_loader(self, loader: Any, step: int) -> None:
-        """Run the model on batch after batch, and measure all of them as one."""
-        with exactly(device_of(self.model)):
+        """Run the model on batch after batch, and measure all batches as one."""
+        with exactly(device_of(self.model)), torch.random.fork_rng([]):  # loaders draw from it
             self._make_room()
             planner = self._planner.within(
                 self._planner.budget.over_batches(beside=self.bytes_of_newest())
@@ -106,17 +107,17 @@ class Instrument:
     def _prepared(
         self, observations: dict[str, Observation], planner: Planner
     ) -> dict[str, Observation]:
-        """Draw the rows asked for, and solve their systems as planned."""
+        """Draw the rows asked for, and set the solver that is planned for each layer."""
         prepared = {}
-        for name, of in observations.items():
-            cases = of.cases
+        for name, observation in observations.items():
+            cases = observation.cases
             if (rows := planner.budget.rows) is not None:
                 cases = cases.drawn(rows, self.observer.chance.on(cases.delta.device))
-            prepared[name] = replace(of, cases=cases, solver=planner.solver_of(name))
+            prepared[name] = replace(observation, cases=cases, solver=planner.solver_of(name))
         return prepared
 
     def _make_room(self) -> None:
-        """Free what the newest measurement has solved: it is solved again if it is asked for."""
+        """Free what the newest measurement has solved: it is solved again on demand."""
         self.history.commit()
         if self.newest is not None:
             self.newest.forget_solved()
@@ -124,7 +125,7 @@ class Instrument:
     def _keep(self, observations: Observations, planner: Planner, step: int, phase: str) -> None:
         assert planner.newest is not None
         if self.options.on_nonfinite == "raise":
-            require_finite(of.fault for of in observations.values())
+            require_finite(observation.fault for observation in observations.values())
         self._name_uncalled(observations)
         measurement = Measurement(
             observations,
@@ -137,7 +138,7 @@ class Instrument:
             device_of(self.model),
         )
         if phase == "measure":
-            measurement.statistics()  # in training a gradient may come
+            measurement.statistics()  # in training wait: a gradient may come
         self.newest = measurement
         self.history.hold(measurement)
 
@@ -148,9 +149,9 @@ class Instrument:
             self._uncalled |= missing
             self._say_once(
                 f"layers {', '.join(sorted(map(repr, missing)))} were not called in a measured "
-                f"pass, or without a graph: nothing is recorded of them there. (Frozen layers on "
-                f"frozen inputs, no_grad and reentrant checkpointing leave no graph; compiled "
-                f"blocks, and functions that read a layer's weight, do not call it)"
+                f"pass, or without a graph: they have no rows for it. (Frozen layers on frozen "
+                f"inputs, no_grad and reentrant checkpointing leave no graph; compiled blocks, and "
+                f"functions that read a layer's weight, do not call the layer)"
             )
 
     def _say_once(self, text: str) -> None:

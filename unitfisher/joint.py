@@ -1,4 +1,4 @@
-"""Gradients of cases with several positions, which are summed before they are squared."""
+"""Gradients of cases with several positions, summed over positions before they are squared."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from unitfisher.solvers import squared
 
 
 class JointGradients(NamedTuple):
-    """One per case and column, its positions summed."""
+    """A gradient for each case and column, summed over positions."""
 
     weights: Float[Tensor, "r u d"]  # Σ_t δ (a - origin)
     bias: Float[Tensor, "r u"]  # Σ_t δ
@@ -20,9 +20,10 @@ class JointGradients(NamedTuple):
 
     @classmethod
     def of(cls, cases: UnitCases, origin: Float[Tensor, "*g d"]) -> "JointGradients":
-        """Join the positions of each case and column, about an origin.
+        """Sum δ (a - origin) over the positions of each case and column.
 
-        Products are formed in the precision of the activations, about a point near their mean.
+        Products are formed in the precision of the activations, about a point near their mean, and
+        then moved to ``origin`` in double.
         """
         groups, (columns, count, _, units) = cases.groups, cases.delta.shape
         delta = cases.delta.to(cases.received.dtype).unflatten(-1, (groups, -1)).movedim(2, -1)
@@ -30,7 +31,7 @@ class JointGradients(NamedTuple):
         G = cases.delta.new_empty(shape, dtype=torch.float64)
         for piece, a in in_pieces(cases.for_one_pass):
             about = (a - cases.origin[:, None, None]).transpose(0, 1)  # m g t d
-            G[:, piece] = delta[:, piece] @ about  # of r m g v t
+            G[:, piece] = delta[:, piece] @ about  # (r m g v t) @ (m g t d)
         G, S = G.flatten(2, 3).flatten(0, 1), cases.joint_errors.flatten(0, 1)
         G.addcmul_(S.unsqueeze(-1), origin - cases.rounded_mean, value=-1)
         return cls(G, S, _fed(G, S, origin, torch.finfo(cases.received.dtype).eps))
@@ -39,7 +40,7 @@ class JointGradients(NamedTuple):
 def _fed(
     G: Float[Tensor, "r u d"], S: Float[Tensor, "r u"], origin: Float[Tensor, "*g d"], eps: float
 ) -> Float[Tensor, " u"]:
-    """Σ ‖Σ_t δ a‖² from gradients about an origin; 0 where only rounding has left something."""
+    """Σ ‖Σ_t δ a‖² from gradients about an origin; 0 where it is no more than rounding."""
     along = torch.einsum("rud,ud->ru", G, origin.expand(G.shape[1:]))
     constant = S**2 * squared(origin)
     total = (squared(G) + 2 * S * along + constant).sum(0)

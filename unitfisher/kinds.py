@@ -1,9 +1,8 @@
-"""Every supported layer kind, brought to one form, after which the mathematics is written once.
+"""Every supported layer kind in one form, for which the mathematics is written once.
 
-Incoming activations become (g, n, t, d): groups, samples, positions that share the weights,
-inputs of a unit in the order of its row of the weight, flattened; those of a convolution stay
-`Patches` until they are asked for. What stands at the units (preactivation, error, output) becomes
-(n, t, u). A new kind joins with `join`.
+Incoming activations become (g, n, t, d): groups, samples, positions that share the weights, and
+the inputs of a unit in the order of its flattened weight; those of a convolution stay `Patches`
+until needed. Preactivations, errors and outputs become (n, t, u). `join` adds a kind.
 """
 
 import sys
@@ -31,25 +30,25 @@ class LayerSelectionError(ValueError):
 
 @singledispatch
 def incoming(layer: nn.Module, x: Tensor, out: torch.Size) -> Received:
-    """Return what the units of the layer see, each position a row; it may be a view of x.
+    """Return the units' inputs, each position a row; they may be a view of x.
 
     Args:
-        layer: Of a supported kind.
-        x: What it receives.
-        out: The shape of what it returns.
+        layer: A layer of a supported kind.
+        x: Its input.
+        out: The shape of its output.
     """
     raise LayerSelectionError(f"{type(layer).__name__} has no form as units over shared inputs")
 
 
 @singledispatch
 def at_units(layer: nn.Module, y: Tensor) -> Float[Tensor, "n t u"]:
-    """Return a tensor of the layer's output shape with one column per unit."""
+    """Rearrange a tensor of the layer's output shape, so that it has one column per unit."""
     raise LayerSelectionError(f"{type(layer).__name__} has no form as units over shared inputs")
 
 
 @singledispatch
 def turning(layer: nn.Module) -> Turn:
-    """Return what turns a tensor of the weight's shape so that units come first, and back again."""
+    """Return a function that puts a weight's units first, and that undoes it when called again."""
     return as_it_is
 
 
@@ -63,13 +62,13 @@ def join(
     out_of: Callable[..., Tensor],
     turn: Callable[..., Turn] | None = None,
 ) -> None:
-    """Let layers of these classes be observed, from now on.
+    """Make layers of these classes observable.
 
     Args:
-        kinds: Classes whose layers have ``weight``, and ``bias`` or None there.
-        into: As `incoming`.
-        out_of: As `at_units`.
-        turn: As `turning`, where units do not lie along the weight's first axis.
+        kinds: Classes whose layers have ``weight``, and ``bias``, which may be None.
+        into: Their `incoming`.
+        out_of: Their `at_units`.
+        turn: Their `turning`, if the first axis of the weight is not units.
     """
     for kind in kinds:
         incoming.register(kind, into)
@@ -96,7 +95,7 @@ def _into_convolution(layer: Conv, x: Tensor, out: torch.Size) -> Patches:
 
 
 def _patches(layer: Conv | Transposed, x: Tensor, strides: Sequence[int]) -> Patches:
-    """Look at an input, padded, through the taps of each position."""
+    """View a padded input as the patch of kernel taps at each position."""
     taps = zip(layer.kernel_size, strides, layer.dilation, strict=True)
     for axis, (size, stride, dilation) in enumerate(taps, start=2):
         x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
@@ -113,7 +112,7 @@ join([nn.Conv1d, nn.Conv2d, nn.Conv3d], _into_convolution, _out_of_convolution)
 
 
 def _into_transposed(layer: Transposed, x: Tensor, out: torch.Size) -> Patches:
-    """Spread the input by the stride; positions from last to first, or taps would be reversed."""
+    """Spread the input by the stride, in reverse order, or the kernel's taps would be reversed."""
     strides: tuple[int, ...] = layer.stride
     sizes = [(size - 1) * by + 1 for size, by in zip(x.shape[2:], strides, strict=True)]
     spread, places = x.new_zeros(*x.shape[:2], *sizes), [slice(None, None, by) for by in strides]
@@ -145,19 +144,19 @@ join(
 
 
 def _join_gpt2() -> None:
-    """Let the linear layer of GPT-2 join, whose weight is (inputs, units), once it is imported."""
+    """Join GPT-2's linear layer, whose weight is (inputs, units), if transformers is imported."""
     library = sys.modules.get("transformers.pytorch_utils")
     if library is not None and library.Conv1D not in incoming.registry:
         join([library.Conv1D], _into_linear, _out_of_linear, lambda layer: torch.t)
 
 
 def convolves(layer: nn.Module) -> bool:
-    """Say whether what the units see is patches."""
+    """Return whether the units of this layer receive patches."""
     return isinstance(layer, Conv | Transposed)
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
-    """Return (units, ...) of a layer's weight."""
+    """Return the shape of a layer's weight, units first."""
     if layer._parameters.get("weight") is None:
         if isinstance(layer, nn.Linear):
             return layer.out_features, layer.in_features
@@ -167,16 +166,16 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """Return a layer's weight; one that is computed as it is now, its state as it was."""
-    given = {**vars(layer), **layer._parameters}.get("weight")  # pruned ones are attributes
+    """Return a layer's weight, detached; to compute it does not change the layer's state."""
+    given = {**vars(layer), **layer._parameters}.get("weight")  # a pruned weight is an attribute
     if given is not None:
         return given.detach()
-    with undisturbed(layer), torch.no_grad():  # or spectral normalisation would go a step on
+    with undisturbed(layer), torch.no_grad():  # else spectral norm would take a power iteration
         return cast(Tensor, layer.weight).detach()
 
 
 def supported(layer: nn.Module) -> bool:
-    """Say whether the layer has a canonical form, and is called.
+    """Return whether the layer has a canonical form, and is called.
 
     The module ``out_proj`` inside ``nn.MultiheadAttention`` is not: see `attention.Projection`.
     """

@@ -1,4 +1,4 @@
-"""Which of a model's layers are observed."""
+"""Selection of the layers to observe."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
@@ -15,7 +15,7 @@ Layers = None | Selection | Sequence[Selection]
 
 
 class UncoveredLayersWarning(UserWarning):
-    """Modules with parameters that are not observed."""
+    """Some modules with parameters, or some passes of the model, are not observed."""
 
 
 def parametric(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -26,10 +26,11 @@ def parametric(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
-    """Return the layers asked for that have a canonical form, in the model's order.
+    """Return the layers asked for, all of supported kinds, in the model's order.
 
     Raises:
-        LayerSelectionError: One of the choices matches no module, or none that is supported.
+        LayerSelectionError: A choice matches no module or only unsupported ones, or a layer is
+            lazy, has complex weights, or lacks the attribute ``bias``.
     """
     found = match(model, layers)
     for name, layer in found.items():
@@ -49,10 +50,9 @@ def select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
 
 
 def match(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
-    """Return the modules that the choice names; None: every trainable layer that is supported.
+    """Return the modules that are chosen; None: every trainable layer of a supported kind.
 
-    A choice means modules that own parameters, and of those the supported ones where it matches
-    any.
+    A choice selects among modules that own parameters; if it matches supported ones, only those.
 
     Raises:
         LayerSelectionError: A choice matches nothing.
@@ -63,7 +63,7 @@ def match(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
             kinds = sorted({type(m).__name__ for _, m in parametric(model)})
             raise LayerSelectionError(
                 f"{type(model).__name__} has no trainable layer of a supported kind (Linear, "
-                f"convolutions, transposed ones), only "
+                f"convolutions, transposed convolutions), only "
                 f"{', '.join(kinds) or 'modules without any'}. {PER_SAMPLE}"
             )
         return chosen
@@ -98,7 +98,7 @@ def _as_list(layers: Selection | Sequence[Selection]) -> list[Selection]:
 
 PER_SAMPLE = (
     "unitfisher.per_sample_gradients(model, x), and unitfisher.unit_fisher(model, x, "
-    "layers=..., sharing='joint'), take any module by the per-sample route"
+    "layers=..., sharing='joint'), handle any module, by per-sample gradients"
 )
 
 
@@ -123,9 +123,9 @@ def _matching(model: nn.Module, choice: Selection) -> dict[str, nn.Module]:
 
 
 def _owned(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield a module's own parameters; those that its weight is computed from are its, too.
+    """Yield a module's own parameters, and those that its parametrized ones are computed from.
 
-    Of an attention those that are in none of its products.
+    For an attention, only parameters that are in none of its products.
     """
     if isinstance(module, ParametrizationList):
         return

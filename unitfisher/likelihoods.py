@@ -1,7 +1,7 @@
-"""What the model's output means: the Fisher of the output and a root of it.
+"""Likelihoods p(y | z) of labels y given the model's output z, and roots of their Fisher.
 
-For an output z the Fisher of ln p(y | z) in z is S Sᵀ. Sent backward from z, a column of S gives
-one column of every unit's error; squares of columns sum to D = E_y δ². No label is needed.
+The Fisher of ln p(y | z) with respect to z is S Sᵀ. Sent back from z, a column of S gives one
+column of error at every unit; the squares of these columns sum to D = E_y δ². No label is needed.
 """
 
 import math
@@ -24,7 +24,7 @@ class OutputError(ValueError):
 
 @runtime_checkable
 class Likelihood(Protocol):
-    """A family p(y | z). Outputs are given as (n, t, y): samples, positions, logits."""
+    """A family p(y | z). Outputs z are (n, t, y): samples, positions, logits."""
 
     def arrange(self, output: Tensor) -> Output:
         """View the model's output as (n, t, y), or raise OutputError."""
@@ -39,11 +39,11 @@ class Likelihood(Protocol):
         ...
 
     def sample(self, z: Output, generator: torch.Generator) -> Tensor:
-        """Draw y ~ p(y | z)."""
+        """Draw y ~ p(y | z), in the form of targets."""
         ...
 
     def score(self, z: Output, y: Tensor) -> Output:
-        """Return ∂ ln p(y | z) / ∂z."""
+        """Return ∂ ln p(y | z) / ∂z, or raise OutputError if the targets y do not fit."""
         ...
 
 
@@ -52,35 +52,38 @@ class Residual(Protocol):
     """A likelihood whose score can be taken sample by sample under ``torch.func.vmap``."""
 
     def residual(self, z: Output, y: Tensor) -> Output:
-        """Return `Likelihood.score` of targets that were checked."""
+        """Return `Likelihood.score`, for targets that were checked before."""
         ...
 
 
 @runtime_checkable
 class Signed(Protocol):
-    """A likelihood that adds up its root's columns without forming them."""
+    """A likelihood that computes S ε without forming S."""
 
     def signed(self, z: Output, signs: Float[Tensor, "r n t"]) -> Output:
-        """Return S ε for a sign at every column and position."""
+        """Return S ε for signs ε, one for each column, sample and position."""
         ...
 
 
 @runtime_checkable
 class Classes(Protocol):
-    """A likelihood of classes: one is the most probable, and a root may begin with it."""
+    """A likelihood of classes, with a root whose first column is that of the most probable one."""
 
     def top(self, z: Output) -> Output:
         """Return that root's first column: the most probable class against all others."""
         ...
 
     def signed_rest(self, z: Output, signs: Float[Tensor, "r n t"]) -> Output:
-        """Return the sum of its other columns, each times a sign."""
+        """Return the sum of the root's other columns, each times a sign."""
         ...
 
 
 @dataclass(frozen=True)
 class Categorical:
-    """Softmax over the last axis; outputs (n, C) or (n, T, C), logits or log-probabilities."""
+    """Softmax over the last axis of logits or log-probabilities, (n, C) or (n, T, C).
+
+    Targets are class indices, (n,) or (n, T).
+    """
 
     def arrange(self, output: Tensor) -> Output:
         if output.dim() not in (2, 3) or output.shape[-1] < 2:
@@ -96,7 +99,7 @@ class Categorical:
         return z.shape[-1] - 1
 
     def root(self, z: Output, start: int, stop: int) -> Float[Tensor, "r n t y"]:
-        """Set each class against the mean of the later ones (Tanabe & Sagae 1992, eq. 4).
+        """Contrast each class with the mean of the later ones (Tanabe & Sagae 1992, eq. 4).
 
         Column j is √(π_j r_j / (π_j + r_j)) (e_j - π_{>j} / r_j) with r_j = Σ_{i>j} π_i.
         """
@@ -106,7 +109,7 @@ class Categorical:
         column = later.neg_()
         column.diagonal(start, -2, -1).fill_(1.0)
         column *= scale[..., start:stop].unsqueeze(-1)
-        return column.movedim(-2, 0).to(z.dtype)  # n t r y before
+        return column.movedim(-2, 0).to(z.dtype)  # from (n, t, r, y)
 
     def signed(self, z: Output, signs: Float[Tensor, "r n t"]) -> Output:
         return signed_contrasts(z.double().softmax(-1), signs).to(z.dtype)
@@ -120,7 +123,7 @@ class Categorical:
         return (scale * (is_top.double() - others / positive(r))).to(z.dtype)
 
     def signed_rest(self, z: Output, signs: Float[Tensor, "r n t"]) -> Output:
-        """Without the most probable class's mass its column vanishes; the others stay a root."""
+        """With the top class's mass set to 0 its column vanishes; the others are the rest of S."""
         pi, is_top = most_probable(z)
         return signed_contrasts(pi.masked_fill(is_top, 0.0), signs).to(z.dtype)
 
@@ -140,7 +143,7 @@ class Categorical:
         if low < 0 or high >= classes:
             raise OutputError(
                 f"targets must be class indices from 0 to {classes - 1}, got {low} to {high}; "
-                f"leave samples without a label out of what is measured"
+                f"measure only samples that have a label"
             )
         return self.residual(z, y)
 
@@ -152,7 +155,7 @@ class Categorical:
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """Independent yes or no for every output, given as logits (n, ...)."""
+    """An independent binary label for every output, a logit; outputs and targets are (n, ...)."""
 
     def arrange(self, output: Tensor) -> Output:
         return _independent(output, "bernoulli")
@@ -182,7 +185,14 @@ class Bernoulli:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Normal noise of one variance on every output (n, ...): ½ squared error has variance 1."""
+    """Normal distribution about every output; outputs and targets are (n, ...).
+
+    Args:
+        variance: Of every output; 1 if the loss is ½ squared error.
+
+    Raises:
+        ValueError: The variance is not positive and finite.
+    """
 
     variance: float = 1.0
 

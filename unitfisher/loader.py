@@ -1,4 +1,4 @@
-"""A loader of batches, read once or again and again: then the same cases come each time."""
+"""Reading of a loader's batches, once or several times; then with the same cases each time."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,27 +21,27 @@ from unitfisher.precision import exactly
 from unitfisher.reach import NothingObservedError
 from unitfisher.untouched import device_of
 
-SAME = 1e-5  # relative, of sums over a batch that a device may add up in another order
+SAME = 1e-5  # relative tolerance of sums over a batch, which a device may add in any order
 WAYS_OUT = "observe fewer units (units=...), leave layers out (layers=...), allow more \
 (memory=...), or measure one batch from fewer cases (rows=...)"
 
 
 class LoaderError(ValueError):
-    """A loader that had to be read again gave other batches."""
+    """A loader that had to be read again gave other batches, or the model has changed."""
 
 
 def is_loader(inputs: Any) -> bool:
-    """Say whether this is an iterable of batches, not the input of one pass."""
+    """Return whether this is an iterable of batches, not the input of one pass."""
     single = isinstance(inputs, Tensor | tuple | Mapping)
     return isinstance(inputs, Iterable) and not single
 
 
 @dataclass
 class Batches:
-    """What an observer sees of a model on the batches of a loader.
+    """The observations of a model on the batches of a loader.
 
-    Whatever is drawn is drawn alike each time: by us, and by a loader that takes its chance from
-    torch's global generator. That one is left where a single reading has left it, and so is ours.
+    Each reading draws the same random numbers, from the observer's generators and, in the loader,
+    from torch's global one. In the end all generators are as a single reading leaves them.
     """
 
     model: nn.Module
@@ -51,15 +51,15 @@ class Batches:
     def __post_init__(self) -> None:
         self._ours, self._global = self.observer.chance.state(), torch.get_rng_state()
         self._seen: list[dict[str, Checksum]] = []
-        self._nothing = NothingObservedError()  # the newest pass in which nothing was observed
-        self.samples = 0  # of all batches that were read for the first time
+        self._nothing = NothingObservedError()  # of the newest batch in which nothing was observed
+        self.samples = 0  # number of them in the first reading
 
     def once(self) -> Iterator[dict[str, Observation]]:
-        """Read for the first time.
+        """Read for the first time; yield the observations of each batch, by layer.
 
         Raises:
             ValueError: There is no batch, or nothing to observe in any.
-            MemoryBudgetError: These layers would take too much, or would have to be read again.
+            MemoryBudgetError: The layers take too much memory, or need an iterator read again.
         """
         batches, planner, shown = iter(self.loader), self.planner, False
         for batch in batches:
@@ -72,17 +72,17 @@ class Batches:
             passing = planner.budget.passing & observations.keys()
             self._seen.append({name: Checksum.of(observations[name].cases) for name in passing})
             yield observations
-            observations.clear()  # before there are those of the next batch
+            observations.clear()  # before those of the next batch are made
         if not self._seen:
             raise ValueError("the loader yields no batch (an iterator that was used up?)")
         if not shown:
             raise self._nothing
 
     def again(self, layers: Collection[str]) -> Iterator[dict[str, UnitCases]]:
-        """Read what layers see whose systems are solved by passing over the loader.
+        """Read again; yield the cases of each batch, for layers solved by passes over the loader.
 
         Raises:
-            LoaderError: It is not what they saw the first time.
+            LoaderError: The cases are not those of the first reading.
         """
         chance, read = Chance(self.observer.chance.seed), 0
         chance.load(self._ours)
@@ -93,19 +93,19 @@ class Batches:
             torch.set_rng_state(self._global)
             for read, batch in enumerate(self.loader, 1):
                 observations = self._observed(batch, observer, graded)
-                cases = {name: of.cases for name, of in observations.items()}
+                cases = {name: observation.cases for name, observation in observations.items()}
                 observations.clear()
                 seen = self._seen[read - 1] if read <= len(self._seen) else {}
-                if any(not Checksum.of(of).like(seen.get(name)) for name, of in cases.items()):
+                if any(not Checksum.of(c).like(seen.get(name)) for name, c in cases.items()):
                     raise LoaderError(_changed(f"a batch {read}", layers))
                 yield cases
-                cases.clear()  # before there are those of the next batch
+                cases.clear()  # before those of the next batch are made
         if read < len(self._seen):
             raise LoaderError(_changed(f"{read} batches", layers))
 
     @contextmanager
     def as_measured(self) -> Iterator[None]:
-        """Compute as in the first pass, within the same memory."""
+        """Compute in the same precision as in the first reading, within the same memory."""
         with exactly(device_of(self.model)), within(self.planner.workspace):
             yield
 
@@ -125,7 +125,7 @@ class Batches:
 
 
 def _inputs_and_targets(batch: Any) -> tuple[Any, Tensor | None]:
-    """Read a batch: an input, alone or as the only entry, a pair, or more arguments than two."""
+    """Split a batch: a pair is (inputs, targets), any other list or tuple is arguments alone."""
     if not isinstance(batch, list | tuple):
         return batch, None
     if len(batch) == 2:
@@ -134,7 +134,7 @@ def _inputs_and_targets(batch: Any) -> tuple[Any, Tensor | None]:
 
 
 class Checksum(NamedTuple):
-    """Sums over a layer's cases that other inputs, another model or other chance would change."""
+    """Sums over a layer's cases, which other inputs, weights or random numbers would change."""
 
     squares: float
     weight: float
@@ -151,8 +151,8 @@ class Checksum(NamedTuple):
 
 def _changed(what: str, layers: Collection[str]) -> str:
     return (
-        f"the loader gave {what} that is not that of the first pass, or the model has changed: the "
-        f"sums of layers {named(layers)} do not fit, so their systems are solved by passing over "
+        f"the loader gave {what} unlike in its first reading, or the model has changed: the sums "
+        f"of layers {named(layers)} do not fit into memory, so their systems are solved by reading "
         f"the loader again and again. Give one that yields the same batches in the same order (a "
         f"DataLoader with shuffle=False, a list), {WAYS_OUT}"
     )

@@ -1,7 +1,7 @@
-"""One measurement: what a pass showed, solved when somebody asks for it.
+"""One measurement: the observations of a pass, solved when a result is first asked for.
 
-Until then a gradient may come, with the backward pass of the same step: the factors that s and k
-need give its natural gradient too.
+By then the backward pass of the same step may have left a gradient: the factorisations that give s
+and k give its natural gradient too.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,11 +26,11 @@ Observations = Mapping[str, Observation] | Mapping[str, Streamed]
 
 @dataclass
 class Measurement:
-    """Of all layers that took part in a pass."""
+    """The layers called in a pass: their statistics, or the observations to solve them from."""
 
     observations: Observations | None  # None: solved
     layers: Mapping[str, nn.Module]
-    units: Mapping[str, Int[Tensor, " u"]]  # which are observed, of layers that are sampled
+    units: Mapping[str, Int[Tensor, " u"]]  # the observed ones, of layers that are sampled
     step: int
     phase: str
     damping: float
@@ -39,18 +39,19 @@ class Measurement:
     known: dict[str, UnitStatistics] = field(default_factory=dict)
 
     def statistics(self) -> dict[str, UnitStatistics]:
-        """Return what it says of each layer.
+        """Return the statistics of each layer; the first call solves for them.
 
         Raises:
             SingularFisherError: A unit's Fisher has no inverse at this damping.
         """
         if self.observations is not None:
-            spare = self._spare if self.phase == "measure" else 0  # training seldom asks again
+            # after a training pass, solved systems are seldom used again
+            spare = self._spare if self.phase == "measure" else 0
             self._solve(self.observations, spare)
         return self.known
 
     def natural_gradients(self) -> dict[str, LayerStep]:
-        """Return those of the current ``.grad``, and learn how gradients stand to them.
+        """Return natural gradients of the current ``.grad``; add the angles to the statistics.
 
         Raises:
             ValueError: No layer has a gradient.
@@ -66,24 +67,24 @@ class Measurement:
             with exactly(self.device), within(self.plan.workspace):
                 self.known, steps = with_gradients(self.known, gradients, self._spare)
             return self._like_weights(steps)
-        given: Any = {
-            name: replace(of, gradient=gradients.get(name, of.gradient))
-            for name, of in self.observations.items()
+        completed: Any = {
+            name: replace(observation, gradient=gradients.get(name, observation.gradient))
+            for name, observation in self.observations.items()
         }
-        steps = self._solve(given, spare=0)
+        steps = self._solve(completed, spare=0)
         return self._like_weights({name: steps[name] for name in gradients})
 
     def forget_solved(self) -> None:
-        """Make room for another measurement: what was solved can be solved again."""
+        """Free moments, factorisations and unfolded patches; they are formed again when needed."""
         for measured in self.known.values():
             measured.block.held.forget()
             measured.alone.held.forget()
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What is held."""
-        pending = [t for of in (self.observations or {}).values() for t in of.tensors]
-        return pending + [t for of in self.known.values() for t in tensors_of(of)]
+        """All tensors held, to count their memory."""
+        pending = [t for each in (self.observations or {}).values() for t in each.tensors]
+        return pending + [t for each in self.known.values() for t in tensors_of(each)]
 
     @property
     def _spare(self) -> int:
@@ -103,23 +104,23 @@ class Measurement:
         return steps
 
     def _like_weights(self, steps: Mapping[str, LayerStep]) -> dict[str, LayerStep]:
-        """Turn them to the shapes of the weights; of some units there is one row each."""
+        """Give steps the shapes of the weights; a sample of units keeps one row a unit."""
         return {
             name: step if name in self.units else step.turned(turning(self.layers[name]))
             for name, step in steps.items()
         }
 
     def _gradients(self) -> Iterator[tuple[str, Gradient | None]]:
-        """Copy the current ``.grad`` of the observed units; None where it is missing or half.
+        """Copy the current ``.grad`` of the observed units; None where weight or bias lacks one.
 
-        A bias that is not trained has none: then the weights alone are corrected.
+        A bias that is not trained needs none: the step is then that of the weights alone, A⁻¹ g.
         """
         for name in self.observations or self.known:
-            own, of = self.layers[name]._parameters, self.units.get(name, slice(None))
-            weight, bias = own.get("weight"), own.get("bias")
+            parameters = self.layers[name]._parameters
+            weight, bias = parameters.get("weight"), parameters.get("bias")
             g, g0 = (None if p is None else p.grad for p in (weight, bias))
             if g is None or (g0 is None and bias is not None and bias.requires_grad):
                 yield name, None
             else:
-                rows = turning(self.layers[name])(g)
-                yield name, Gradient(rows[of].clone(), None if g0 is None else g0[of].clone())
+                rows, units = turning(self.layers[name])(g), self.units.get(name, slice(None))
+                yield name, Gradient(rows[units].clone(), None if g0 is None else g0[units].clone())

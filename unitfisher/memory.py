@@ -1,4 +1,4 @@
-"""How many bytes a measurement may take at one time, and how many a piece of its work."""
+"""Memory limits: of a measurement, and of each piece of its work (the workspace)."""
 
 import functools
 import re
@@ -10,7 +10,7 @@ import torch
 
 DEFAULT = 4 * 2**30
 AMPLE = 192 * 2**20  # larger pieces of work are no faster
-HEEDED = 31 * 2**20  # bytes; of blocks from 32 MiB on glibc learns nothing
+HEEDED = 31 * 2**20  # bytes; glibc's threshold adapts only to freed blocks below 32 MiB
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", re.IGNORECASE)
 
@@ -18,13 +18,13 @@ _workspace = ContextVar("workspace", default=AMPLE)
 
 
 def workspace() -> int:
-    """Bytes for what is held while units, columns or systems are treated together."""
+    """Return the bytes that units, columns or systems treated together may take."""
     return _workspace.get()
 
 
 @contextmanager
 def within(size: int) -> Iterator[None]:
-    """Let pieces of work take so many bytes; those that cannot be parted take what they must."""
+    """Set the workspace to ``size`` bytes; work that cannot be split takes what it needs."""
     before = _workspace.set(size)
     try:
         yield
@@ -36,17 +36,17 @@ def within(size: int) -> Iterator[None]:
 def retain_freed() -> None:
     """Let the process keep the memory that a measurement frees, for the next one.
 
-    glibc hands it back to the system, to be mapped and cleared anew each time, unless it has seen
-    larger blocks freed (mallopt(3), M_MMAP_THRESHOLD): this one nobody touches. A process that
-    only trains may go further: `experiments.allocation`.
+    glibc returns large blocks to the system, which maps and clears them anew each time. Freeing a
+    block raises the size from which it does so (mallopt(3), M_MMAP_THRESHOLD); the one freed here
+    is never written to. A process that only trains can go further: `experiments.allocation`.
     """
     torch.empty(HEEDED, dtype=torch.uint8)
 
 
 def bytes_in(memory: object) -> int:
-    """Read a budget: bytes, or text as "2 GiB", "500 MB"."""
+    """Parse a budget: bytes, or text such as "2 GiB" or "500 MB"."""
     if isinstance(memory, int | float) and memory is not True and memory >= 1 and memory % 1 == 0:
-        return int(memory)  # 2e9, too
+        return int(memory)  # also 2e9
     written = WRITTEN.fullmatch(memory) if isinstance(memory, str) else None
     if written is None or not float(written[1]):
         raise ValueError(f"memory must be a number of bytes or as '2 GiB', got {memory!r}")

@@ -1,8 +1,8 @@
-"""What the theorems ask of the units of one layer, however it is known.
+"""The interface of moments: what the theorems need of the units of one layer.
 
 F = [[A, b], [bᵀ, c]] is summed over the positions of a sample and averaged over samples; means
-and variances are averages over all cases, under p and under q ∝ D = E_y δ². Three classes hold
-them: `sums.UnitMoments`, `rows.UnitRows` and `products.UnitProducts`.
+and variances are averages over all cases, under p and under q ∝ D = E_y δ². Three classes
+provide them: `sums.UnitMoments`, `rows.UnitRows` and `products.UnitProducts`.
 """
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
@@ -18,18 +18,18 @@ from unitfisher.solvers import dot, squared
 class ConstantFit(NamedTuple):
     """Ridge regression of the constant 1 on a unit's activations, its cases weighted by q.
 
-    What the fit leaves, ρ, carries the theorems: 1 / E_q(ρ) = 1 + μ_qᵀ Var_q⁻¹ μ_q, and
-    E_p(ρ) / E_q(ρ) = 1 + (μ_q - μ_p)ᵀ Var_q⁻¹ μ_q.
+    The residual ρ gives the theorems' scalars: 1 / E_q(ρ) = 1 + μ_qᵀ Var_q⁻¹ μ_q, and
+    E_p(ρ) / E_q(ρ) = 1 + (μ_q - μ_p)ᵀ Var_q⁻¹ μ_q. E_q(ρ) is also the minimum of the objective.
     """
 
     gain: Float[Tensor, " u"]  # 1 / E_q(ρ)
     k: Float[Tensor, " u"]  # E_p(ρ) / E_q(ρ) - 1
-    damping_share: Float[Tensor, " u"]  # of E_q(ρ): the ridge's part of the objective
+    damping_share: Float[Tensor, " u"]  # the ridge's share of the objective's minimum
 
 
 @runtime_checkable
 class Moments(Protocol):
-    """Moments of units, and what solves with their Var_q."""
+    """Moments of a layer's units, and solutions of systems with their Var_q."""
 
     def damped(self, damping: float) -> "Moments":
         """Return the moments of F + λ diag(1, ..., 1, 0), λ = damping · trace(A) / d per unit."""
@@ -37,7 +37,7 @@ class Moments(Protocol):
     def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
         """Return Var_q⁻¹ rhs; zero where a unit is dead."""
 
-    if TYPE_CHECKING:  # a check at run time would compute them, to see whether they are there
+    if TYPE_CHECKING:  # isinstance() would compute properties to see whether they exist
 
         @property
         def c(self) -> Float[Tensor, " u"]: ...
@@ -49,17 +49,17 @@ class Moments(Protocol):
 
         @property
         def epsilon(self) -> Float[Tensor, " u"]:
-            """λ / c; any number for a unit whose answer is zero."""
+            """λ / c; arbitrary for a unit whose solution is zero."""
 
         @property
         def center(self) -> Float[Tensor, "g d"]:
-            """E_p(a) of each g of consecutive units."""
+            """E_p(a) of each of g groups of consecutive units."""
 
         @property
         def mu_q(self) -> Float[Tensor, "u d"]: ...
         @property
         def mu_q_double(self) -> Float[Tensor, "u d"]:
-            """E_q(a) as it is known about the origin, not rounded to the precision of the sums."""
+            """E_q(a) in double precision, not rounded to the precision of the sums."""
 
         @property
         def mu_q_squared(self) -> Float[Tensor, " u"]: ...
@@ -77,11 +77,11 @@ class Moments(Protocol):
         def fit(self) -> ConstantFit: ...
         @property
         def residual(self) -> Float[Tensor, " u"]:
-            """What iterations left of the systems that s and k come from, relative."""
+            """Relative residual of the systems that s and k come from; 0 if solved directly."""
 
         @property
         def tolerance(self) -> float:
-            """A residual up to which a unit counts as solved."""
+            """The residual up to which a unit counts as converged."""
 
 
 class Part(NamedTuple):
@@ -117,15 +117,15 @@ def damping_of(m: Moments, damping: float) -> Float[Tensor, " u"]:
 
 
 def ridge_and_trace(m: Moments, damping: float) -> tuple[Tensor, Tensor]:
-    """Return what damping changes: the ridge λ, and the trace of Var_q that it adds to."""
+    """Return what damping changes: the ridge λ and the trace of Var_q."""
     more, d = damping_of(m, damping), m.center.shape[-1]
     return m.ridge + m.c * more, m.trace_Var_q + d * more * m.alive
 
 
 def fed(a: Float[Tensor, "g m d"], D: Float[Tensor, "m u"]) -> Float[Tensor, " u"]:
-    """Σ D ‖a‖²: exactly 0 for a unit that sees nothing but zeros wherever an error reaches it.
+    """Σ D ‖a‖²: exactly 0 for a unit whose inputs are 0 in every case that an error reaches.
 
-    Then its A is 0, where of means and variances rounding would leave something.
+    Then A is 0; means and variances, which are rounded, would not show it.
     """
     squares = squared(a.detach()).to(D.dtype).unsqueeze(1)
     return (squares @ D.detach().unflatten(-1, (len(a), -1)).movedim(1, 0)).flatten()
@@ -137,6 +137,6 @@ def least_pivots(
     """Return the variance that rounding alone can give to an input that is constant under q.
 
     It is ``noise`` times the second moment about the origin, plus the last digit of the mean. Only
-    units without damping are compared with it: damped matrices have an inverse anyhow.
+    undamped units are compared with it: a damped matrix always has an inverse.
     """
     return torch.addcmul(noise * squares, mu_q, mu_q, value=eps**2)

@@ -1,8 +1,8 @@
-"""The Monitor: one line attached to a model, and its training steps are measured.
+"""The Monitor: attached to a model in one line, it measures training steps.
 
-Two hooks stand on the model itself. When a step is due, the layers are watched for that one
-forward pass; when the pass ends, the errors are sent back through the graph it has just built.
-Labels, loss, parameters, gradients and the global random state are not touched.
+Two hooks stay on the model. When a step is due, the layers are hooked for that one forward pass;
+when it ends, errors are sent back through the graph that it has built. Labels, loss, parameters,
+gradients and the global random state are not touched.
 """
 
 import weakref
@@ -36,7 +36,7 @@ from unitfisher.history import (
 from unitfisher.instrument import Instrument
 from unitfisher.layers import Layers, select
 from unitfisher.likelihoods import Likelihood
-from unitfisher.live import Live, Wanted
+from unitfisher.live import STANDING, Live, Wanted
 from unitfisher.loader import is_loader
 from unitfisher.memory import retain_freed
 from unitfisher.observer import Observer
@@ -58,7 +58,7 @@ class MonitorState(TypedDict):
     """What a Monitor needs to go on after a restart."""
 
     step: int
-    identity: dict[str, Any]  # layers, and options that no column of a table tells
+    identity: dict[str, Any]  # layers, and options that are not columns of a table
     generators: dict[str, Tensor]
     units: dict[str, Tensor]
     history: HistoryState
@@ -66,62 +66,63 @@ class MonitorState(TypedDict):
 
 
 class Monitor:
-    """Measures every unit's Fisher quantities of a model in live training.
+    """Measures the Fisher quantities of every unit of a model while it trains.
 
-    Each n-th training forward pass is measured while it happens, from its own graph, and solved
-    when `latest` or `natural_gradient` ask for it; or else when the next training pass begins.
-    Passes in eval mode, under ``no_grad`` or inside ``torch.func`` transforms are neither measured
-    nor counted. The model's parameters, gradients and the global random state stay bit-identical to
-    an unobserved run.
+    Every n-th training forward pass is measured as it happens, through its own graph. Its results
+    are solved for when `latest` or `natural_gradient` is used, at the latest when the next training
+    pass begins. Passes in eval mode, under ``no_grad`` or inside ``torch.func`` transforms are
+    neither measured nor counted. The model's parameters, gradients and the global random state stay
+    bit-identical to an unobserved run.
 
     Args:
-        model: Any module. A wrapper of one module (DataParallel, DDP) is seen through.
+        model: Any module; in DataParallel and DistributedDataParallel the module they wrap.
         layers: Pattern(s) on ``named_modules()`` names, module type(s) or a predicate
-            ``(name, module) -> bool``; None: every trainable layer of a supported kind. In an
-            ``nn.MultiheadAttention`` these are ``name.in_proj`` and ``name.out_proj``.
+            ``(name, module) -> bool``; None: every trainable layer of a supported kind. Those
+            of an ``nn.MultiheadAttention`` are ``name.in_proj`` and ``name.out_proj``.
         likelihood: "categorical", "bernoulli", "gaussian" or a Likelihood object, for example
             ``Gaussian(variance=0.5)``.
         fisher: "exact", "mc" (drawn labels), "rademacher" (random signs), "top-rademacher" (the
             most probable class exactly, random signs over the rest) or "empirical".
-        samples: Random columns; more do not change the scale, and from two on c, E_q(a), s and k
+        samples: Number of random columns, which are averaged; with two or more, c, E_q(a), s and k
             have standard errors. "top-rademacher" has one more, which is exact.
-        sharing: "expand" (every position a case), "joint" (the true Fisher block) or "reduce".
+        sharing: "expand" (every position is a case), "joint" (the true Fisher block) or "reduce"
+            (activations are averaged and errors summed over positions).
         damping: Relative, on the weight block: λ = damping · trace(A) / d for each unit.
         every: Measure every n-th training pass, the first included, or a predicate of the step.
             None: every 50th.
-        activations: Record mean and variance of every unit's output each n-th training pass, in
-            the table "activations": no error is sent back for that. None: in measurements only.
+        activations: In every n-th training pass, record mean and variance of each unit's output in
+            the table "activations", without a backward pass. None: in measurements only.
         overhead: Instead of ``every``: measure as often as this share of the training time
             allows, 0.05 for 5 %.
-        window: Pool the cases of the newest so many measured training batches.
-        rows: Solve from this many cases, drawn at random (samples, or positions where they share
-            weights): F stays unbiased and gets noisier, n_eff says how much. None: all. A loader
-            is measured whole.
-        solver: "direct" (Cholesky) or "iterative" (conjugate gradients, where cases are more than
-            inputs); "auto": iterative for many cases of many inputs, wide convolutions above all.
-            Over a loader every choice is Cholesky, from sums; where these do not fit, "direct"
-            raises, and the others iterate by reading the loader again.
+        window: Pool the cases of this many newest measured training batches.
+        rows: Solve from this many cases, drawn at random (with "expand" positions, else samples):
+            F stays unbiased but gets noisier, as n_eff shows. None: from all. A loader is always
+            measured whole.
+        solver: "direct" (Cholesky) or "iterative" (conjugate gradients, where there are more cases
+            than inputs); "auto": what should be faster, iterative above all for wide convolutions.
+            Over a loader all use Cholesky, from sums; where the sums do not fit in memory, "direct"
+            raises, and the others iterate by reading the loader again and again.
         units: Observe a fixed random sample of this many units per layer; None: all.
         output: Picks the logits from what forward returns: index, key, attribute or callable. They
             are (n, C), or (n, T, C) with a label at each of T positions.
-        on_nonfinite: "raise", or "record": a pass with NaN or infinity is kept as such.
-        memory: Bytes, or text as "2 GiB", that a measurement may hold at one time, beside the pass
-            that it measures; what is recorded without a ``record`` is not counted. None: what it
-            takes; over a loader at most 4 GiB. See ``plan``.
-        record: Folder or Run that receives what is measured; None: kept in memory.
-        seed: Of drawn labels, signs, cases and units.
+        on_nonfinite: "raise", or "record": keep a pass with NaN or infinity, marked as not finite.
+        memory: The most that a measurement may hold at one time, in bytes or as text ("2 GiB"),
+            not counting the measured pass itself nor rows recorded in memory. None: no limit; over
+            a loader 4 GiB. See ``plan``.
+        record: Folder or Run that receives the recorded rows; None: they are kept in memory.
+        seed: Seed of drawn labels, signs, cases and units.
 
     Attributes:
-        targets: Observed labels of the next training pass, for ``fisher="empirical"``: set them
-            before it; they are forgotten after it.
-        step: Training passes so far; may be set.
-        options: What was asked for.
+        targets: Observed labels of the next training pass, for ``fisher="empirical"``: set before
+            the pass, which clears them.
+        step: Number of training passes so far; may be set.
+        options: The options given.
 
     Raises:
-        LayerSelectionError: No layer to observe, or they are observed already.
+        LayerSelectionError: There is no layer to observe, or one is observed already.
         ValueError: An unknown name or impossible number for an option.
-        MemoryBudgetError: The results alone would take more than ``memory``; in a pass or in
-            `measure`, before anything is allocated: the measurement would.
+        MemoryBudgetError: The results alone would take more than ``memory``. A training pass or
+            `measure` raises it too, before allocating anything, if the measurement would.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 2))
@@ -188,14 +189,20 @@ class Monitor:
         observer = Observer(chosen, estimator, sampled, Chance(seed), output, planner)
         self._instrument = Instrument(self.model, self.options, observer, self._history)
         self._schedule, self._paused = self.options.schedule(), False
-        self._live = Live(self.model, chosen, self._begin, self._end, self._history.run)
+        self._live = Live(
+            self.model, chosen, self._begin, self._end, self.detach, self._history.run
+        )
         retain_freed()
         self._close = weakref.finalize(self, self._history.close)
-        self._close.atexit = False  # a run that closes at exit asks for what is held
+        self._close.atexit = False  # at exit the run's own close() asks for pending rows
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles of a model that holds its Monitor have None in its place."""
+        return type(None), ()
 
     def __repr__(self) -> str:
-        of, layers = type(self.model).__name__, ", ".join(self.layers)
-        return f"<Monitor of {of} after {self.step} training passes: {layers}>"
+        model, layers = type(self.model).__name__, ", ".join(self.layers)
+        return f"<Monitor of {model} after {self.step} training passes: {layers}>"
 
     @property
     def layers(self) -> Mapping[str, nn.Module]:
@@ -214,9 +221,10 @@ class Monitor:
 
     @property
     def plan(self) -> Plan:
-        """How the newest measurement was made, and what it held; the attributes' bytes add up.
+        """The newest measurement's plan: the route of each layer, and the memory it takes.
 
-        Before the first one, what is known of it. ``print(monitor.plan)`` shows a table.
+        Before the first measurement, what is known without shapes. ``print(monitor.plan)`` shows a
+        table.
         """
         return self._instrument.plan
 
@@ -224,13 +232,13 @@ class Monitor:
         """Measure now on this input, in eval mode.
 
         The model's modes, buffers and gradients and torch's random state are left as they were;
-        what a forward keeps in plain attributes is not.
+        what a forward pass keeps in plain attributes is not.
 
         Args:
             inputs: The model's input, a tuple of its arguments or a mapping of keyword arguments;
-                or a loader, any other iterable of batches: each an input, or a pair of input and
-                targets. Its batches count as one, in memory of u·d² numbers a layer. Where these
-                do not fit the loader is read again and again, for conjugate gradients: it must
+                or a loader: any other iterable of batches, each an input or a pair of input and
+                targets. Its batches count as one, in memory of u·d² numbers a layer. Where that
+                does not fit, each iteration of conjugate gradients reads the loader again: it must
                 yield the same batches each time.
             targets: Observed labels; with them the gradient of the mean log-likelihood is taken
                 too, and its cosine and bias-shift shares are filled in.
@@ -241,10 +249,12 @@ class Monitor:
         Raises:
             LoaderError: A loader that was read again gave other batches.
             MemoryBudgetError: The measurement would take more than ``memory``.
-            NonFiniteError: The pass holds NaN or infinity; not with ``on_nonfinite="record"``.
+            LayerSelectionError: No observed layer was called, or one cannot be observed.
+            NonFiniteError: The pass holds NaN or infinity, unless ``on_nonfinite="record"``.
             OutputError: The output, or the targets, do not fit the likelihood.
-            SingularFisherError: A unit's Fisher has no inverse: there is no damping.
-            ValueError: The Monitor is detached, and has a record; targets beside a loader.
+            SingularFisherError: A unit's Fisher has no inverse: damp it.
+            ValueError: The Monitor has a record and is detached; there are targets beside a loader;
+                or the loader yields no batch.
         """
         if self._history.run is not None and not self._close.alive:
             raise ValueError(
@@ -262,15 +272,18 @@ class Monitor:
     def natural_gradient(self) -> dict[str, LayerStep]:
         """Return the unit natural gradient of the current ``.grad``, by the newest measured Fisher.
 
-        Gradients are taken as averaged over samples; where a loss also averages over T positions,
-        multiply by T. The angles and shares of a complete gradient join the newest measurement.
+        Gradients count as averaged over samples; if the loss also averages over T positions,
+        multiply the result by T. Where a layer's gradient is complete, its cosine and bias-shift
+        shares are added to the newest measurement.
 
         Returns:
             ``{layer: (dw, dw0)}`` in the shapes of weight and bias; with ``units=`` one row for
-            each unit that is observed.
+            each observed unit.
 
         Raises:
             ValueError: Nothing was measured yet, or no observed layer has a gradient.
+            LoaderError: The loader that has to be read again has changed, or the model has.
+            SingularFisherError: A unit's Fisher has no inverse: damp it.
         """
         newest = self._instrument.newest
         if newest is None:
@@ -284,8 +297,11 @@ class Monitor:
         """Return everything measured, one row per step, layer and unit.
 
         Args:
-            table: "units", "activations" for the outputs' mean and variance of more steps, or
-                "plan": how each layer was measured, in how much memory, whenever that changed.
+            table: "units"; "activations" for mean and variance of outputs, at the steps chosen by
+                ``activations=``; or "plan" for each layer's route and memory, when they changed.
+
+        Raises:
+            ValueError: There is no such table.
         """
         require_choice("table", table, (UNITS, ACTIVATIONS, PLAN))
         return self._history.frame(table)
@@ -332,12 +348,12 @@ class Monitor:
     def load_state_dict(self, state: MonitorState) -> None:
         """Go on from `state_dict`.
 
-        The record that the state was taken with, when it is resumed (``record=Run(folder, config,
-        resume=True)``), loses the rows that were written after it, so that none stands there
-        twice; another record keeps all it has.
+        If this Monitor resumes the record of the one that gave the state (``record=Run(folder,
+        config, resume=True)``), rows written there after the state are dropped, so that none is
+        recorded twice. Any other record keeps all its rows.
 
         Raises:
-            ValueError: The state is of other layers, units or estimates.
+            ValueError: The state is that of a Monitor with other layers or options, or of none.
         """
         if missing := MonitorState.__required_keys__ - set(state):
             raise ValueError(f"this is no state of a Monitor: {', '.join(sorted(missing))} missing")
@@ -358,7 +374,7 @@ class Monitor:
         return identity
 
     def memory_usage(self) -> dict[str, int]:
-        """Count the bytes held between passes: newest measurement, window and rows in memory."""
+        """Return the bytes held between passes: "latest", "window", "history" (rows), "total"."""
         latest = self._instrument.bytes_of_newest()
         window = bytes_of(self._instrument.window.tensors)
         history = bytes_of(self._history.tensors)
@@ -366,7 +382,7 @@ class Monitor:
         return {"latest": latest, "window": window, "history": history, "total": total}
 
     def _begin(self) -> Wanted | None:
-        """Count a training pass; say what is wanted of it."""
+        """Count a training pass; return what to measure in it, None for nothing."""
         self._history.commit()
         step, self.step = self.step, self.step + 1
         targets, self.targets = self.targets, None
@@ -377,8 +393,18 @@ class Monitor:
         return Wanted(step, errors, averages, targets) if errors or averages else None
 
     def _end(self, seen: Seen, result: Any, wanted: Wanted) -> None:
-        """Record and measure a training pass, before its graph is used."""
+        """Record and measure a training pass, before the user's backward pass."""
         if wanted.averages and seen.calls:
             self._history.append(ACTIVATIONS, columns_of_activations(seen.averages(), wanted.step))
         if wanted.errors:
             self._instrument.measure_pass(seen, result, wanted.targets, wanted.step)
+
+
+def detach_all(model: nn.Module) -> None:
+    """Detach every Monitor of a model and its submodules, lost ones too.
+
+    A Monitor stays attached when the last variable that held it is gone.
+    """
+    modules = set(unwrapped(model).modules())
+    for live in [live for live in STANDING if live.model in modules]:
+        live.detach()

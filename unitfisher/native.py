@@ -1,8 +1,8 @@
-"""Kernels in C for what torch does slowly; they treat several units at once.
+"""Kernels in C for what is slow in torch; they treat several units at once.
 
 They are compiled when first needed, by the user's compiler, and kept in the user's cache. Where
-that is not possible (no compiler, tensors on another device, UNITFISHER_NATIVE=0), the caller does
-the same in torch alone, more slowly.
+that is not possible (no compiler, tensors on another device, UNITFISHER_NATIVE=0), the caller
+computes the same in torch, more slowly.
 """
 
 import ctypes
@@ -21,16 +21,16 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent / "native"
 SOURCES = sorted(FOLDER.glob("*.c"))
-# generic: tuned for some processors, gcc 12 loads operands from memory again and again
+# generic: tuned for certain processors, gcc 12 reloads operands from memory
 FLAGS = ["-O3", "-march=native", "-mtune=generic", "-fno-math-errno", "-fPIC", "-shared"]
-FLOP_PER_THREAD = 2**21  # fewer are done before another thread has woken up
+FLOP_PER_THREAD = 2**21  # fewer are done before another thread wakes up
 PROCESS = os.getpid()
 
 Kernel = Callable[[Any], None]
 
 
 class Task(ctypes.Structure):
-    """The argument of a kernel: fields as in its source, among them the units u and those taken."""
+    """A kernel's argument, as in its C source: u units, of which threads took the first ones."""
 
     u: int
     taken: int
@@ -45,18 +45,18 @@ def kernel(name: str, *operands: Tensor, dtype: torch.dtype = torch.float64) -> 
 
 
 def compiled() -> bool:
-    """Tell whether the compiled kernels are in use, compiling them if need be."""
+    """Whether the compiled kernels are in use; compiles them if necessary."""
     return os.environ.get("UNITFISHER_NATIVE") != "0" and _library() is not None
 
 
 def plain(x: Tensor, dtype: torch.dtype) -> bool:
-    """Tell whether x is an ordinary CPU tensor of this type, whose memory holds its numbers."""
+    """Whether x is an ordinary CPU tensor of this type, whose memory a kernel can read."""
     usual = type(x) is Tensor and x.layout is torch.strided and x.device.type == "cpu"
     return usual and x.dtype is dtype and not (x.requires_grad or x.is_neg())
 
 
 def run(entry: Kernel, task: Task, flop: int) -> None:
-    """Run a kernel in as many threads as ``flop`` operations pay for, until no unit is left.
+    """Run a kernel on all units, in as many threads as ``flop`` operations are worth.
 
     Raises:
         MemoryError: No thread got the memory it needs.
@@ -130,7 +130,7 @@ def _opened(path: Path) -> ctypes.CDLL:
 
 
 def _compile(compiler: list[str], path: Path) -> None:
-    """Let the file appear whole or not at all: other processes may be compiling it too."""
+    """Move the library into place when it is complete: other processes may compile it too."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder, path.name)
         _output(*compiler, *map(str, SOURCES), "-o", str(made))

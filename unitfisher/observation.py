@@ -1,4 +1,4 @@
-"""What one pass says of one layer."""
+"""The observation of one layer in one pass: cases, averages of outputs, gradient."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -34,13 +34,13 @@ class Gradient(NamedTuple):
 
 @dataclass(frozen=True)
 class Observation:
-    """What one pass says of one layer."""
+    """One layer in one pass: its cases, the averages of its outputs and its gradient."""
 
     cases: UnitCases
     means: UnitMeans  # of the units' outputs
     gradient: Gradient | None
-    fault: str | None  # where NaN or infinity was found first
-    solver: str = "auto"  # of the cases' systems
+    fault: str | None  # where NaN or infinity was found first; None: nowhere
+    solver: str = "auto"  # how to solve the cases' systems, or their route
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -13,20 +13,20 @@ from unitfisher.cases import UnitCases
 from unitfisher.kinds import LayerSelectionError, at_units, convolves, incoming, weight_shape
 from unitfisher.patches import Patches, Received, unfolded
 
-MANY = 2**18  # numbers: to convert them costs more than to look at their range
-FAINT, FIERCE = 1e-24, 1e36  # a unit's ΣD: squares may underflow below, and overflow above
+MANY = 2**18  # numbers from which checking their range is cheaper than using double precision
+FAINT, FIERCE = 1e-24, 1e36  # a unit's ΣD: beyond, float32 squares may under- or overflow
 
 
 @dataclass(frozen=True)
 class Observed:
-    """One layer in one forward pass; several calls are further positions of the same weights."""
+    """One layer in one forward pass; further calls count as further positions."""
 
     name: str
     layer: nn.Module
     calls: Sequence[Call]
     samples: int
     sharing: str
-    units: Int[Tensor, " u"] | None = None  # which of the layer's; None: all
+    units: Int[Tensor, " u"] | None = None  # the observed ones; None: all
 
     @cached_property
     def received(self) -> Received:
@@ -43,7 +43,7 @@ class Observed:
         return a[self.units.to(a.device) // (weight_shape(self.layer)[0] // groups)]
 
     def _received_by(self, call: Call) -> Received:
-        """Never a mere view of what its owner may change; those of several calls are joined."""
+        """Return a call's activations; a view of its input, which may change, is copied."""
         x = call.activations
         x = x if x.dtype == torch.float64 else x.float()
         seen = incoming(self.layer, x, call.shape)
@@ -56,7 +56,7 @@ class Observed:
     def errors(self, grads: Sequence[Tensor | None]) -> Float[Tensor, "r n t u"]:
         """Arrange a block of columns, (r, *output.shape) for each call.
 
-        None stands for a call that the model's output does not depend on: no error.
+        None stands for a call that the model's output does not depend on: its errors are 0.
         """
         columns = next((g.shape[0] for g in grads if g is not None), 1)
         parts = []
@@ -71,7 +71,7 @@ class Observed:
     def gradient(
         self, delta: Float[Tensor, "1 n t u"]
     ) -> tuple[Float[Tensor, "u d"], Float[Tensor, " u"]]:
-        """Return (g, g0) of the mean over samples whose errors these are."""
+        """Return (g, g0), averaged over samples, from one column of errors."""
         a = unfolded(self.received).flatten(1, 2)
         origin = a.mean(1, keepdim=True)
         by_group = delta.flatten(0, 2).unflatten(-1, (len(a), -1)).permute(1, 2, 0)  # g v n
@@ -81,10 +81,10 @@ class Observed:
         return g.flatten(0, 1) / self.samples, g0.flatten() / self.samples
 
     def _by_sample(self, x: Tensor) -> Tensor:
-        """Give the second axis the samples and the third the positions.
+        """Put samples on the second axis and positions on the third.
 
-        Rows that do not divide evenly, as of an expert to which some samples are sent, are cases
-        of which the sample is not known.
+        Rows that samples do not divide evenly (an expert may see only some samples) become cases
+        whose sample is not known.
         """
         rows = x.shape[1] * x.shape[2]
         if x.shape[1] == self.samples:
@@ -108,17 +108,17 @@ def _end_to_end(calls: Sequence[Float[Tensor, "g _n _t d"]]) -> Float[Tensor, "g
 
 
 def stays_folded(calls: Sequence[Call], samples: int, units: Tensor | None) -> bool:
-    """Say whether patches need not be unfolded to be brought to one form."""
+    """Whether patches can stay folded: one call, on all samples, with all units of its groups."""
     (call, *others), groups = calls, getattr(calls[0].module, "groups", 1)
     patches = convolves(call.module)
     return patches and not others and len(call.x) == samples and (groups == 1 or units is None)
 
 
 class Folding:
-    """Gathers a layer's errors block by block; folds columns as soon as sharing permits.
+    """Gathers a layer's errors block by block; sums squared columns where sharing permits.
 
-    A single column stays as it is: its square is D already. Several columns that estimate the same
-    are kept: how they differ is their standard error.
+    A single column is kept as it is: its square is D. Several random columns are kept too: standard
+    errors come from their differences.
     """
 
     def __init__(self, observed: Observed, replicates: int = 0) -> None:
@@ -143,7 +143,7 @@ class Folding:
         self.columns.clear()
 
     def cases(self) -> UnitCases:
-        """Put the errors beside the activations."""
+        """Return the layer's cases: activations and errors."""
         received, samples = self.observed.received, self.observed.samples
         if self.observed.sharing == "reduce":
             received = unfolded(received).mean(2, keepdim=True, dtype=torch.float64)
@@ -160,16 +160,16 @@ class Folding:
 
 
 def _cases(x: Float[Tensor, "r n t d"]) -> Float[Tensor, "r m 1 d"]:
-    """Make every position a case; where that takes a copy, rows of positions stay together."""
+    """Make every position a case; if copied, the cases of one input are contiguous."""
     if x.shape[2] == 1:
         return x
     return x.movedim(-1, 1).flatten(2).mT.unsqueeze(2)
 
 
 def _squared(delta: Float[Tensor, "r n t u"]) -> Float64[Tensor, "n t u"]:
-    """Σ_r δ²; of many on a CPU in single precision, for units whose squares stay in its range."""
+    """Σ_r δ²; if large, on a CPU, in single precision where a unit's squares are in its range."""
     if delta.dtype == torch.float64 or delta.device.type != "cpu" or delta.numel() < MANY:
-        return delta.double().square().sum(0)  # autograd may have given it to other layers too
+        return delta.double().square().sum(0)  # not in place: autograd may share it
     squares = delta.square()
     D = squares.sum(0) if len(delta) > 1 else squares[0]
     total = D.sum((0, 1))

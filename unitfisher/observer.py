@@ -1,7 +1,7 @@
 """From one forward pass to every layer's cases.
 
-The pass may be the user's own, in training: nothing is called twice, no gradient is stored, and
-the graph is left for the user's backward.
+The pass may be the user's own, in training: the model is not called again, no gradient is stored,
+and the graph is kept for the user's backward pass.
 """
 
 import warnings
@@ -46,10 +46,10 @@ class Observer:
     chance: Chance
     output: Pick = None
     planner: Planner | None = None
-    unfit: set[tuple[str, Unfit]] = field(default_factory=set)  # layers that were named so
+    unfit: set[tuple[str, Unfit]] = field(default_factory=set)  # layers warned about
 
     def observe(self, result: Any, seen: Seen, targets: Tensor | None) -> dict[str, Observation]:
-        """Turn a pass into the cases of every layer that took part in it.
+        """Return the observation of every layer that took part in a pass.
 
         Args:
             result: What the model's forward returned.
@@ -58,9 +58,10 @@ class Observer:
 
         Raises:
             OutputError: The output does not fit the likelihood, or has no graph.
-            LayerSelectionError: A layer's part in the pass cannot be told.
+            LayerSelectionError: No observed layer was called, or one cannot be observed.
+            MemoryBudgetError: The measurement would take too much.
         """
-        with torch.enable_grad():  # the choice may compute
+        with torch.enable_grad():  # a callable output= may compute
             output = pick_output(result, self.output)
         if output.numel() == 0:
             raise EmptyBatchError(f"the batch is empty: the output has shape {tuple(output.shape)}")
@@ -73,9 +74,7 @@ class Observer:
             raise
         self._name_unfit(seen)
         sound = self._sound(z)
-        drawable = torch.where(
-            sound, z, 0.0
-        )  # labels can be drawn even where a fault is found below
+        drawable = torch.where(sound, z, 0.0)  # labels can be drawn even from a faulty pass
         with self._planned(seen, z):
             cases, gradients = self._sent_back(output, drawable, arriving, seen, targets)
         means, faults = seen.means(), _faults(seen, z.masked_fill(sound, 0.0), cases)
@@ -102,20 +101,21 @@ class Observer:
         chance = self.chance.on(z.device)
         independent = cascade is not None
         blocks = columns(z, self.estimator, chance, targets, together, independent=independent)
-        way = Backward(output, arriving, any(call.y.dtype == torch.float16 for call in seen.calls))
-        for grads in (way.send_all_back if cascade is None else cascade.send)(blocks):
+        half = any(call.y.dtype == torch.float16 for call in seen.calls)
+        backward = Backward(output, arriving, half)
+        for grads in (backward.send_all_back if cascade is None else cascade.send)(blocks):
             for name, by_call in _by_layer(seen.calls, grads).items():
                 foldings[name].add(observed[name].errors(by_call))
         gradients: dict[str, Gradient] = {}
         if targets is not None:
             score = self.estimator.likelihood.score(z, targets).unsqueeze(0)
-            for name, by_call in _by_layer(seen.calls, way.send_back(score)).items():
+            for name, by_call in _by_layer(seen.calls, backward.send_back(score)).items():
                 g, g0 = observed[name].gradient(observed[name].errors(by_call))
                 gradients[name] = Gradient(g, None if self.layers[name].bias is None else g0)
         return {name: folded.cases() for name, folded in foldings.items()}, gradients
 
     def _name_unfit(self, seen: Seen) -> None:
-        """Say once which layers are left out."""
+        """Warn once of each layer that is left out."""
         new = dict(seen.unfit.items() - self.unfit)
         self.unfit.update(new.items())
         for layers in told(new):
@@ -126,14 +126,13 @@ class Observer:
             )
 
     def _sound(self, z: Output) -> Bool[Tensor, "n t y"]:
-        """Which logits may be: all finite ones, and -inf of a class that cannot be."""
-        finite = z.isfinite()
-        return (
-            finite | (z == -torch.inf) if isinstance(self.estimator.likelihood, Classes) else finite
-        )
+        """Which logits are valid: finite ones, and -inf for a class of probability 0."""
+        if isinstance(self.estimator.likelihood, Classes):
+            return z.isfinite() | (z == -torch.inf)
+        return z.isfinite()
 
     def _planned(self, seen: Seen, z: Output) -> AbstractContextManager[None]:
-        """Refuse what would take too much memory; else share it out."""
+        """Plan the measurement and set its workspace; refuse it if it takes too much memory."""
         if self.planner is None:
             return nullcontext()
         shapes = shapes_of(seen, self.layers, self.units, self.estimator, z)
@@ -177,8 +176,8 @@ def _by_layer(
 
 
 def _faults(seen: Seen, unsound: Output, cases: Mapping[str, UnitCases]) -> dict[str, str]:
-    """Name where NaN or infinity is, for each layer that it reaches; the host waits but once."""
-    errors = {name: of.delta for name, of in cases.items()}
+    """Name where NaN or infinity is, for each layer it reaches; the host waits once if none is."""
+    errors = {name: layer_cases.delta for name, layer_cases in cases.items()}
     if all_finite([*seen.numbers, unsound, *errors.values()]):
         return {}
     fault = seen.fault() or (None if all_finite([unsound]) else "the logits after the last layer")

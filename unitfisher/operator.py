@@ -28,7 +28,7 @@ from unitfisher.sums import UnitMoments
 if TYPE_CHECKING:
     import scipy.sparse.linalg
 
-LAPACK_SIDE = 2048  # with more rows and more inputs the top eigenvalues come by Lanczos
+LAPACK_SIDE = 2048  # with more rows and more inputs, top eigenvalues come from Lanczos
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -41,7 +41,7 @@ class UnitFisherOperator:
     biased: bool
     R: Float64[Tensor, "n d"] = field(repr=False)  # a row per case, or per case and column
     mu: Float64[Tensor, " d"] = field(repr=False)  # without bias 0: R is not centred
-    c: Float64[Tensor, ""]  # without bias 1: that of one which every answer leaves out
+    c: Float64[Tensor, ""]  # without bias 1, for a bias that results leave out
     ridge: Float64[Tensor, ""]  # λ
 
     @property
@@ -57,7 +57,11 @@ class UnitFisherOperator:
         return self.R.device
 
     def __matmul__(self, v: Float[Tensor, "e *k"]) -> Float64[Tensor, "e *k"]:
-        """Return F v for a vector or for columns."""
+        """Return F v for a vector or for columns.
+
+        Raises:
+            ValueError: ``v`` does not fit, or is no real tensor.
+        """
         w, w0 = self._columns(v)
         bias = self.c * (self.mu @ w + w0)
         weights = self.R.T @ (self.R @ w) + self.mu[:, None] * bias + self.ridge * w
@@ -68,7 +72,9 @@ class UnitFisherOperator:
     def solve(self, rhs: Float[Tensor, "e *k"]) -> Float64[Tensor, "e *k"]:
         """Return F⁻¹ rhs for a vector or for columns: w = V⁻¹ (g - g0 μ), w0 = g0 / c - μᵀ w.
 
-        SingularFisherError where F has no inverse, as for a dead unit at any damping.
+        Raises:
+            SingularFisherError: F has no inverse, as for a dead unit at any damping.
+            ValueError: ``rhs`` does not fit, or is no real tensor.
         """
         g, g0 = self._columns(rhs)
         factor, about = self._factor, g - self.mu[:, None] * g0
@@ -77,14 +83,19 @@ class UnitFisherOperator:
         return torch.cat([w, (g0 / self.c - self.mu @ w)[None]])[: len(rhs)].view(rhs.shape)
 
     def top_eigenvalues(self, k: int) -> Float64[Tensor, " k"]:
-        """Return the k largest, descending; by scipy's Lanczos if few where all are expensive."""
+        """Return the k largest, descending; by scipy's Lanczos where all would be expensive.
+
+        Raises:
+            ValueError: F has fewer than k eigenvalues, or k is below 1.
+            ImportError: Lanczos is due, and scipy is not installed.
+        """
         if not 1 <= k <= self.shape[0]:
             raise ValueError(f"F has {self.shape[0]} eigenvalues, got k={k}")
         side = min(self.R.shape)
         if side <= LAPACK_SIDE or 16 * k > side or "eigenvalues" in vars(self):
             return self.eigenvalues[:k]
         F = self.to_scipy()
-        from scipy.sparse.linalg import eigsh  # there, now that F is
+        from scipy.sparse.linalg import eigsh  # installed: to_scipy() imports it too
 
         start = np.random.default_rng(0).standard_normal(F.shape[0])
         found = eigsh(F, k, which="LA", v0=start, return_eigenvectors=False)
@@ -93,14 +104,14 @@ class UnitFisherOperator:
     def condition_number(self) -> float:
         """Return the ratio of the extreme eigenvalues; inf where F has no inverse."""
         first, last = self.eigenvalues[[0, -1]].tolist()
-        noise = EPS * sum(self.R.shape)  # of singular values, the roots of these
+        noise = EPS * sum(self.R.shape)  # of singular values, whose squares these are
         return first / last if last > noise**2 * first else math.inf
 
     def effective_rank(self) -> float:
         """Return exp H(p), p the eigenvalues over their sum (Roy, Vetterli, EUSIPCO 2007).
 
-        From 1, for rank one, to d + 1, for multiples of the identity; NaN for F = 0. Damping
-        counts: at damping 0 it speaks of the data alone.
+        From 1, for rank one, to d + 1, for multiples of the identity; NaN for F = 0. It includes
+        the damping: an operator with ``damping=0`` gives that of the data alone.
         """
         p = self.eigenvalues / self.eigenvalues.sum()
         return float(torch.special.entr(p).sum().exp())
@@ -117,7 +128,11 @@ class UnitFisherOperator:
         return self @ torch.eye(*self.shape).to(self.R)
 
     def to_scipy(self) -> "scipy.sparse.linalg.LinearOperator":
-        """Return F on float64 numpy arrays, for scipy's cg, eigsh, lobpcg and their like."""
+        """Return F on float64 numpy arrays, for scipy's cg, eigsh, lobpcg and others.
+
+        Raises:
+            ImportError: scipy is not installed.
+        """
         try:
             from scipy.sparse.linalg import LinearOperator
         except ImportError as error:
@@ -133,9 +148,9 @@ class UnitFisherOperator:
 
     @cached_property
     def eigenvalues(self) -> Float64[Tensor, " e"]:
-        """All of them, descending: squared singular values of Z with ZᵀZ = F keep their digits."""
+        """All of them, descending: squared singular values of Z, ZᵀZ = F, which keep small ones."""
         rows = torch.cat([self.R, self.c.sqrt() * self.mu[None]])
-        if len(rows) < len(self.mu):  # in a basis of what they span; on the rest F is λ
+        if len(rows) < len(self.mu):  # in a basis of their span; on its complement F is λ I
             rows = torch.linalg.qr(rows.T, mode="r").R.T
         n, p = rows.shape
         Z = rows.new_zeros(n + p, p + 1)
@@ -147,7 +162,7 @@ class UnitFisherOperator:
 
     @cached_property
     def _factor(self) -> Float64[Tensor, "m m"]:
-        """Cholesky factor of V or R Rᵀ + λ I, by QR: products would take half the digits."""
+        """Cholesky factor of V or R Rᵀ + λ I, by QR: forming products loses half the digits."""
         tall = self.R.T if self._few else self.R
         damping = self.ridge.sqrt() * torch.eye(tall.shape[1]).to(tall)
         factor: Tensor = torch.linalg.qr(torch.cat([tall, damping]), mode="r").R
@@ -165,7 +180,7 @@ class UnitFisherOperator:
     def _columns(
         self, v: Float[Tensor, "e *k"]
     ) -> tuple[Float64[Tensor, "d k"], Float64[Tensor, " k"]]:
-        """Split weights from bias, 0 for one that is not there."""
+        """Split a vector or columns into weights and bias, 0 where there is no bias."""
         unit = f"unit {self.unit} in layer {self.layer!r}"
         if not isinstance(v, Tensor) or v.is_complex():
             raise ValueError(f"{unit} takes real tensors (to_scipy() takes arrays), got {type(v)}")
@@ -180,8 +195,8 @@ def unit_fisher_operator(
 ) -> UnitFisherOperator:
     """View one unit's Fisher as an operator, from a Monitor's measurement of its layer.
 
-    From one batch its cases are read in double precision; from a loader, the sums that it left, or
-    where these were too large another pass over it.
+    The measurement of a batch gives its cases, in double precision; that of a loader gives its sums
+    or, where these were too large, reads the loader once more.
 
     Args:
         measured: What ``monitor.latest[layer]`` or ``monitor.measure(x)[layer]`` gives.
@@ -189,7 +204,9 @@ def unit_fisher_operator(
         damping: Relative, λ = damping · trace(A) / d on the weights; the measurement's by default.
 
     Raises:
-        ValueError: The unit was not measured, or the damping is negative.
+        ValueError: The unit was not measured, ``measured`` is not the measurement of a layer, or
+            the damping is negative or not finite.
+        LoaderError: The loader that has to be read again has changed, or the model has.
         NonFiniteError: The measurement holds NaN or infinity.
 
     >>> from unitfisher import Monitor
@@ -249,11 +266,11 @@ def _centred(
     """Return R, μ and c of a unit: the sums Σ_t δ a of its cases, for a bias about their mean."""
     a = cases.a[i * len(cases.a) // cases.units].double()
     delta = cases.delta[..., i].double() / cases.samples**0.5
-    delta = delta.norm(dim=0, keepdim=True) if delta.shape[2] == 1 else delta  # columns fold
+    delta = delta.norm(dim=0, keepdim=True) if delta.shape[2] == 1 else delta  # columns are summed
     weight = (delta**2).sum(0) * biased  # without a bias nothing is centred
     mu = torch.einsum("mt,mtd->d", weight, a) / torch.where(weight.any(), weight.sum(), 1.0)
     R = torch.einsum("rmt,mtd->rmd", delta, a - mu).flatten(0, 1)
     S = delta.sum(2).flatten() * biased  # the same sums for the bias
     c = S @ S
-    rest = S @ R / torch.where(c > 0, c, 1.0)  # of the mean, from rounding and joined positions
+    rest = S @ R / torch.where(c > 0, c, 1.0)  # error of the mean: rounding, joined positions
     return R - torch.outer(S, rest), mu + rest, c if biased else torch.ones_like(c)

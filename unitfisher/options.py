@@ -1,4 +1,4 @@
-"""What a Monitor is asked to do, checked once and written down as it is."""
+"""The options of a Monitor, checked once and recorded as given."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,7 +22,7 @@ IDENTITY = ("likelihood", "fisher", "samples", "sharing", "units")
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `Monitor`, which says what they mean."""
+    """The options of `Monitor`, whose docstring explains them."""
 
     likelihood: str | Likelihood
     fisher: str
@@ -46,14 +46,14 @@ class Options:
         require_choice("solver", self.solver, ("auto", "direct", "iterative"))
         require_damping(self.damping)
         require_seed(self.seed)
-        object.__setattr__(self, "damping", float(self.damping))  # as its column in a record
+        object.__setattr__(self, "damping", float(self.damping))  # as in its recorded column
         counts = {"rows": self.rows, "units": self.units, "activations": self.activations}
         counts = {name: count for name, count in counts.items() if count is not None}
         if self.every is not None and not callable(self.every):
             counts["every"] = self.every
         require_counts(window=self.window, **counts)
         for name in ("window", *counts):
-            object.__setattr__(self, name, int(getattr(self, name)))  # those of numpy overflow
+            object.__setattr__(self, name, int(getattr(self, name)))  # numpy's integers overflow
         if self.overhead is not None:
             require_share(self.overhead)
             if self.every is not None:
@@ -63,7 +63,7 @@ class Options:
                 )
 
     def schedule(self) -> Schedule:
-        """Return when a training pass is due; one that keeps time begins now."""
+        """Return the schedule of measured passes; that of ``overhead`` starts without timings."""
         if self.overhead is not None:
             return Overhead(self.overhead)
         return EVERY if self.every is None else self.every
@@ -80,5 +80,5 @@ class Options:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def identity(self) -> dict[str, Any]:
-        """Return what tells one table's rows from another's, and no column says."""
+        """Return the options that determine the rows of a table but are not among its columns."""
         return {name: getattr(self, name) for name in IDENTITY}

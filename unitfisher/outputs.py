@@ -1,4 +1,4 @@
-"""Mean and variance of what units put out, of many small layers in few operations."""
+"""Mean and variance of units' outputs, for many small layers in few operations."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unitfisher.averages import averages
 
-FEW = 2**16  # numbers: outputs are kept then, and averaged together with others
+FEW = 2**16  # numbers up to which outputs are kept, and averaged together with others
 
 
 class UnitMeans(NamedTuple):
@@ -17,7 +17,7 @@ class UnitMeans(NamedTuple):
 
     mean: Float64[Tensor, " u"]
     var: Float64[Tensor, " u"]  # population variance
-    cases: int
+    cases: int  # samples times positions
     nonlinearity: str | None  # the function that followed the layer; None: linear
 
     @classmethod
@@ -35,7 +35,7 @@ class UnitMeans(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """The outputs of a layer's call, or their averages where they are many."""
+    """The outputs of a layer's call or, where they are many, their averages."""
 
     layer: str
     nonlinearity: str | None
@@ -45,36 +45,36 @@ class Taken(NamedTuple):
     def of(
         cls, layer: str, nonlinearity: str | None, y: Float[Tensor, "n t u"], *, copied: bool
     ) -> "Taken":
-        """Take them as they are now; copied where later operations may change them in place."""
+        """Take outputs as they are now; ``copied`` if later operations may change them in place."""
         if y.numel() > FEW:
             return cls(layer, nonlinearity, UnitMeans.of(y, nonlinearity))
         return cls(layer, nonlinearity, y.clone() if copied else y)
 
     @property
     def form(self) -> object:
-        """What outputs have in common that can be averaged together; None: averaged already."""
+        """Outputs with the same key can be averaged together; None: averaged already."""
         y = self.output
         return None if isinstance(y, UnitMeans) else (y.shape[:2], y.dtype, y.device)
 
 
 class Averages(NamedTuple):
-    """Mean and variance of the outputs of several layers, their units end to end."""
+    """Mean and variance of the outputs of several layers, concatenated over units."""
 
-    layers: tuple[tuple[str, int], ...]  # names, and how many units
+    layers: tuple[tuple[str, int], ...]  # name and number of units
     mean: Float64[Tensor, " u"]
     var: Float64[Tensor, " u"]
 
     @classmethod
     def of(cls, taken: Sequence[Taken]) -> "Averages":
-        """Join each layer's calls."""
+        """Average each layer's outputs over all of its calls."""
         names = [one.layer for one in taken]
         if len(set(names)) == len(names) and len(_alike(taken)) == 1 and taken[0].form:
             together, units = _together(taken)
             return cls(tuple(zip(names, units, strict=True)), together.mean, together.var)
         found = means(taken)
-        mean = end_to_end([of.mean for of in found.values()])
-        var = end_to_end([of.var for of in found.values()])
-        return cls(tuple((name, len(of.mean)) for name, of in found.items()), mean, var)
+        mean = end_to_end([averaged.mean for averaged in found.values()])
+        var = end_to_end([averaged.var for averaged in found.values()])
+        return cls(tuple((name, len(x.mean)) for name, x in found.items()), mean, var)
 
 
 def means(taken: Sequence[Taken]) -> dict[str, UnitMeans]:
@@ -87,12 +87,12 @@ def means(taken: Sequence[Taken]) -> dict[str, UnitMeans]:
 
 
 def end_to_end(xs: Sequence[Float[Tensor, " _"]]) -> Float[Tensor, " u"]:
-    """Join what stands at units, from whatever devices."""
+    """Concatenate values per unit, on the first one's device."""
     return torch.cat([x.to(xs[0].device) for x in xs])
 
 
 def _each(taken: Sequence[Taken]) -> list[UnitMeans]:
-    """Average each call's outputs, those of one form together."""
+    """Average each call's outputs; calls of the same form together."""
     found = {i: one.output for i, one in enumerate(taken) if isinstance(one.output, UnitMeans)}
     for form, calls in _alike(taken).items():
         if form is None:
@@ -112,7 +112,7 @@ def _alike(taken: Sequence[Taken]) -> dict[object, list[int]]:
 
 
 def _together(taken: Sequence[Taken]) -> tuple[UnitMeans, list[int]]:
-    """Average outputs of one form: few operations for many small layers."""
+    """Average outputs of one form in few operations; return the number of units of each, too."""
     outputs = [one.output for one in taken if isinstance(one.output, Tensor)]
     together = UnitMeans.of(torch.cat(outputs, -1), None)
     return together, [output.shape[-1] for output in outputs]

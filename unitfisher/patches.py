@@ -1,6 +1,6 @@
-"""What the units of a convolution receive: patches of its input, which overlap and are held once.
+"""The inputs of a convolution's units: overlapping patches, held as a view of the layer's input.
 
-Unfolded, each number stands there as often as patches share it: nine times for a kernel of 3×3.
+Unfolding copies a number into every patch that contains it: nine times for a kernel of 3×3.
 """
 
 from collections.abc import Iterator
@@ -13,20 +13,20 @@ from torch import Tensor
 
 from unitfisher.averages import pieces
 
-UNFOLDED_WHOLE = 2**26  # bytes at most; more are unfolded piece by piece where that will do
+UNFOLDED_WHOLE = 2**26  # bytes; more are unfolded piece by piece where possible
 
 
 @dataclass(frozen=True)
 class Patches:
-    """A view of a layer's input: groups, samples, axes of positions, axes of a unit's inputs."""
+    """A view of a layer's input with axes for groups, samples, positions and a unit's inputs."""
 
     view: Tensor
-    axes: int  # of positions
-    flat: bool = False  # is every position a case?
+    axes: int  # how many are those of positions
+    flat: bool = False  # whether every position is a case
 
     @property
     def shape(self) -> torch.Size:
-        """(g, n, t, d), of the patches unfolded; (g, n·t, 1, d) where every position is a case."""
+        """(g, n, t, d) of the unfolded patches; (g, n·t, 1, d) where every position is a case."""
         groups, samples = self.view.shape[:2]
         positions, inputs = self.positions.numel(), self.view.shape[2 + self.axes :].numel()
         cases = (samples * positions, 1) if self.flat else (samples, positions)
@@ -52,13 +52,13 @@ class Patches:
         return replace(self, view=self.view[:, part])
 
     def unfolded(self) -> Float[Tensor, "g m t d"]:
-        """Copy them out, a row of positions at a time; the cases of one input stay together."""
+        """Copy the patches out; in the copy, the cases of one input are contiguous."""
         inputs = range(2 + self.axes, self.view.dim())
         x = self.view.permute(0, *inputs, *range(1, 2 + self.axes)).flatten(1, len(inputs))
         return x.flatten(2).mT.unsqueeze(2) if self.flat else x.flatten(3).permute(0, 2, 3, 1)
 
     def at(self, cases: Int[Tensor, " m"]) -> Float[Tensor, "g m t d"]:
-        """Copy some of them out."""
+        """Copy out the patches of these cases."""
         if not self.flat:
             chosen = self.view[:, cases]
             return chosen.flatten(2, 1 + self.axes).flatten(3)
@@ -76,7 +76,7 @@ def unfolded(x: Received) -> Float[Tensor, "g m t d"]:
 
 
 def in_pieces(x: Received) -> Iterator[tuple[slice, Float[Tensor, "g m t d"]]]:
-    """Yield which cases, and them: patches unfolded by so many samples as stay in the cache."""
+    """Yield slices of cases and their activations, unfolded in pieces that fit the cache."""
     if not isinstance(x, Patches):
         yield from ((piece, x[:, piece]) for piece in pieces(x))
         return

@@ -1,7 +1,8 @@
-"""The second route: per-sample gradients of any parameter, vmapped through ``torch.func``.
+"""The second route: per-sample gradients of any parameter, by ``torch.func.vmap``.
 
-Independent of hooks and canonical forms, it serves layer kinds that have none. It knows the true
-Fisher only (``sharing="joint"``): a parameter's gradient is already summed over its positions.
+It needs neither hooks nor the canonical form of a layer kind (see `kinds`), and serves the kinds
+without one. It gives the true Fisher only (``sharing="joint"``): a parameter's gradient is already
+summed over its positions.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from unitfisher.kinds import LayerSelectionError
 from unitfisher.likelihoods import Likelihood, OutputError, Residual, likelihood_of
 from unitfisher.untouched import undisturbed
 
-TOGETHER = 16  # columns drawn at a time
+TOGETHER = 16  # columns formed at a time
 Given = tuple[tuple[Tensor, ...], dict[str, Tensor]]  # a forward's arguments
 
 
@@ -39,24 +40,27 @@ def per_sample_gradients(
     chunk_size: int | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Return the gradient of ln p in every trainable parameter, for each sample on its own.
+    """Return the gradient of ln p of each sample, in every trainable parameter.
 
-    The model runs in eval mode and is left as it was. What ``torch.func.vmap`` cannot take (an
-    nn.LSTM) goes by plain autograd, sample by sample.
+    The model runs in eval mode and is left as it was. Where ``torch.func.vmap`` does not support an
+    operation (nn.LSTM), plain autograd goes sample by sample.
 
     Args:
-        model: Any module that takes one sample as a batch of one.
+        model: Any module that accepts a batch of one sample.
         inputs: A tensor, or a tuple or mapping of tensors, samples on the first axis.
-        targets: Observed labels: gradients of ln p(y | x), (n, *parameter.shape) each. Without
-            them the columns of the Fisher's root, (r, n, *parameter.shape): their outer products,
-            summed over r and averaged over n, are the Fisher.
+        targets: Observed labels y, for gradients of ln p(y | x). None: the columns of the Fisher's
+            root.
         likelihood: "categorical", "bernoulli", "gaussian" or a Likelihood object.
         fisher: "exact", "mc", "rademacher" or "top-rademacher"; with targets it is not used.
-        samples: Random columns; "top-rademacher" has one more, which is exact.
+        samples: Number of random columns; "top-rademacher" has one more, which is exact.
         output: Picks the logits from what forward returns.
-        parameters: Which of ``named_parameters()``; None: all trainable ones.
+        parameters: A selection of ``named_parameters()``; None: all trainable ones.
         chunk_size: Samples at a time, to bound memory; None: all.
-        seed: Of drawn labels or signs.
+        seed: Seed of drawn labels or signs.
+
+    Returns:
+        By parameter name, with targets (n, *parameter.shape); without, r columns (r, n,
+        *parameter.shape), whose outer products, summed over r and averaged over n, are the Fisher.
 
     Raises:
         OutputError: The output, or the targets, do not fit the likelihood.
@@ -89,7 +93,7 @@ def per_sample_gradients(
         assert targets is not None
         assert isinstance(estimator.likelihood, Residual)
         whole = torch.zeros(len(targets), *z.shape[1:], dtype=z.dtype, device=z.device)
-        estimator.likelihood.score(whole, targets)  # checks them, all at once
+        estimator.likelihood.score(whole, targets)  # raises where targets do not fit
         return dict(back(estimator.likelihood.residual(z, y.unsqueeze(0)))[0])
 
     with undisturbed(model), torch.inference_mode(False), torch.no_grad():
@@ -141,11 +145,15 @@ def unit_fisher_per_sample(
 ) -> dict[str, Float[Tensor, "u e e"]]:
     """Materialise the unit Fishers of any module's weights, bias last where it has one.
 
-    Units lie along the first axis of each parameter called ``weight...``; along the second where
-    the layer's outputs do (embeddings).
+    Weights are the parameters with "weight" in their name. Units lie along the first axis; along
+    the second in embeddings.
 
     Returns:
-        Blocks under the layer's name; under ``layer.weight_name`` for a module of several.
+        The block of ``weight`` under the layer's name; others under ``layer.parameter``.
+
+    Raises:
+        LayerSelectionError: The layer has no trainable weight.
+        ValueError: ``fisher="empirical"`` without targets.
     """
     module = model.get_submodule(layer)
     owned = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}

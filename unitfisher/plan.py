@@ -7,11 +7,11 @@ from typing import Any
 from unitfisher.costs import Sizes, units_together
 from unitfisher.memory import readable
 
-PIECES = 3  # workspaces in use at one time: of the units treated together, of copies, of systems
+PIECES = 3  # workspaces in use at one time: for units treated together, copies, systems
 
 
 class MemoryBudgetError(ValueError):
-    """A measurement needs more memory than it may take."""
+    """A measurement needs more memory than its budget allows."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class LayerPlan:
     layer: str
     sizes: Sizes
     route: str  # "rows", "sums", "products" or "passes"; "" while the cases are not known
-    together: int  # units
-    kept: int  # cases and results, this measurement's and the newest one's
-    solving: int  # beside the workspace
-    least: int  # of workspace
+    together: int  # units treated at a time
+    kept: int  # bytes of cases and results, this measurement's and the newest one's
+    solving: int  # bytes while it is solved, beside the workspace
+    least: int  # bytes of workspace at least
 
     def parted(self) -> "LayerPlan":
-        """Treat as many units together as the workspace allows."""
+        """Return a plan that treats as many units together as the workspace allows."""
         if self.route in ("", "passes"):
             return self
         return replace(self, together=units_together(self.sizes, self.route))
@@ -39,22 +39,23 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A measurement's memory, layer by layer."""
+    """A measurement's memory in bytes, layer by layer; ``print(plan)`` shows a table."""
 
-    memory: int
+    memory: int  # the budget
     layers: tuple[LayerPlan, ...]
-    beside: int
-    workspace: int
+    beside: int  # held of earlier measurements
+    workspace: int  # for a piece of work
     column: int  # bytes of one column of errors on its way back
 
     @property
     def held(self) -> int:
-        kept = sum(of.kept for of in self.layers) + self.beside
-        return kept + max(of.solving for of in self.layers)
+        """Bytes beside the workspaces."""
+        kept = sum(layer.kept for layer in self.layers) + self.beside
+        return kept + max(layer.solving for layer in self.layers)
 
     @property
     def least_workspace(self) -> int:
-        return max(-(-self.column // PIECES), *(of.least for of in self.layers))
+        return max(-(-self.column // PIECES), *(layer.least for layer in self.layers))
 
     @property
     def least(self) -> int:
@@ -63,24 +64,25 @@ class Plan:
 
     @property
     def total(self) -> int:
+        """The most bytes that the measurement will hold."""
         return self.held + PIECES * self.workspace
 
     @property
     def known(self) -> bool:
         """Whether there was a pass to read the shapes from."""
-        return all(of.route for of in self.layers)
+        return all(layer.route for layer in self.layers)
 
     def columns(self) -> dict[str, Any]:
         """Lay the plan out as columns of a table."""
         return {
-            "layer": [of.layer for of in self.layers],
-            "cases": [of.sizes.rows for of in self.layers],
-            "inputs": [of.sizes.inputs for of in self.layers],
-            "units": [of.sizes.units for of in self.layers],
-            "route": [of.route for of in self.layers],
-            "parts": [of.parts for of in self.layers],
-            "kept": [of.kept for of in self.layers],
-            "solving": [of.solving for of in self.layers],
+            "layer": [each.layer for each in self.layers],
+            "cases": [each.sizes.rows for each in self.layers],
+            "inputs": [each.sizes.inputs for each in self.layers],
+            "units": [each.sizes.units for each in self.layers],
+            "route": [each.route for each in self.layers],
+            "parts": [each.parts for each in self.layers],
+            "kept": [each.kept for each in self.layers],
+            "solving": [each.solving for each in self.layers],
             "workspace": self.workspace,
             "memory": self.memory,
         }
@@ -91,19 +93,19 @@ class Plan:
     def _lines(self) -> Iterator[str]:
         means = "" if self.known else ", cases not known before the first pass"
         yield f"memory plan: up to {readable(self.total)} of {readable(self.memory)}{means}"
-        width = max(5, *(len(of.layer) for of in self.layers))
+        width = max(5, *(len(each.layer) for each in self.layers))
         yield f"  {'layer':{width}}    cases  inputs  units route    parts      kept"
-        for of in self.layers:
-            rows, route = (str(of.sizes.rows), of.route) if of.route else ("?", "?")
+        for each in self.layers:
+            rows, route = (str(each.sizes.rows), each.route) if each.route else ("?", "?")
             yield (
-                f"  {of.layer:{width}} {rows:>8} {of.sizes.inputs:>7} {of.sizes.units:>6} "
-                f"{route:8} {of.parts:>5} {readable(of.kept):>9}"
+                f"  {each.layer:{width}} {rows:>8} {each.sizes.inputs:>7} {each.sizes.units:>6} "
+                f"{route:8} {each.parts:>5} {readable(each.kept):>9}"
             )
 
 
 def too_large(plan: Plan) -> MemoryBudgetError:
     """Say which layers need most, and what to do."""
-    takes = {of.layer: of.kept + of.solving + PIECES * of.least for of in plan.layers}
+    takes = {x.layer: x.kept + x.solving + PIECES * x.least for x in plan.layers}
     largest: Sequence[str] = sorted(takes, key=lambda name: -takes[name])[:3]
     named = ", ".join(f"{name!r} {readable(takes[name])}" for name in largest)
     return MemoryBudgetError(

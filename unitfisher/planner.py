@@ -1,8 +1,8 @@
-"""Plans each measurement from shapes, before anything is allocated.
+"""Plans the memory of each measurement from shapes, before anything is allocated.
 
-The budget covers what is held beside the pass itself: beside the model's activations and graph.
-Everything is of known size but the gradients inside operations that are no observed layers, which
-are taken to be as large as the largest observed input or output.
+The budget covers what is held beside the measured pass, its activations and its graph. All sizes
+are known but those of gradients inside operations other than observed layers, which are assumed to
+be as large as the largest input or output of an observed layer.
 """
 
 import logging
@@ -24,27 +24,27 @@ LOG = logging.getLogger("unitfisher")
 
 @dataclass(frozen=True)
 class Budget:
-    """What a measurement may take, and how it is asked for."""
+    """The bytes that a measurement may take, and the options that its plan depends on."""
 
     memory: int = DEFAULT
     rows: int | None = None
     window: int = 1
     solver: str = "auto"
     damping: float = 0.0
-    strict: bool = False  # exceeding it raises; else it only sizes pieces of work
-    beside: int | None = None  # what is held of earlier measurements; None: one like this
+    strict: bool = False  # exceeding ``memory`` raises; else it only sizes pieces of work
+    beside: int | None = None  # bytes held of earlier measurements; None: of one like this
     summed: bool = False  # sums are kept over batches
     passing: frozenset[str] = frozenset()  # layers whose sums are too large to be kept
-    settled: bool = False  # later batches may not add layers to these
+    settled: bool = False  # whether ``passing`` is final
 
     def alone(self, pooled: int) -> "Budget":
-        """Return what is left for a batch that is not pooled, beside so many bytes of a window."""
+        """Return the budget for an unpooled batch, while a window holds ``pooled`` bytes."""
         if self.window == 1:
             return self
         return replace(self, window=1, memory=max(1, self.memory - pooled))
 
     def over_batches(self, beside: int) -> "Budget":
-        """Ask for sums over batches, or passes where these are too large, beside so many bytes."""
+        """Return the budget for sums, or passes, over batches, with ``beside`` bytes in use."""
         return replace(
             self,
             rows=None,
@@ -59,16 +59,16 @@ class Budget:
         """Plan a measurement.
 
         Args:
-            shapes: Of the layers that took part in a pass.
+            shapes: The shapes of the layers that took part in a pass.
             column: Bytes that one column of errors takes on its way back.
 
         Raises:
-            MemoryBudgetError: It needs more than it may take; names the layers that need most.
+            MemoryBudgetError: It needs more than the budget; names the layers that need most.
         """
         alike = Counter(shapes.values())
         kept = {name: self._kept(name, s, alike[s] > 1) for name, s in shapes.items()}
         left = self.memory - (self.beside or 0) - sum(kept.values())
-        with within(min(AMPLE, left // (2 * PIECES))):  # half of it for what was solved
+        with within(min(AMPLE, left // (2 * PIECES))):  # the other half is for solved systems
             layers = tuple(self._of_layer(name, s, kept[name]) for name, s in shapes.items())
         plan = Plan(self.memory, layers, self.beside or 0, 0, column)
         if plan.least > self.memory:
@@ -81,10 +81,10 @@ class Budget:
         room = min(AMPLE, (self.memory - plan.held) // (2 * PIECES))
         plan = replace(plan, workspace=max(room, plan.least_workspace))
         with within(plan.workspace):
-            return replace(plan, layers=tuple(of.parted() for of in layers))
+            return replace(plan, layers=tuple(layer.parted() for layer in layers))
 
     def _largest_sums(self, shapes: Mapping[str, Shape]) -> str | None:
-        """Name the layer that would spare most by passing over the loader instead; None: none."""
+        """Name the layer that saves most by route "passes" instead of "sums"; None if none does."""
         if self.settled or not self.summed:
             return None
         sizes = {name: s.sizes(s.cases) for name, s in shapes.items() if name not in self.passing}
@@ -96,12 +96,12 @@ class Budget:
 
     def _kept(self, name: str, shape: Shape, alike: bool) -> int:
         """Bytes of a layer's cases and results, until the next measurement is complete."""
-        if name in self.passing:  # results take the place of what solving has taken
+        if name in self.passing:  # results reuse what solving has taken
             cases = shape.cases * shape.bytes_of_case
             return shape.bytes_observing + cases + bytes_of_passes(shape.sizes(shape.cases))
         pooled, solved, passed = self.window * shape.cases, self._solved(shape), shape.bytes_of_pass
-        cases = (self.window > 1) * (1 + (shape.folded > 0)) * pooled  # unfolded, side by side
-        cases += ((solved < pooled) + alike) * solved  # drawn, beside others of its form
+        cases = (self.window > 1) * (1 + (shape.folded > 0)) * pooled  # unfolded and concatenated
+        cases += ((solved < pooled) + alike) * solved  # drawn, or joined with others of its form
         held, results = self.window * passed, 3 * shape.bytes_of_results
         if self.beside is None:
             newest = passed if self._as_it_came(shape) else solved * shape.bytes_of_case
@@ -137,10 +137,10 @@ class Planner:
         self.budget = budget
         self.newest: Plan | None = None
         self._asked: tuple[dict[str, Shape], int] | None = None  # what the newest plan is for
-        self._told = False  # the first plan that is based on a pass
+        self._told = False  # whether a plan that is based on a pass was logged
 
     def within(self, budget: Budget) -> "Planner":
-        """Plan a measurement of another kind; a plan that was told once is not told again."""
+        """Return a planner for another budget, which does not log again what was logged."""
         if budget == self.budget:
             return self
         other = Planner(budget)
@@ -160,12 +160,12 @@ class Planner:
         self._tell()
 
     def plan(self, shapes: Mapping[str, Shape], column: int) -> Plan:
-        """Plan a measurement as `Budget.plan` does, unless the last one was alike."""
+        """Plan as `Budget.plan` does; the newest plan holds as long as nothing has changed."""
         asked = dict(shapes), column
         if self.newest is None or asked != self._asked:
             self.newest, self._asked = self.budget.plan(shapes, column), asked
-            if self.budget.summed:  # what the first batch has begun the others go on with
-                passing = {of.layer for of in self.newest.layers if of.route == "passes"}
+            if self.budget.summed:  # later batches keep the first one's routes
+                passing = {x.layer for x in self.newest.layers if x.route == "passes"}
                 passing |= self.budget.passing
                 self.budget = replace(self.budget, passing=frozenset(passing), settled=True)
             if not self._told:
@@ -174,12 +174,12 @@ class Planner:
         return self.newest
 
     def solver_of(self, layer: str) -> str:
-        """Say how a layer's systems are to be solved."""
+        """Return the solver or route for a layer's systems."""
         assert self.newest is not None
         if self.budget.solver != "auto" or self.budget.window > 1:
-            return self.budget.solver  # there are fewer rows until a window is filled
-        return next(of.route for of in self.newest.layers if of.layer == layer)
+            return self.budget.solver  # until the window is full, there are fewer rows than planned
+        return next(plan.route for plan in self.newest.layers if plan.layer == layer)
 
     def _tell(self) -> None:
-        """Log the plan; who asked for a budget sees it without having configured logging."""
+        """Log the plan, as a warning if a budget was given: that is shown by default."""
         LOG.log(logging.WARNING if self.budget.strict else logging.INFO, "%s", self.newest)

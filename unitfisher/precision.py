@@ -1,4 +1,4 @@
-"""What is computed of a pass is not rounded as the pass may be."""
+"""Measurements are computed in full precision, whatever the precision of the measured pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +9,9 @@ import torch
 
 
 class Ieee:
-    """Products without reduced precision, as long as any thread is inside: flags are all threads'.
+    """Matrix products in full precision, while any thread is inside: torch's flags are global.
 
-    They are left as they were when the first one came in.
+    They are restored, when the last thread leaves, to what they were when the first one entered.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Ieee:
             if self.inside:
                 return
             for backend, precision in zip(_backends(), self.asked, strict=True):
-                backend.fp32_precision = "none"  # as torch.backends.fp32_precision says
+                backend.fp32_precision = "none"  # follow torch.backends.fp32_precision
                 if backend.fp32_precision != precision:
                     backend.fp32_precision = precision
 
@@ -41,13 +41,13 @@ IEEE: Final = Ieee()
 
 
 def _backends() -> tuple[Any, Any]:
-    mkldnn: Any = torch.backends.mkldnn  # its stub does not know of matmul
+    mkldnn: Any = torch.backends.mkldnn  # its type stub lacks matmul
     return torch.backends.cuda.matmul, mkldnn.matmul
 
 
 @contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
-    """Compute without autocast, reduced-precision products or a graph of our own."""
+    """Compute without autocast, reduced-precision products or an autograd graph."""
     exact = torch.autocast(device.type, enabled=False)
     with IEEE, torch.inference_mode(False), torch.no_grad(), exact:
         yield

@@ -1,9 +1,9 @@
-"""The cases of one layer's units, known by their products with vectors: conjugate gradients.
+"""The units of one layer, solved by conjugate gradients from products of cases with vectors.
 
-Where there are many more cases than inputs, and many inputs, forming every unit's u·d² sums is
-what costs. Here all units of a layer iterate at once, each step two products with the activations
-that they share. Those are whitened first, by the second moment under the units' mean weights: what
-is left to iterate on is how a unit's own weights differ from that mean.
+With many inputs, and many more cases, most time goes into forming the u·d² sums of the units. Here
+all units of a layer iterate at once, in two products an iteration with the activations that they
+share. These are whitened first, by the second moment under the units' mean weights: iterations only
+have to resolve how a unit's own weights differ from that mean.
 """
 
 import warnings
@@ -35,20 +35,20 @@ from unitfisher.whitening import Whitened, conjugate_gradients
 
 ITERATIONS = 300  # at most
 RESIDUAL = {torch.float32: 1e-6, torch.float64: 1e-11}  # relative, at which a system stops
-SLACK = 100  # a unit has converged if its true residual is up to so many times larger
+SLACK = 100  # a unit has converged if its true residual is up to this many times larger
 
 
 class UnconvergedWarning(UserWarning):
-    """Conjugate gradients stopped before they had the answer for every unit."""
+    """Conjugate gradients stopped before every unit had converged."""
 
 
 @dataclass(frozen=True)
 class UnitProducts:
-    """Weighted cases of each unit, Σ q = 1; see `rows.UnitRows` for what the names mean."""
+    """Each unit's cases, weighted by q with Σ q = 1; fields as in `rows.UnitRows`."""
 
     c: Float[Tensor, " u"]
     center: Float[Tensor, "g d"]  # μ_p
-    origin: Float[Tensor, "g d"]  # near it, in the precision of the activations
+    origin: Float[Tensor, "g d"]  # near μ_p, in the precision of the activations
     mean_about: Float[Tensor, "u d"]  # μ_q - origin
     trace_Var_q: Float[Tensor, " u"]
     ridge: Float[Tensor, " u"]
@@ -66,7 +66,7 @@ class UnitProducts:
         fed: Float[Tensor, " u"],
         cases: Weighted,
     ) -> "UnitProducts":
-        """Take cases as they are, without damping."""
+        """Build from cases, without damping."""
         mean = cases.mean()
         trace = cases.squares() - squared(mean)
         return cls(c, center, origin, mean, trace, torch.zeros_like(c), fed, cases)
@@ -101,7 +101,7 @@ class UnitProducts:
         """Return Var_q⁻¹ rhs; zero where a unit is dead.
 
         Raises:
-            SingularFisherError: Some living unit has no more weighted cases than inputs, undamped.
+            SingularFisherError: Some undamped living unit has no more weighted cases than inputs.
         """
         return self.solve_to_residual(rhs).x
 
@@ -116,17 +116,17 @@ class UnitProducts:
 
     @property
     def residual(self) -> Float[Tensor, " u"]:
-        """What conjugate gradients left of the system that s and k come from, relative."""
+        """Relative residual of the system that s and k come from."""
         return self._constant.residual
 
     @property
     def tolerance(self) -> float:
-        """A residual up to which a unit counts as solved."""
+        """The residual up to which a unit counts as converged."""
         return SLACK * RESIDUAL[self.origin.dtype]
 
     @cached_property
     def epsilon(self) -> Float[Tensor, " u"]:
-        """λ / c; zero for the dead."""
+        """λ / c; zero for a dead unit."""
         return self.ridge / torch.where(self.alive, self.c, 1.0)
 
     @cached_property
@@ -149,7 +149,7 @@ class UnitProducts:
         moment[~busy.any(1)] = eye
         L, info = torch.linalg.cholesky_ex(moment)
         require_regular((info == 0).repeat_interleave(busy.shape[1]))
-        del moment  # which may be large
+        del moment  # it may be large
         inverse = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)
         return Whitened(
             L,
@@ -162,17 +162,16 @@ class UnitProducts:
 
     def solve_to_residual(self, rhs: Float[Tensor, "u d"]) -> Solution:
         """Solve for all units at once; warn of those that have not converged."""
-        for given, solution in self.known:
-            if given.equal(rhs):
-                return Solution(
-                    solution.x.clone(), solution.residual
-                )  # a copy: callers scale it in place
+        for solved_rhs, solution in self.known:
+            if solved_rhs.equal(rhs):
+                x = solution.x.clone()  # callers scale it in place
+                return Solution(x, solution.residual)
         solution = self.whitened.cases.answer(self.solving(rhs))
         name_unconverged([(self, solution.residual)])
         return solution
 
     def solving(self, rhs: Float[Tensor, "u d"]) -> Solving:
-        """Iterate on all units at once, look at what is left, and solve for the late directly."""
+        """Iterate on all units; with ``patience``, solve those that have not converged directly."""
         w, enough = self.whitened, RESIDUAL[self.origin.dtype]
         most = ITERATIONS if self.patience is None else self.patience
         r, size = w.scaled(rhs)
@@ -196,7 +195,7 @@ class UnitProducts:
 
     def _solved_directly(self, unit: int, rhs: Float64[Tensor, " d"]) -> Float64[Tensor, " d"]:
         V, dtype = self.covariance(unit), self.origin.dtype
-        squares = V.diagonal() + self.mean_about[unit] ** 2  # as before that was subtracted
+        squares = V.diagonal() + self.mean_about[unit] ** 2  # as before the mean was subtracted
         least = rounding(torch.float64) * squares
         if not self.ridge[unit]:
             cases = int(self.cases.support[unit])
@@ -219,7 +218,7 @@ class UnitProducts:
 def name_unconverged(
     solved: Sequence[tuple[UnitProducts, Float[Tensor, " _"]]], where: str = ""
 ) -> None:
-    """Warn of units whose residual is larger than it may be, once for all that were solved."""
+    """Warn once of all units whose residual is above their tolerance."""
     residual = torch.cat([residual for _, residual in solved])
     allowed = torch.cat([torch.full_like(residual, m.tolerance) for m, residual in solved])
     bad, cases = ~(residual <= allowed), solved[0][0].cases

@@ -1,4 +1,4 @@
-"""What made a run: its configuration as plain JSON, the versions, the device, the time."""
+"""The provenance of a run: its configuration as plain JSON, the versions, the device, the time."""
 
 import math
 import platform
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def provenance(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything about a run that is known when it begins."""
+    """Return what is recorded of a run when it begins."""
     return {
         "config": plain(config),
         "versions": {
@@ -34,7 +34,7 @@ def provenance(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def version_of(package: str) -> str:
-    """A package's version, or that it is not installed."""
+    """Return a package's version, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -42,7 +42,7 @@ def version_of(package: str) -> str:
 
 
 def device() -> str:
-    """The machine's, as "AMD EPYC 9654, 2 threads, NVIDIA H200"."""
+    """Describe the machine, as "AMD EPYC 9654, 2 threads, NVIDIA H200"."""
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     cpu = model[1] if model else platform.processor() or platform.machine()
@@ -52,7 +52,7 @@ def device() -> str:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON gives it back; what JSON has no form for becomes text."""
+    """Return a value as it reads back from JSON; what JSON cannot represent becomes text."""
     if is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in fields(value)}
     match value:
@@ -74,7 +74,7 @@ def plain(value: Any) -> Any:
 
 
 def differences(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """What changed from one plain configuration to another, key by dotted key."""
+    """List what changed from one plain configuration to another, by dotted key."""
     was, now = _flat(recorded), _flat(given)
     return [
         f"{key} was {_shown(was, key)} and is {_shown(now, key)}"

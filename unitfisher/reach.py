@@ -1,4 +1,4 @@
-"""Which calls of a pass errors can be sent back to, or why to none."""
+"""Finds the calls of a pass that errors can be sent back to, or why there are none."""
 
 from collections.abc import Iterator, Mapping
 
@@ -13,13 +13,13 @@ from unitfisher.likelihoods import OutputError
 
 
 class NothingObservedError(ValueError):
-    """A pass shows nothing; another one may."""
+    """Nothing can be observed in this pass; another pass may differ."""
 
-    samples = 0  # that went another way
+    samples = 0  # of the pass, if it called no observed layer
 
 
 class EmptyBatchError(NothingObservedError, OutputError):
-    """There is no case to observe."""
+    """The batch has no cases."""
 
 
 class UnseenLayersError(NothingObservedError, LayerSelectionError):
@@ -27,9 +27,14 @@ class UnseenLayersError(NothingObservedError, LayerSelectionError):
 
 
 def edges(output: Tensor, seen: Seen) -> list[GradientEdge]:
-    """Return where errors arrive, for every call; the model's output must have a graph to all.
+    """Return where errors arrive, for every call that can be observed.
 
-    Calls without a graph, or of layers that are unfit, are forgotten, unless there are no others.
+    Calls without a graph, or of unfit layers, are removed from ``seen``.
+
+    Raises:
+        UnseenLayersError: No observed layer was called, or all are frozen.
+        LayerSelectionError: No call has a graph, or no layer is fit.
+        OutputError: The output has no graph.
     """
     _note_endings(seen)
     if not seen.calls:
@@ -65,7 +70,7 @@ def _parameters(call: Call) -> list[Tensor]:
 
 
 def _note_endings(seen: Seen) -> None:
-    """A forward of its own may end in a nonlinearity that has changed no number yet."""
+    """Note as unfit layers whose own forward ends in a nonlinearity, even if it changed nothing."""
     for call in seen.calls:
         own = not type(call.module).__module__.startswith("torch.nn.modules.")
         if own and call.edge is not None and operation(call.edge.node) in ELEMENTWISE:
@@ -73,17 +78,17 @@ def _note_endings(seen: Seen) -> None:
 
 
 def _require_fit(seen: Seen) -> None:
-    """Refuse a pass whose layers are all unfit; another pass may show more of some."""
+    """Refuse a pass whose layers are all unfit, for good or only in this pass."""
     if not seen.unfit:
         return
-    always = all(of.why == OTHER_FORM for of in seen.unfit.values())
+    always = all(unfit.why == OTHER_FORM for unfit in seen.unfit.values())
     raise (LayerSelectionError if always else UnseenLayersError)(
         f"no layer is left to observe: {'; '.join(told(seen.unfit))}"
     )
 
 
 def told(unfit: Mapping[str, Unfit]) -> Iterator[str]:
-    """Say of which layers of what kind it is that they are unfit for what reason."""
-    for why in dict.fromkeys(of.why for of in unfit.values()):
-        named = (f"{layer!r} ({of.kind})" for layer, of in unfit.items() if of.why == why)
+    """Describe unfit layers and their kinds, those with the same reason together."""
+    for why in dict.fromkeys(each.why for each in unfit.values()):
+        named = (f"{layer!r} ({each.kind})" for layer, each in unfit.items() if each.why == why)
         yield f"layers {', '.join(named)}, {why}"

@@ -1,12 +1,12 @@
-"""One run is one folder: what was configured, and tables of what was seen.
+"""One run is one folder: its configuration, and tables of what was measured.
 
     runs/mnist-net-elu-s0/
         config.json                configuration, versions, device, time of creation
-        units/part-00000.parquet   a table, in parts: this one is done
+        units/part-00000.parquet   a table, in parts: this one is complete
         units/part-00001.parquet   and this one is replaced as a whole at every flush
 
 A table can be read at any time and by anyone: ``pandas.read_parquet(folder / "units")``.
-(polars looks at a file twice, and says so if a flush falls in between: read again.)
+(polars opens a file twice, and raises if a flush falls in between: read again.)
 """
 
 import atexit
@@ -15,11 +15,15 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import pyarrow.parquet as pq
+
+from unitfisher.locks import LOCK, FolderLock
 from unitfisher.provenance import differences, plain, provenance
 from unitfisher.table import UNFINISHED, Column, Table, write_atomically
 
@@ -27,23 +31,33 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+OURS = (LOCK, UNFINISHED)
+OPEN: dict[Path, "Run"] = {}  # runs that this process writes
+
+
 class RecordExistsError(FileExistsError):
     """The folder of a new run already holds something."""
 
 
+class DamagedRecordError(ValueError):
+    """A file of a run cannot be read."""
+
+
 class Run:
-    """A folder that keeps one run, and loses at most ``flush_interval`` seconds of it.
+    """A folder that keeps one run; a crash loses at most ``flush_interval`` seconds of it.
 
     Rows gather in memory and are written in the background. One process writes a run; any
     number may read it meanwhile.
 
     Args:
-        folder: Made if need be. It must be empty, or hold this run if ``resume``.
-        config: What the run was asked to do. Kept as JSON; what JSON has no form for, as text.
+        folder: Created if missing. It must be empty or, with ``resume``, may hold this run.
+        config: The run's configuration, kept as JSON; what JSON cannot represent, as text.
         resume: Continue the run in the folder, if there is one.
-        flush_interval: Seconds that a row may wait to be written.
+        flush_interval: Seconds that a row may wait before it is written.
 
     Raises:
+        DamagedRecordError: A file of the run to resume cannot be read.
+        FolderInUseError: Another process has the run open.
         RecordExistsError: The folder holds a run, or files that are not a run's.
         ValueError: The run to resume was configured differently.
 
@@ -65,10 +79,19 @@ class Run:
         resume: bool = False,
         flush_interval: float = 10.0,
     ) -> None:
-        import pandas as pd  # noqa: F401  pyarrow would at its first array, within a training step
+        import pandas as pd  # noqa: F401  else pyarrow imports it at its first array, in a training step
 
         self.folder = Path(folder)
-        made = _open(self.folder, config, resume)
+        if resume and (earlier := OPEN.get(self.folder.resolve())) is not None:
+            earlier.close()  # of this process, which goes on with this one
+        _require_ours(self.folder, resume)
+        self._lock = FolderLock(self.folder)
+        try:
+            made = _open(self.folder, config)
+        except BaseException:
+            self._lock.release()
+            raise
+        OPEN[self.folder.resolve()] = self
         self.config: dict[str, Any] = made["config"]
         self.id: str = made.get("id", made["created"])
         self.flush_interval = flush_interval
@@ -87,11 +110,11 @@ class Run:
         return sorted(on_disk | self._tables.keys())
 
     def describe(self, part: str, config: Mapping[str, Any]) -> None:
-        """Write down, beside the run's configuration, that of one of its parts; once.
+        """Add the configuration of a part of the run to config.json, unless it is there already.
 
         Args:
-            part: The key in config.json of a list of configurations.
-            config: As JSON; what JSON has no form for, as text.
+            part: Key in config.json of a list of configurations.
+            config: Kept as JSON; what JSON cannot represent, as text.
         """
         with self._writing:
             made = json.loads((self.folder / "config.json").read_text())
@@ -104,14 +127,14 @@ class Run:
         """Add rows. Waits neither for the disk nor for a GPU.
 
         Args:
-            table: Named like a variable; also the name of the folder.
-            columns: Numbers, truth values or strings, one per row, and scalars for all rows.
-                Names and types stay those of the table's first rows.
+            table: Name of the table and of its folder; must be an identifier, as "units".
+            columns: Numbers, Booleans or strings, one per row, or scalars that hold for all rows.
+                Names and types must be those of the table's first rows.
 
         Raises:
             ValueError: The table's name, or the columns' names or shapes, do not fit.
-            TypeError: A column is of a type that cannot be kept, there or at all.
-            RuntimeError: The run is closed, or another process's from which this one is a fork.
+            TypeError: A column has a type that cannot be recorded, or not in this table.
+            RuntimeError: The run is closed, or this process is a fork of the one that writes it.
         """
         if not table.isidentifier():
             raise ValueError(f"table {table!r} must be named like a variable, as 'units' is")
@@ -142,7 +165,7 @@ class Run:
         """Write all rows appended so far.
 
         Raises:
-            OSError: The disk did not take them. They stay in memory, and in the next flush.
+            OSError: They could not be written. They stay in memory, for the next flush.
         """
         if os.getpid() != self._process:
             return  # a fork holds copies of rows that its parent writes
@@ -171,17 +194,22 @@ class Run:
         return pd.read_parquet(self.folder / table)
 
     def holds_back(self, append: Callable[[], None]) -> None:
-        """Take note of who holds rows back, and appends them when they have to be there."""
+        """Register a function that appends rows still held back, for `complete` and `close`."""
         self._holding_back.append(append)
 
+    def holds_back_no_more(self, append: Callable[[], None]) -> None:
+        """Forget one of those."""
+        if append in self._holding_back:
+            self._holding_back.remove(append)
+
     def complete(self) -> None:
-        """Have everything appended that is held back, and flush."""
+        """Append all rows that are held back, and flush."""
         for append in self._holding_back if os.getpid() == self._process else []:
             append()
         self.flush()
 
     def close(self) -> None:
-        """Flush, and take no more rows. Done by itself when the interpreter exits."""
+        """Flush, and take no more rows. Called automatically when the interpreter exits."""
         try:
             self.complete()
         finally:
@@ -190,6 +218,9 @@ class Run:
                 self._closed = True
             self.flush()
             atexit.unregister(self.close)
+            if os.getpid() == self._process:
+                self._lock.release()
+                OPEN.pop(self.folder.resolve(), None)
 
     def __enter__(self) -> "Run":
         return self
@@ -204,7 +235,7 @@ class Run:
 
     def _table(self, name: str) -> Table:
         known = self._tables.get(name)
-        return Table(self.folder / name) if known is None else known  # a table may be of length 0
+        return Table(self.folder / name) if known is None else known  # a table of length 0 is false
 
     def _arm(self) -> None:
         if self._timer is None:
@@ -225,28 +256,22 @@ class Run:
 
 
 def require_new(folder: Path) -> None:
-    """Refuse a folder that holds a run.
-
-    Raises:
-        RecordExistsError: It does.
-    """
+    """Raise RecordExistsError if a folder holds a run."""
     if (folder / "config.json").exists():
         raise RecordExistsError(
             f"{folder} already holds a run; choose another folder, or continue with resume=True"
         )
 
 
-def _open(folder: Path, config: Mapping[str, Any] | None, resume: bool) -> dict[str, Any]:
-    """Make the folder a run's, or find it so, and return what made the run."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _open(folder: Path, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Begin a run in the folder, or open the one it holds; return its config.json."""
     file = folder / "config.json"
-    if not resume:
-        require_new(folder)
     (folder / UNFINISHED).unlink(missing_ok=True)  # its writer was killed
     if not file.exists():
-        _refuse_foreign_files(folder)
         _write_config(folder, {**provenance(config or {}), "id": uuid4().hex})
-    made: dict[str, Any] = json.loads(file.read_text())
+    made = _read(file, lambda: json.loads(file.read_text()))
+    for part in folder.glob("*/part-*.parquet"):
+        _read(part, partial(pq.read_metadata, part))
     recorded = made["config"]
     if changes := differences(recorded, recorded if config is None else plain(config)):
         raise ValueError(
@@ -256,14 +281,28 @@ def _open(folder: Path, config: Mapping[str, Any] | None, resume: bool) -> dict[
     return made
 
 
+def _read(file: Path, reading: Callable[[], Any]) -> Any:
+    try:
+        return reading()
+    except (OSError, ValueError) as error:  # Arrow's and JSON's errors are ValueErrors
+        raise DamagedRecordError(
+            f"{file} cannot be read ({error}): bring back a copy, or begin anew in another folder"
+        ) from error
+
+
 def _write_config(folder: Path, made: Mapping[str, Any]) -> None:
     text = json.dumps(made, indent=2)
     write_atomically(folder / "config.json", text.encode(), folder / UNFINISHED)
 
 
-def _refuse_foreign_files(folder: Path) -> None:
-    if found := sorted(path.name for path in folder.iterdir()):
-        raise RecordExistsError(
-            f"{folder} holds {', '.join(found[:3])} but no run (no config.json); "
-            "choose a new or an empty folder"
-        )
+def _require_ours(folder: Path, resume: bool) -> None:
+    """Refuse a folder that holds a run, unless that is to be resumed, or other files."""
+    if not resume:
+        require_new(folder)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        found = sorted(path.name for path in folder.iterdir() if path.name not in OURS)
+        if found:
+            raise RecordExistsError(
+                f"{folder} holds {', '.join(found[:3])} but no run (no config.json); "
+                "choose a new or an empty folder"
+            )

@@ -1,8 +1,8 @@
 """Systems diag(v) K diag(v) + ε I of some hundred cases, factored in single precision.
 
-That takes half the time. What it leaves of the right-hand side is found by products in double
-precision, which units share, and goes through the same factor again (iterative refinement). Where
-a unit is too ill-conditioned for that, its factor is made in double.
+That takes half the time. Iterative refinement brings solutions to double precision: residuals are
+computed in double, by products that the units share, and solved for with the same factor. Units too
+ill-conditioned for that are factored in double.
 """
 
 import torch
@@ -15,15 +15,15 @@ from unitfisher.gram import GramSolution, Scaled, Task, products, solve_others
 from unitfisher.native import Kernel
 from unitfisher.solvers import outer, substituted
 
-MANY_UNITS = 16  # that share the products, and fill vectors
+MANY_UNITS = 16  # of a group at least: they share products and fill vectors
 RESIDUAL = 1e-12  # relative, at which a unit stops
 STEPS = 12
-SLOW = 0.1  # of the residual left by a step: the factor is of little use
-TOGETHER = 16  # units a thread: as many as the longest vector takes
+SLOW = 0.1  # a step that leaves more of the residual shows a factor of little use
+TOGETHER = 16  # units a thread: the floats of the longest vector register
 
 
 def pays(K: Float[Tensor, "g n n"], units: int) -> bool:
-    """Say whether this is faster than factors in double precision."""
+    """Whether this is faster than factoring in double precision."""
     return K.shape[-1] >= REFINED and units >= MANY_UNITS * len(K) and K.device.type == "cpu"
 
 
@@ -35,16 +35,16 @@ def solve_refined(
 ) -> GramSolution:
     """Solve (diag(v_u) K diag(v_u) + ε_u I) Y_u = rhs_u, ε > 0, with one K for each group of units.
 
-    Units are taken so many at a time that their factors stay in the cache.
+    Units are treated in parts whose factors stay in the cache.
     """
     together, groups = (TOGETHER if native.compiled() else 1) * torch.get_num_threads(), len(K)
     found = []
-    for own, *of_group in zip(K, *(x.chunk(groups) for x in (v, epsilon, rhs)), strict=True):
-        root = own.diagonal().sqrt()
+    for gram, *operands in zip(K, *(x.chunk(groups) for x in (v, epsilon, rhs)), strict=True):
+        root = gram.diagonal().sqrt()
         root = torch.where(root > 0, root, 1.0)
-        correlation = (own / torch.outer(root, root)).float()
-        for part in zip(*(x.split(together) for x in of_group), strict=True):
-            found.append(_of_part(own, correlation, root, *part))
+        correlation = (gram / torch.outer(root, root)).float()
+        for part in zip(*(x.split(together) for x in operands), strict=True):
+            found.append(_of_part(gram, correlation, root, *part))
     Y, refined = (torch.cat(parts) for parts in zip(*found, strict=True))
     regular = solve_others(Y, ~refined, K, v, epsilon, rhs)
     return GramSolution(Y, regular, products(Y, rhs))
@@ -58,7 +58,7 @@ def _of_part(
     epsilon: Float64[Tensor, " u"],
     rhs: Float64[Tensor, "u r n"],
 ) -> tuple[Float64[Tensor, "u r n"], Bool[Tensor, " u"]]:
-    """Return solutions, and of which units."""
+    """Return solutions, and which units have converged."""
     scaled, divisor = Scaled.of(K, v, epsilon)
     factors = Factors(correlation, (scaled.t * root).float(), scaled.own.float())
     b = (rhs / divisor.unsqueeze(1)).flatten(0, 1)
@@ -70,7 +70,7 @@ def _of_part(
         before, left = left, torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
         ratio = left / torch.where(before > 0, before, 1.0)
         y += factors.solve(rest, left)
-        done |= left * ratio <= RESIDUAL * size  # what this step will have left
+        done |= left * ratio <= RESIDUAL * size  # the residual expected after this step
         if bool((done | ~(ratio <= SLOW)).all()):
             break
     Y = y.view_as(rhs) / divisor.unsqueeze(1)
@@ -93,7 +93,7 @@ class Factors:
     def solve(
         self, b: Float64[Tensor, "w n"], size: Float64[Tensor, "w 1"]
     ) -> Float64[Tensor, "w n"]:
-        """Solve for right-hand sides of that size, as many to each unit; NaN without a factor."""
+        """Solve for right-hand sides of norm ``size``, as many a unit; NaN without a factor."""
         size = torch.where(size > 0, size, 1.0)
         rhs = (b / size).float().unflatten(0, (len(self.given[1]), -1))
         Y = self._by_torch(rhs) if self.kernel is None else self._by_kernel(self.kernel, rhs)

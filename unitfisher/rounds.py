@@ -1,8 +1,8 @@
-"""Layers whose sums over a loader are too large: their systems are solved round after round.
+"""Layers whose sums over a loader are too large: every iteration reads the loader again.
 
-The first pass over the loader keeps u·d numbers of a layer, and one d·d matrix that all units
-share. Then conjugate gradients iterate, and each of their products is a pass over the loader,
-which serves all units of all such layers, and all right-hand sides, at the same time.
+The first pass over the loader keeps u·d numbers of a layer, and one d·d matrix that all its units
+share. Then each product of conjugate gradients is a pass over the loader, which serves all units
+and right-hand sides of all such layers at once.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,23 +26,23 @@ from unitfisher.weighted import Solution, Solving, Weighted
 
 @dataclass(frozen=True)
 class Passed:
-    """Cases of a layer that a loader yields again; a product with them is a pass over it."""
+    """Cases of a layer that a loader yields again: each product with them is a pass over it."""
 
     batches: Batches
     layer: str
     origin: Float[Tensor, "g d"]
     weight: Float64[Tensor, " u"]  # Σ D
     support: Float64[Tensor, " u"]
-    sum_aa: Float64[Tensor, "g d d"]  # Σ (a - origin)(a - origin)ᵀ, weighted as units share it
+    sum_aa: Float64[Tensor, "g d d"]  # Σ (a - origin)(a - origin)ᵀ, by weights that units share
     mass: Shaped[Tensor, " g"]  # Σ of those weights
-    inverse: Float[Tensor, "g d d"] | None = None  # by which they are to be whitened
+    inverse: Float[Tensor, "g d d"] | None = None  # L⁻¹, which whitens; None: not whitened
 
     @property
     def instead(self) -> str:
         return "allow more (memory=...) so that sums fit"
 
     def shared_moment(self) -> Float64[Tensor, "g d d"]:
-        """Return what the first pass has put together, where the living share alike."""
+        """Return Σ q̄ (a - origin)(a - origin)ᵀ of the first pass, q̄ near the living units' mean."""
         return self.sum_aa / self.mass[:, None, None]
 
     def second_moment(self, unit: int) -> Float64[Tensor, "d d"]:
@@ -57,7 +57,7 @@ class Passed:
         return replace(self, inverse=inverse.to(self.origin.dtype))
 
     def weighted(self, cases: UnitCases) -> Weighted:
-        """Return a batch of them."""
+        """Return a batch's cases, whitened if that was asked for."""
         a = Weighted.of(cases.a.squeeze(2), cases.D, self.origin, self.weight)
         return a if self.inverse is None else a.whitened(self.inverse)
 
@@ -67,8 +67,8 @@ class Passed:
 
 
 def answers(asked: Sequence[tuple[Passed, Sequence[Solving]]]) -> list[list[Solution]]:
-    """Solve several systems in the same passes, of one layer or of several."""
-    busy = {(i, j): each for i, (_, these) in enumerate(asked) for j, each in enumerate(these)}
+    """Solve several systems of one layer or more in the same passes."""
+    busy = {(i, j): s for i, (_, solvers) in enumerate(asked) for j, s in enumerate(solvers)}
     y, found = {key: next(solving) for key, solving in busy.items()}, {}
     while busy:
         for key, product in _pass([cases for cases, _ in asked], y).items():
@@ -77,13 +77,13 @@ def answers(asked: Sequence[tuple[Passed, Sequence[Solving]]]) -> list[list[Solu
             except StopIteration as end:
                 found[key] = end.value
                 del busy[key], y[key]
-    return [[found[i, j] for j in range(len(these))] for i, (_, these) in enumerate(asked)]
+    return [[found[i, j] for j in range(len(s))] for i, (_, s) in enumerate(asked)]
 
 
 def _pass(
     layers: Sequence[Passed], y: Mapping[tuple[int, int], Float64[Tensor, "g v d"]]
 ) -> dict[tuple[int, int], Float64[Tensor, "g v d"]]:
-    """Multiply vectors, each of one of these layers, in one pass over the loader."""
+    """Multiply vectors, by number of layer and system, in one pass over the loader."""
     total = {key: torch.zeros_like(vectors) for key, vectors in y.items()}
     batches, index = layers[0].batches, {layers[i].layer: i for i, _ in y}
     with batches.as_measured():
@@ -92,7 +92,7 @@ def _pass(
                 rows = layers[index[name]].weighted(cases)
                 for key in (key for key in y if key[0] == index[name]):
                     total[key] += rows.times(y[key])
-                del rows, cases  # before there are those of the next batch
+                del rows, cases  # free them before the next batch
     return total
 
 
@@ -112,7 +112,7 @@ class Rounds:
     sum_Da: Float64[Tensor, "u d"]
     sum_Dss: Float64[Tensor, " u"]  # Σ D ‖a - origin‖²
     fed: Float64[Tensor, " u"]  # see `moments.fed`
-    sum_aa: Float64[Tensor, "g d d"]  # Σ (a - origin)(a - origin)ᵀ, weighted as the units do
+    sum_aa: Float64[Tensor, "g d d"]  # Σ (a - origin)(a - origin)ᵀ, by weights that units share
     solved: dict[float, UnitProducts] = field(default_factory=dict)  # at the newest damping
 
     @classmethod
@@ -138,14 +138,14 @@ class Rounds:
         return start
 
     def average_over(self, samples: int) -> None:
-        """Average over so many samples, of which only some have come here."""
+        """Average over this many samples, though only some of them have reached the layer."""
         self.samples = samples
 
     def add(self, cases: UnitCases) -> None:
         """Add a batch.
 
-        In the matrix that units share each counts as much as the others, by what its weights have
-        added up to so far: the true mean is known only at the end.
+        In ``sum_aa`` all units should count alike. Their weights are scaled by the Σ D so far, for
+        the total is known only at the end.
         """
         D = cases.D
         weight = D.sum(0)
@@ -163,7 +163,7 @@ class Rounds:
 
     @property
     def moments(self) -> UnitProducts:
-        """What the layer's units see, without damping."""
+        """The moments of the layer's units, without damping."""
         alive = self.sum_D > 0
         weight = torch.where(alive, self.sum_D, 1.0)
         mass = self.cases * alive.unflatten(0, (len(self.origin), -1)).sum(1).clamp_min(1)
@@ -190,7 +190,7 @@ class Rounds:
         yield Part(slice(None), m, self.solved[damping])
 
     def forget(self) -> None:
-        """Drop what was solved."""
+        """Drop the solved systems."""
         self.solved = {}
 
     @property
@@ -203,19 +203,19 @@ class Rounds:
 
 
 def solve_together(layers: Sequence[tuple[Rounds, Gradient | None]], damping: float) -> None:
-    """Solve these layers' systems at once, for the constant and for their gradients.
+    """Solve the systems of these layers at once, for the constant and for their gradients.
 
     Raises:
         SingularFisherError: A unit's Fisher has no inverse; names layer and unit.
     """
-    wanted = [_wanted(of, gradient, damping) for of, gradient in layers]
+    wanted = [_wanted(layer, gradient, damping) for layer, gradient in layers]
     found = answers([(rows, [m.solving(b) for b in rhs]) for m, rows, rhs in wanted])
-    for (of, _), (m, _, rhs), solutions in zip(layers, wanted, found, strict=True):
-        of.solved = {damping: replace(m, known=tuple(zip(rhs, solutions, strict=True)))}
+    for (layer, _), (m, _, rhs), solutions in zip(layers, wanted, found, strict=True):
+        layer.solved = {damping: replace(m, known=tuple(zip(rhs, solutions, strict=True)))}
     residuals = [torch.stack([x.residual for x in solutions]).amax(0) for solutions in found]
     name_unconverged(
         [(m, residual) for (m, *_), residual in zip(wanted, residuals, strict=True)],
-        f" of layers {named(of.layer for of, _ in layers)}",
+        f" of layers {named(layer.layer for layer, _ in layers)}",
     )
 
 

@@ -1,8 +1,8 @@
 """The cases of one layer's units as weighted rows: exact and cheap for fewer cases than inputs.
 
-There the sums of `sums.UnitMoments` would be large and singular without damping; a system on
-the cases' side is small, and in double precision loses nothing. The theorems' scalars come from
-one ridge regression of the constant 1 on the rows, without any vector as long as a unit's inputs.
+There the sums of `sums.UnitMoments` would be large, and singular without damping. A system on the
+cases' side, n × n, is small, and accurate in double precision. The theorems' scalars come from one
+ridge regression of the constant 1 on the rows, which needs no vector as long as a unit's inputs.
 """
 
 from dataclasses import dataclass, replace
@@ -25,21 +25,21 @@ class Solved(NamedTuple):
     Y: Float[Tensor, "u r n"]
     with_rhs: Float[Tensor, "u r r"]
     with_Y: Float[Tensor, "u r r"]
-    residual: Float[Tensor, " u"]  # relative; nothing where they are solved directly
+    residual: Float[Tensor, " u"]  # relative; 0 where solved directly
 
 
 @dataclass(frozen=True)
 class UnitRows:
     """Rows z = v (a - μ_p) of each unit, with Zᵀ Z = E_q (a - μ_p)(a - μ_p)ᵀ and Zᵀ w = μ_q - μ_p.
 
-    One set of cases serves all units of a group; what differs is how they weigh. In joint sharing
-    the cases are each unit's own gradients, and v = 1, up to the scale.
+    The units of a group share the cases and differ in the weights v. With ``sharing="joint"`` each
+    unit is a group: its rows are its own gradients, and v is the same for all of these.
     """
 
     c: Float[Tensor, " u"]
     center: Float[Tensor, "g d"]  # μ_p
     about: Float[Tensor, "g n d"]  # a - μ_p, or gradients about it
-    gram: Float[Tensor, "g n n"]  # their products
+    gram: Float[Tensor, "g n n"]  # inner products of these
     v: Float[Tensor, "u n"]
     w: Float[Tensor, "u n"]  # Σ w² = 1
     mean_rows: Float[Tensor, "u n"]  # Z μ_p
@@ -48,7 +48,7 @@ class UnitRows:
     trace_Var_q: Float[Tensor, " u"]
     ridge: Float[Tensor, " u"]
     fed: Float[Tensor, " u"]  # see `moments.fed`
-    iterates: bool = True  # where there are many cases
+    iterates: bool = True  # by conjugate gradients, where cases are many
 
     @classmethod
     def of(
@@ -61,7 +61,7 @@ class UnitRows:
         w: Float[Tensor, "u n"],
         fed: Float[Tensor, " u"],
     ) -> "UnitRows":
-        """Take rows as they are, without damping."""
+        """Build from rows, without damping."""
         groups = len(about)
         mean_rows = v.unflatten(0, (groups, -1)) * (about @ center.unsqueeze(-1)).mT
         shift = (v * w).unflatten(0, (groups, -1)) @ about  # μ_q - μ_p
@@ -91,7 +91,7 @@ class UnitRows:
 
     @property
     def residual(self) -> Float[Tensor, " u"]:
-        """What conjugate gradients left of the systems for s and k, relative; or nothing."""
+        """Relative residual of the systems that s and k come from; 0 if solved directly."""
         return self._constant.residual
 
     @property
@@ -105,7 +105,7 @@ class UnitRows:
 
     @cached_property
     def epsilon(self) -> Float[Tensor, " u"]:
-        """λ / c; 1 where a unit is dead or fed with zeros: its answer is 0 at any rate."""
+        """λ / c; 1 where a unit is dead or all its inputs are 0: its solution is 0 anyway."""
         epsilon = torch.where(self.alive & (self.fed > 0), self.ridge / self.c, 1.0)
         require_regular(epsilon > 0)
         return epsilon
@@ -118,8 +118,9 @@ class UnitRows:
     def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
         """Return Var_q⁻¹ rhs; zero where a unit is dead.
 
-        (Zᵀ Z + ε I)⁻¹ rhs = (rhs - Zᵀ (Z Zᵀ + ε I)⁻¹ Z rhs) / ε, and one rank more for the mean
-        that Var_q is about (Sherman and Morrison). The same factor solves for the constant, once.
+        (Zᵀ Z + ε I)⁻¹ rhs = (rhs - Zᵀ (Z Zᵀ + ε I)⁻¹ Z rhs) / ε, and a term of rank one, as Var_q
+        is about μ_q (Sherman and Morrison). The first call solves for the constant too, with the
+        same factor, and keeps that solution.
         """
         grouped = rhs.unflatten(0, (len(self.about), -1))
         z = self.v * (grouped @ self.about.mT).flatten(0, 1)  # Z rhs
@@ -147,11 +148,11 @@ class UnitRows:
 
     @cached_property
     def fit(self) -> ConstantFit:
-        """Fit the constant. Every product is one of vectors over cases.
+        """Fit the constant, by products of vectors over cases only.
 
-        Of y and t, solved for w and Z μ_p, are α = (Zᵀ Z + ε I)⁻¹ (μ_q - μ_p) = Zᵀ y and β, the
-        same of μ_p. Var_q⁻¹ μ_q = r α + β where r = (1 + μ_pᵀ α) / e and e = 1 - (μ_q - μ_p)ᵀ α is
-        what the fit leaves of the constant.
+        Let y and t be the solutions for w and Z μ_p. Then α = (Zᵀ Z + ε I)⁻¹ (μ_q - μ_p) = Zᵀ y,
+        and β = (Zᵀ Z + ε I)⁻¹ μ_p comes from t. Var_q⁻¹ μ_q = r α + β, with r = (1 + μ_pᵀ α) / e
+        and e = 1 - (μ_q - μ_p)ᵀ α, the mean residual of the fit to a - μ_p under q.
         """
         epsilon, (_, with_rhs, with_Y, _) = self.epsilon, self._constant
         center_squared = squared(self.center).unsqueeze(-1)
@@ -166,16 +167,16 @@ class UnitRows:
 
     @cached_property
     def _left(self) -> Float[Tensor, " u"]:
-        """What the fit leaves of the constant: e = ε wᵀ y > 0."""
+        """e = 1 - (μ_q - μ_p)ᵀ α = ε wᵀ y > 0, as in `fit`."""
         return torch.where(self.alive, self.epsilon * self._constant.with_rhs[:, 0, 0], 1.0)
 
     @cached_property
     def _constant(self) -> Solved:
-        """Solve for w and Z μ_p; others that were solved for with them come after these."""
+        """Solutions for w and Z μ_p; another right-hand side may have been solved with them."""
         return self._solve(self.w, self.mean_rows)
 
     def _solve(self, *rhs: Float[Tensor, "u n"]) -> Solved:
-        """Solve from the one product that the units of a group share."""
+        """Solve with Z Zᵀ + ε I, from the Gram matrix that the units of a group share."""
         system = self.gram, self.v, self.epsilon, torch.stack(rhs, 1)
         if self.iterates and conjugate.pays(self.gram, len(self.v)):
             Y, residual = conjugate.solve_by_iterations(*system)

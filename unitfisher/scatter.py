@@ -1,7 +1,7 @@
 """Second moments of weighted cases about an origin, Σ D (a - o)(a - o)ᵀ, for many units at once.
 
-A kernel in C does it while a unit's cases and sums are in the cache; or torch does, through copies
-of the cases. Products are formed in the precision of the activations.
+A kernel in C computes them while a unit's cases and sums are in the cache. Without it torch does,
+through weighted copies of the cases. Products are formed in the precision of the activations.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from unitfisher.memory import workspace
 from unitfisher.native import Kernel
 from unitfisher.solvers import roundings
 
-ROWS = 64  # cases that the kernel adds up in single precision, as in weighted_squares.c
+ROWS = 64  # cases that the kernel adds up at a time in single precision, as in weighted_squares.c
 BLOCK = 128  # rows of a symmetric product, of which only one triangle is formed
 
 
@@ -30,7 +30,7 @@ class Scatter(NamedTuple):
 
 
 class Task(native.Task):
-    """As in weighted_squares.c."""
+    """The kernel's argument, as in weighted_squares.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("a", "w", "origin", "scale", "first", "second")),
@@ -41,9 +41,9 @@ class Task(native.Task):
 def scatter(
     a: Float[Tensor, "g n d"], D: Float[Tensor, "n u"], origin: Float[Tensor, "*u d"]
 ) -> Scatter:
-    """Sum over cases; each of g groups has u / g units, and the origin is one, or one a unit."""
+    """Sum over cases; g groups have u / g units each; there is one origin, or one per unit."""
     scale = D.detach().amax(0).clamp_min(torch.finfo(D.dtype).tiny)
-    weight = (D / scale).T  # tiny D keeps digits
+    weight = (D / scale).T  # so that tiny D keep their digits
     kernel = native.kernel("weighted_squares", D) if _single(a, origin) else None
     if kernel is not None:
         return _by_kernel(kernel, a, weight, origin, scale)
@@ -93,7 +93,7 @@ def _by_torch(
 
 
 def _symmetric(x: Float[Tensor, "u d n"], y: Float[Tensor, "v n d"]) -> Float[Tensor, "u d d"]:
-    """The product x y, one point's y for all units or each its own, where it is symmetric."""
+    """The product x y, which must be symmetric; there is one y, or one per unit."""
     d = x.shape[1]
     if d <= 2 * BLOCK:
         return x @ y if len(y) > 1 else (x.flatten(0, 1) @ y[0]).unflatten(0, x.shape[:2])

@@ -1,4 +1,4 @@
-"""Which training passes are measured: each n-th, those a predicate names, or as time permits."""
+"""Which training passes are measured: every n-th, by a predicate, or by a share of the time."""
 
 import time
 from collections import deque
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from statistics import median
 
 Schedule = int | Callable[[int], bool]
-EVERY = 50  # training passes, where nothing is said
+EVERY = 50  # training passes, by default
 
 
 def due(schedule: Schedule, step: int) -> bool:
@@ -16,10 +16,10 @@ def due(schedule: Schedule, step: int) -> bool:
 class Overhead:
     """Measures as often as a share of the training time allows.
 
-    A measurement is due when the training so far pays for one more that costs what the newest
-    did. A step is timed from its forward pass to the next one's, so that whatever a
-    measurement entails counts; a pause (evaluation, a checkpoint) counts as no more than two
-    steps. The first pass is measured, and paid off before the next.
+    A measurement is due when this share of the training time so far covers all measurements and
+    one more, as long as the newest. A step is timed from its forward pass to the next one's, so
+    that all work for a measurement counts; a pause (evaluation, a checkpoint) counts as no more
+    than two steps. The first pass is always measured, and its time covered before the second one.
 
     Args:
         share: Time of measuring over time of plain training, above 0.
@@ -30,10 +30,10 @@ class Overhead:
         self.share, self.clock = share, clock
         self.plain: deque[float] = deque(maxlen=32)  # seconds of the newest plain steps
         self.usual = 0.0  # their median
-        self.plain_time = self.measured_time = 0.0  # seconds of all steps without and with
+        self.plain_time = self.measured_time = 0.0  # seconds of steps without and with one
         self.newest = 0.0  # seconds of the newest measured step
         self.measurements = 0
-        self.started: float | None = None  # when the step that is under way began
+        self.started: float | None = None  # when the current step began
         self.measuring = False
 
     def __call__(self, step: int) -> bool:
@@ -50,7 +50,7 @@ class Overhead:
         return f"Overhead({self.share})"
 
     def _book(self, seconds: float) -> None:
-        """Take in the step that has ended."""
+        """Count the time of the step that has ended."""
         if self.measuring:
             self.newest = min(seconds, 2 * self.newest) if self.measurements else seconds
             self.measured_time += self.newest

@@ -1,4 +1,4 @@
-"""The sizes of a layer's part in one pass, and the bytes that these take."""
+"""The sizes of a layer in one pass, and the bytes that its cases take."""
 
 from collections.abc import Mapping
 from math import prod
@@ -18,7 +18,7 @@ from unitfisher.patches import Patches
 
 
 class Shape(NamedTuple):
-    """What one pass shows of a layer."""
+    """One layer in one pass: the sizes that its memory depends on."""
 
     samples: int
     positions: int
@@ -26,11 +26,11 @@ class Shape(NamedTuple):
     units: int
     groups: int
     itemsize: int
-    columns: int  # of errors that are kept apart, position by position; 0 where they fold
-    averaged: bool  # over positions: sharing="reduce"
+    columns: int  # of error, kept apart at every position (joint); 0 where they fold to D
+    averaged: bool  # whether over positions: sharing="reduce"
     engine: str
-    replicates: int = 0  # columns kept to tell their spread
-    folded: int = 0  # bytes of patches that are not unfolded before they are asked for
+    replicates: int = 0  # random columns, kept for standard errors
+    folded: int = 0  # bytes of a padded input whose patches stay folded until needed
 
     @property
     def cases(self) -> int:
@@ -38,14 +38,14 @@ class Shape(NamedTuple):
 
     @property
     def bytes_of_case(self) -> int:
-        """Activations, errors, their sums over positions and D, and whose they are."""
-        of_sample = 8 * (self.replicates > 1)  # which one it is of
+        """Bytes of a case: activations, errors, their sums over positions, D, sample number."""
+        of_sample = 8 * (self.replicates > 1)  # its number
         of_unit = self._places * self.bytes_of_errors + 8 * self.columns + 8
         return self.bytes_unfolded + of_unit * self.units + of_sample
 
     @property
     def bytes_unfolded(self) -> int:
-        """Of a case's activations."""
+        """Bytes of a case's activations."""
         item = 8 if self.averaged else self.itemsize
         return item * self._places * self.inputs * self.groups
 
@@ -56,30 +56,30 @@ class Shape(NamedTuple):
 
     @property
     def bytes_of_pass(self) -> int:
-        """The cases of one pass, as they are held until they are solved."""
+        """Bytes of the cases of a pass, as they are held until they are solved."""
         unfolded = self.cases * self.bytes_of_case
         return unfolded - self.bytes_to_unfold + self.folded
 
     @property
     def bytes_to_unfold(self) -> int:
-        """Of a pass's patches, if they are still folded."""
+        """Bytes of a pass's patches unfolded; 0 if they are not folded."""
         return self.cases * self.bytes_unfolded * (self.folded > 0)
 
     @property
     def bytes_of_errors(self) -> int:
-        """Of a unit at one position: columns, or the square root of their sum of squares."""
+        """Bytes of a unit's errors at one position: columns, or √D."""
         return self.itemsize * (self.columns or self.replicates) or 8
 
     @property
     def bytes_observing(self) -> int:
-        """What a pass holds beside its cases until its last error has come back."""
+        """Bytes held beside a pass's cases until its last errors have come back."""
         every = self.samples * self.positions
         activations = 0 if self.folded else self.itemsize * self.inputs * self.groups
         return every * (activations + self.bytes_of_errors * self.units)
 
     @property
     def bytes_of_results(self) -> int:
-        """E_q(a) and the corrected mean of every unit."""
+        """Bytes of E_q(a) and the corrected mean of every unit."""
         return 16 * self.units * self.inputs
 
     def sizes(self, cases: int) -> Sizes:
@@ -101,7 +101,7 @@ def shapes_of(
     estimator: Estimator,
     z: Output,
 ) -> dict[str, Shape]:
-    """Read off a pass what its measurement will have to hold."""
+    """Return the shape of every layer in a pass."""
     shapes = {}
     for name, calls in seen.by_layer().items():
         samples = len(z)
@@ -123,7 +123,7 @@ def shapes_of(
 
 
 def _folded(call: Call, itemsize: int) -> int:
-    """Count the bytes of a convolution's input, padded, as it is held for its patches."""
+    """Count the bytes of a convolution's padded input, which its patches view."""
     dtype = torch.float64 if itemsize == 8 else torch.float32
     x = torch.empty(call.x.shape, dtype=dtype, device="meta")
     patches = incoming(call.module, x, call.shape)
@@ -132,8 +132,9 @@ def _folded(call: Call, itemsize: int) -> int:
 
 
 def bare(layer: nn.Module, units: Int[Tensor, " u"] | None) -> Shape:
+    """Return what is known of a layer's shape before a pass: 0 samples."""
     (count, *of_unit), groups = weight_shape(layer), getattr(layer, "groups", 1)
     observed = count if units is None else len(units)
-    own = observed if groups > 1 and units is not None else groups
+    groups = observed if groups > 1 and units is not None else groups
     device = next(layer.parameters()).device
-    return Shape(0, 1, prod(of_unit), observed, own, 4, 0, False, engine(device))
+    return Shape(0, 1, prod(of_unit), observed, groups, 4, 0, False, engine(device))

@@ -24,7 +24,7 @@ class SingularFisherError(ValueError):
         )
 
     def of_layer(self, layer: str, unit: int) -> "SingularFisherError":
-        """Say the same of a Monitor's layer, by the unit's number there."""
+        """Return the same error for a unit of a Monitor's layer."""
         return SingularFisherError(
             unit, f" in layer {layer!r}", "damp it: Monitor(..., damping=1e-3)"
         )
@@ -40,8 +40,8 @@ class Factored(NamedTuple):
 def factored(matrix: Float[Tensor, "u m m"], least: Float[Tensor, "u m"]) -> Factored:
     """Factor one symmetric positive definite matrix per unit.
 
-    It is called regular if every pivot is more than the least that counts, which is `rounding` of
-    the entry that it began as: what is less may have been made of zero.
+    A matrix is regular if every squared pivot is more than ``least``, usually `rounding` times the
+    diagonal entry: a smaller one may be a zero with rounding errors.
     """
     L, info = torch.linalg.cholesky_ex(matrix)
     pivots = L.diagonal(dim1=-2, dim2=-1)
@@ -49,22 +49,22 @@ def factored(matrix: Float[Tensor, "u m m"], least: Float[Tensor, "u m"]) -> Fac
 
 
 def rounding(dtype: torch.dtype, most: float = 64.0) -> float:
-    """Return so many rounding errors of this precision, relative to a number."""
+    """Return ``most`` rounding errors of this precision, relative to a number."""
     eps: float = torch.finfo(dtype).eps
     return most * eps
 
 
 def roundings(cases: int, together: int) -> float:
-    """Bound the error of a sum over cases, in roundings of its terms.
+    """Bound the error of a sum over cases, in rounding errors of one term.
 
-    So many together are added in working precision, and these sums exactly. In one the error grows
-    as √together; those of several average out.
+    Blocks of ``together`` cases are added in working precision, and the blocks exactly. Within a
+    block the error grows as √together; over blocks errors average out.
     """
     return 2 * max(1.0, min(together, cases) / sqrt(max(1, cases)))
 
 
 def require_regular(regular: Bool[Tensor, " u"]) -> None:
-    """Raise SingularFisherError for the first unit that is not."""
+    """Raise SingularFisherError for the first unit that is not regular."""
     if not bool(regular.all()):
         raise SingularFisherError(int((~regular).nonzero()[0]))
 
@@ -79,7 +79,7 @@ def substituted(
 
 
 def solve(matrix: Float[Tensor, "u m m"], rhs: Float[Tensor, "u m"]) -> Float[Tensor, "u m"]:
-    """Solve for one right-hand side a unit.
+    """Solve for one right-hand side per unit.
 
     Raises:
         SingularFisherError: A matrix is not positive definite; names the first such unit.

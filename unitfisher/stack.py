@@ -1,4 +1,4 @@
-"""Several columns of error sent back in one pass: a tensor that stands for a stack of them.
+"""Several columns of error sent back in one pass, as one tensor that holds a stack of them.
 
 torch's own vmap takes elu's backward column by column. Here a stack goes through a nonlinearity
 by one product with its derivative, and through a linear layer by one product with its weight.
@@ -17,7 +17,7 @@ Rule = Callable[..., Tensor]
 
 
 class Stack(Tensor):
-    """To autograd a tensor of a column's shape; inside r columns.
+    """A tensor that has the shape of one column for autograd, and holds r columns.
 
     It has only operations that treat columns independently: others raise NotImplementedError. It
     has no data pointer: kernels outside torch, which ask for one, get a RuntimeError.
@@ -30,7 +30,7 @@ class Stack(Tensor):
         stack: Stack = Tensor._make_wrapper_subclass(
             cls, columns.shape[1:], dtype=columns.dtype, device=columns.device
         )
-        torch._C._set_throw_on_mutable_data_ptr(stack)  # else it would be 0
+        torch._C._set_throw_on_mutable_data_ptr(stack)  # else that pointer would be 0
         stack.columns = columns
         return stack
 
@@ -60,8 +60,8 @@ def _through(backward: Any) -> Rule:
 
 
 def _times(columns: Tensor, other: Tensor | float) -> Tensor:
-    own = isinstance(other, Tensor) and other.dim() < columns.dim()
-    if isinstance(other, Stack) or not (own or isinstance(other, float | int)):
+    factor = isinstance(other, Tensor) and other.dim() < columns.dim()
+    if isinstance(other, Stack) or not (factor or isinstance(other, float | int)):
         raise NotImplementedError("product of a stack with what is not one column's")
     return columns * other
 
@@ -87,7 +87,7 @@ RULES: Final = MappingProxyType(
 
 
 def unstacked(grad: Tensor | None, r: int) -> Tensor | None:
-    """Return the columns of what came back; what does not depend on them is the same for all."""
+    """Return the columns of a gradient; one that does not depend on them is repeated."""
     if grad is None or not isinstance(grad, Stack):
         return grad if grad is None else grad.expand(r, *grad.shape)
     return grad.columns

@@ -1,4 +1,4 @@
-"""What one measurement says of one layer: the theorems' quantities for every unit."""
+"""The results of one measurement for one layer: the theorems' quantities of every unit."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -21,16 +21,17 @@ from unitfisher.theory import theory
 class UnitStatistics:
     """One layer's measurement; tensors stay on the device of the model, without a graph.
 
-    Theorem quantities of a dead unit are NaN: no error ever reaches it or, with "joint", its errors
-    cancel over the positions of every sample. For a layer without bias s and k are those that its
-    bias would have.
+    The theorems' quantities are NaN for a dead unit: no error reaches it or, with "joint", its
+    errors cancel over the positions of every sample. For a layer without bias, s and k are those
+    that a bias would have.
 
-    Standard errors speak of what was drawn, not of the batch: of labels or signs (two columns or
-    more tell), and of cases where ``rows=`` draws them. They are 0 where nothing was drawn and NaN
-    where it cannot be told: from a single random column, of E_q(a), s and k with
-    ``sharing="joint"`` or over a loader, and of s and k from drawn rows where n_eff is below five
-    times the inputs. Those of s and k are of first order in the spread of D: their bias, which may
-    be larger, is not in them.
+    Standard errors are due to random draws, of labels or signs and, with ``rows=``, of cases; they
+    do not cover the choice of the batch. They are 0 where nothing was drawn, and NaN where they are
+    unknown: with a single random column (unless ``rows=`` draws samples), if the samples are not
+    the first axis of a layer's input, for E_q(a), s and k with ``sharing="joint"`` or over a
+    loader, and for s and k from drawn rows where n_eff is below five times the inputs. Those of s
+    and k are first order in the spread of D: the bias of s and k, which may be larger, is not in
+    them.
     """
 
     layer: str
@@ -45,11 +46,9 @@ class UnitStatistics:
     corrected_mean: Float[Tensor, "u d"]  # E_p(a) - (1 + k) E_q(a)
     dead: Bool[Tensor, " u"]
     n_eff: Float[Tensor, " u"]  # 1 / Σ w², the effective number of cases under q
-    damping_share: Float[Tensor, " u"]  # how much of s is made by the damping
-    residual: Float[
-        Tensor, " u"
-    ]  # relative, that conjugate gradients left; 0 where solved directly
-    converged: Bool[Tensor, " u"]  # whether that is within the tolerance
+    damping_share: Float[Tensor, " u"]  # the share of s that is due to the damping
+    residual: Float[Tensor, " u"]  # relative; 0 where systems were solved directly
+    converged: Bool[Tensor, " u"]  # whether the residual is within the tolerance
     route: str  # how systems were solved: "rows", "sums", "products" or "passes"
     c_error: Float[Tensor, " u"]  # standard error
     mean_q_error: Float[Tensor, "u d"]
@@ -57,18 +56,18 @@ class UnitStatistics:
     k_error: Float[Tensor, " u"]
     mean_share: Float[Tensor, "*g"]  # ‖E_p(a)‖² / E_p‖a‖²
     mean_share_q: Float[Tensor, " u"]  # ‖E_q(a)‖² / E_q‖a‖²
-    output_mean: Float[Tensor, " u"]  # after the nonlinearity
+    output_mean: Float[Tensor, " u"]  # of the unit, after the nonlinearity
     output_var: Float[Tensor, " u"]
     nonlinearity: str | None  # the function seen after the layer; None: linear
-    finite: bool
+    finite: bool  # whether there was neither NaN nor infinity
     cosine: Float[Tensor, " u"]  # of gradient and unit natural gradient; NaN without gradient
     bias_shift_share_gradient: Float[Tensor, " u"]
     bias_shift_share_natural: Float[Tensor, " u"]
-    biased: bool
-    alone: Block = field(repr=False)  # this layer as a block of its own
+    biased: bool  # whether the layer has a bias
+    alone: Block = field(repr=False)  # this layer as a block by itself
     block: Block = field(repr=False)  # the layers that were measured together with it
-    gradient: Gradient | None = field(repr=False)  # of ln p by targets, or the loss's from .grad
-    turn: Turn = field(repr=False)  # of the weight, where all units are observed
+    gradient: Gradient | None = field(repr=False)  # of ln p, by targets; or of the loss, from .grad
+    turn: Turn = field(repr=False)  # to rows of units and back, if all are observed
 
     def natural_gradient(
         self, g: Float[Tensor, "*weight"], g0: Float[Tensor, " u"] | None = None
@@ -76,9 +75,9 @@ class UnitStatistics:
         """Return F⁻¹ (g, g0) for these units, in the shape and precision of the gradient given.
 
         Args:
-            g: Gradient in the weights, averaged over samples, in the shape of ``weight``; of some
-                units one row each. Where units come first in the weight, (u, d) will do.
-            g0: The same for the bias; None for a layer without.
+            g: Gradient in the weights, averaged over samples, in the shape of ``weight``; with
+                ``units=`` one row per unit. If units come first in the weight, (u, d) will do.
+            g0: The same for the bias, (u,); None for a layer without bias.
 
         Raises:
             ValueError: The gradient does not fit the layer.
@@ -101,7 +100,7 @@ class UnitStatistics:
         """Return the same measurement at another relative damping.
 
         Raises:
-            ValueError: It is negative or not finite.
+            ValueError: The damping is negative or not finite.
             LoaderError: The loader that has to be read again has changed, or the model has.
             SingularFisherError: A unit's Fisher has no inverse at this damping.
         """
@@ -110,11 +109,12 @@ class UnitStatistics:
 
     @property
     def cases(self) -> Cases:
+        """The cases of the layer; over a loader, sums of them."""
         return self.alone.cases
 
 
 class Measured(NamedTuple):
-    """Statistics by layer, and the natural gradients of those gradients that were there."""
+    """Statistics by layer, and natural gradients of the layers that had a gradient."""
 
     statistics: dict[str, UnitStatistics]
     steps: dict[str, LayerStep]
@@ -129,9 +129,9 @@ def statistics(
     damping: float,
     spare: int,
 ) -> Measured:
-    """Compute every layer's statistics from what a pass showed of it.
+    """Compute every layer's statistics from its observation.
 
-    What was solved is kept for a later gradient, in so many bytes to spare.
+    Solved systems are kept for a later gradient, up to ``spare`` bytes.
     """
     biased = [name for name in observations if layers[name].bias is not None]
     measured: dict[str, UnitStatistics] = {}
@@ -146,7 +146,7 @@ def statistics(
         parted["mean"] = block.split_shared(cases.mean)
         shared = mean_share(squared(cases.mean), cases.trace_variance)
         parted["mean_share"] = block.split_shared(shared)
-        for i, (layer, own) in enumerate(zip(block.layers, block.apart(), strict=True)):
+        for i, (layer, alone) in enumerate(zip(block.layers, block.apart(), strict=True)):
             means = observations[layer].means
             every = layer not in units
             measured[layer] = UnitStatistics(
@@ -160,7 +160,7 @@ def statistics(
                 nonlinearity=means.nonlinearity,
                 finite=block.finite,
                 biased=layer in biased,
-                alone=own,
+                alone=alone,
                 block=block,
                 gradient=gradients[layer],
                 turn=turning(layers[layer]) if every else as_it_is,
@@ -174,13 +174,13 @@ def statistics(
 def with_gradients(
     measured: Mapping[str, UnitStatistics], gradients: Mapping[str, Gradient], spare: int
 ) -> Measured:
-    """Return the natural gradients of these, and measurements with their angles and shares.
+    """Return the gradients' natural gradients, and measurements with their angles and shares.
 
-    What was solved is kept for the next ones, in so many bytes to spare.
+    Solved systems are kept for the next gradients, up to ``spare`` bytes.
     """
     steps: dict[str, LayerStep] = {}
     completed = dict(measured)
-    for block in {id(of.block): of.block for of in measured.values()}.values():
+    for block in {id(each.block): each.block for each in measured.values()}.values():
         given = {name: gradients[name] for name in block.layers if name in gradients}
         whole = len(given) == len(block.layers)
         for part in [block] if whole else [measured[name].alone for name in given]:
@@ -190,15 +190,15 @@ def with_gradients(
             steps |= in_shapes_of({name: given[name] for name in part.layers}, natural)
             angles = Angles.of(part.center(slice(None)), gradient, natural)
             of_layers = zip(*map(part.split, angles), strict=True)
-            for name, own in zip(part.layers, of_layers, strict=True):
-                known = Angles(*own)._asdict()
+            for name, of_layer in zip(part.layers, of_layers, strict=True):
+                known = Angles(*of_layer)._asdict()
                 completed[name] = replace(measured[name], gradient=gradients[name], **known)
             spare -= _kept(part, spare)
     return Measured(completed, steps)
 
 
 def _kept(block: Block, spare: int) -> int:
-    """Return the bytes of what was solved, or forget it if it takes more than there are."""
+    """Return the bytes of solved systems; drop these, and return 0, if they exceed ``spare``."""
     if spare > 0 and (solved := bytes_of(block.tensors)) <= spare:
         return solved
     block.held.forget()
@@ -218,6 +218,6 @@ def tensors_of(measured: UnitStatistics) -> list[Tensor]:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Count storages once, however many tensors view them."""
+    """Count the bytes of tensors, each storage once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -1,4 +1,4 @@
-"""The unit natural gradients of a block of layers, and how gradients stand to them."""
+"""The unit natural gradients of a block of layers, and their angles to the gradients."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -17,13 +17,13 @@ from unitfisher.theorems import unit_natural_gradient, weight_natural_gradient
 
 
 class LayerStep(NamedTuple):
-    """Unit natural gradient in the shapes of the layer's weight and bias."""
+    """Unit natural gradient of a layer in the shapes of weight and bias, without learning rate."""
 
     dw: Tensor
     dw0: Float[Tensor, " u"] | None  # None for a layer without bias
 
     def turned(self, turn: Turn) -> "LayerStep":
-        """Give dw, one row a unit, the shape of the layer's weight."""
+        """Give dw, one row per unit, the shape of the layer's weight."""
         return LayerStep(turn(self.dw), self.dw0)
 
 
@@ -42,13 +42,13 @@ def natural_gradient(block: Block, damping: float, gradient: Gradient) -> LayerS
 
 
 def joined_steps(parts: Sequence[LayerStep]) -> LayerStep:
-    """Put those of part after part of the units together."""
+    """Concatenate the steps of consecutive parts of the units."""
     dw0 = [step.dw0 for step in parts if step.dw0 is not None]
     return LayerStep(together([step.dw for step in parts]), together(dw0) if dw0 else None)
 
 
 def in_shapes_of(gradients: Mapping[str, Gradient], natural: LayerStep) -> dict[str, LayerStep]:
-    """Part what was computed for a block of layers; each like the gradient given."""
+    """Split a block's step by layers, each in the shape and precision of its gradient."""
     count = len(gradients)
     parted = zip(*(t.chunk(count) for t in natural if t is not None), strict=True)
     return {
@@ -66,7 +66,7 @@ def in_shape_of(gradient: Gradient, step: LayerStep) -> LayerStep:
 def unit_steps(
     m: Moments, gradient: Gradient, unmoved: Bool[Tensor, " u"] | None = None
 ) -> LayerStep:
-    """Return F⁻¹ (g, g0) in double precision; A⁻¹ g without a bias, or where it moves nothing."""
+    """Return F⁻¹ (g, g0) in double precision; A⁻¹ g without a bias, or if it has no effect."""
     g, g0 = gradient.g.flatten(1).to(m.mu_q.dtype), gradient.g0
     if g0 is None:
         return LayerStep(weight_natural_gradient(m, g), None)
@@ -78,7 +78,7 @@ def unit_steps(
 
 
 class Angles(NamedTuple):
-    """How a gradient stands to its unit natural gradient and to the incoming mean."""
+    """Cosine of a gradient and its unit natural gradient, and the bias-shift shares of both."""
 
     cosine: Float[Tensor, " u"]
     bias_shift_share_gradient: Float[Tensor, " u"]
@@ -86,7 +86,7 @@ class Angles(NamedTuple):
 
     @classmethod
     def of(cls, mean: Float[Tensor, "g d"], gradient: Gradient, natural: LayerStep) -> "Angles":
-        """Means are one for each of g groups of consecutive units."""
+        """Compute them; there is one mean for each of g groups of consecutive units."""
         g, dw = gradient.g.flatten(1).to(mean), natural.dw
         gg, nn, gn = squared(g), squared(dw), dot(g, dw)
         mm, mg, mn = (
@@ -107,6 +107,6 @@ class Angles(NamedTuple):
 
 
 def _with_mean(mean: Float[Tensor, "g d"], x: Float[Tensor, "u d"]) -> Float[Tensor, " u"]:
-    """Multiply what stands at units with their group's mean."""
+    """Multiply each unit's vector with its group's mean."""
     grouped: Tensor = x.unflatten(0, (len(mean), -1))
     return (grouped @ mean.unsqueeze(-1)).flatten()

@@ -1,4 +1,4 @@
-"""A whole data set measured batch by batch: sums that add up, in memory that does not grow."""
+"""A whole data set measured batch by batch, as sums whose memory does not grow."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from unitfisher.uncertainty import variance_of_sum
 
 @dataclass
 class PartSums:
-    """Second moments of part after part of the units."""
+    """Second moments of the units, in parts."""
 
     route: ClassVar = "sums"
     held: list[tuple[slice, UnitMoments]]
@@ -32,12 +32,12 @@ class PartSums:
         return cls([(part, sums(cases.of_units(part))) for part in split(cases, "sums")])
 
     def add(self, cases: UnitCases) -> None:
-        """Add a batch, about the origins that the first one chose; part after part in place."""
+        """Add a batch, about the origins of the first one, replacing one part after another."""
         for i, (part, m) in enumerate(self.held):
             self.held[i] = part, m + sums(cases.of_units(part), m.origin)
 
     def average_over(self, samples: int) -> None:
-        """Average over so many samples, of which only some have come here."""
+        """Average over this many samples, though only some of them have reached the layer."""
         count = self.held[0][1].samples.new_tensor(samples)
         self.held = [(part, replace(m, samples=count)) for part, m in self.held]
 
@@ -48,7 +48,7 @@ class PartSums:
         return (Part(part, m, m.damped(damping)) for part, m in self.held)
 
     def forget(self) -> None:
-        """Nothing solved is kept."""
+        """Do nothing: no solved systems are kept."""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -57,7 +57,7 @@ class PartSums:
 
 @dataclass
 class UnitSums:
-    """What `UnitCases` says of a layer, as sums over batches: cases are not kept."""
+    """The summaries that `UnitCases` gives of a layer, over batches whose cases are not kept."""
 
     mean: Float[Tensor, "*g d"]
     trace_variance: Float[Tensor, "*g"]
@@ -65,8 +65,8 @@ class UnitSums:
     weight_squared: Float[Tensor, " u"]  # Σ D²
     variance: Float[Tensor, " u"]  # of Σ D, from drawn labels or signs
     samples: int
-    count: int  # of positions
-    unmoved: Bool[Tensor, " u"] | None  # whose bias moves nothing in any batch
+    count: int  # of samples times positions
+    unmoved: Bool[Tensor, " u"] | None  # whose bias has no effect in any batch; None: unknown
 
     @classmethod
     def of(cls, cases: UnitCases) -> "UnitSums":
@@ -116,7 +116,7 @@ Held = Condensed | PartSums | Rounds
 
 @dataclass
 class Streamed:
-    """What all batches say of one layer; as `Observation` for one pass."""
+    """One layer over all batches, as `Observation` is one layer in one pass."""
 
     cases: UnitSums
     held: PartSums | Rounds
@@ -126,13 +126,13 @@ class Streamed:
 
     @classmethod
     def of(cls, batches: Batches, layer: str, first: Observation) -> "Streamed":
-        cases = replace(first.cases)  # what is formed of them goes with this copy
+        cases = replace(first.cases)  # a copy, so that what it caches is freed with it
         passing = layer in batches.planner.budget.passing
         held = Rounds.of(batches, layer, cases) if passing else PartSums.of(cases)
         return cls(UnitSums.of(cases), held, first.means, first.gradient, first.fault)
 
     def add(self, other: Observation) -> None:
-        """Add a batch; after one with NaN or infinity nothing counts any more."""
+        """Add a batch; from one with NaN or infinity on, only that fault is kept."""
         self.fault = self.fault or other.fault
         if self.fault:
             return
@@ -144,10 +144,10 @@ class Streamed:
         self.gradient = _averaged(self.gradient, other.gradient, share)
 
     def average_over(self, samples: int) -> None:
-        """Average over all samples of all batches: some may not have come to this layer."""
-        own, self.cases.samples = self.cases.samples, samples
-        if own < samples:
-            self.held.average_over(samples)  # of the gradient only the direction is asked for
+        """Average over all samples of all batches: some may not have reached this layer."""
+        reached, self.cases.samples = self.cases.samples, samples
+        if reached < samples:
+            self.held.average_over(samples)  # not the gradient: only its direction is used
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -155,12 +155,12 @@ class Streamed:
 
 
 def observe_all(batches: Batches, damping: float) -> dict[str, Streamed]:
-    """Observe batch after batch and keep sums; where they are too large, solve at this damping.
+    """Observe batch after batch and keep sums; solve layers whose sums are too large.
 
     Raises:
         ValueError: There is no batch.
-        LoaderError: The batches that had to be read again were others.
-        MemoryBudgetError: What is kept of these layers would take too much.
+        LoaderError: A loader that had to be read again gave other batches.
+        MemoryBudgetError: What is kept of these layers would exceed the budget.
     """
     total: dict[str, Streamed] = {}
     for observations in batches.once():
@@ -170,10 +170,10 @@ def observe_all(batches: Batches, damping: float) -> dict[str, Streamed]:
                     total[name].add(one)
                 else:
                     total[name] = Streamed.of(batches, name, one)
-    for of in total.values():
-        of.average_over(batches.samples)
-    several = [(of.held, of.gradient) for of in total.values() if not of.fault]
-    passing = [(held, gradient) for held, gradient in several if isinstance(held, Rounds)]
+    for layer in total.values():
+        layer.average_over(batches.samples)
+    sound = [(layer.held, layer.gradient) for layer in total.values() if not layer.fault]
+    passing = [(held, gradient) for held, gradient in sound if isinstance(held, Rounds)]
     if passing:
         solve_together(passing, damping)
     return total

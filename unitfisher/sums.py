@@ -1,7 +1,7 @@
-"""What the units of one layer see, as sums: c, E_p(a), E_q(a) and the second moments under q.
+"""Moments of one layer's units as sums: c, E_p(a), E_q(a) and second moments under q.
 
-Additive over batches, and small when a unit has few inputs. Where there are fewer cases than
-inputs `rows.UnitRows` holds the cases instead.
+They add up over batches, and are small if a unit has few inputs. With fewer cases than inputs
+`rows.UnitRows` keeps the cases instead.
 """
 
 from dataclasses import dataclass, replace
@@ -42,9 +42,9 @@ class UnitMoments:
     sum_Da: Float[Tensor, "u d"]  # Σ D (a - origin)
     sum_Daa: Float[Tensor, "u d d"]  # Σ D (a - origin)(a - origin)ᵀ
     ridge: Float[Tensor, " u"]  # λ on the weight block of F
-    bias_ridge: Float[Tensor, " u"]  # λ on the bias, which is among the sums already
-    eps: float  # how activations are rounded, relative
-    noise: float  # how wrong second moments may be, relative
+    bias_ridge: Float[Tensor, " u"]  # λ on the bias, which the sums already include
+    eps: float  # relative rounding error of the activations
+    noise: float  # bound on the relative error of second moments
 
     @classmethod
     def of(
@@ -61,9 +61,9 @@ class UnitMoments:
             a: Incoming activations. A leading axis g holds groups; each has u / g units.
             D: Squared error signals, not negative. Sums are kept in its precision, products are
                 formed in that of ``a``.
-            origin: Near the mean of ``a``, or one point a unit, near its E_q(a); this batch's mean
-                if not given.
-            samples: How many samples the cases belong to, when positions share the weights.
+            origin: A point near the mean of ``a``, or one per unit near its E_q(a). None: this
+                batch's mean.
+            samples: Number of samples that the cases are positions of. None: each is a sample.
         """
         units = D.shape[1]
         grouped = a.unsqueeze(0) if a.dim() == 2 else a
@@ -100,15 +100,15 @@ class UnitMoments:
         samples: int | None = None,
         eps: float = 0.0,
     ) -> "UnitMoments":
-        """Sum over gradients that are already joined over positions (``sharing="joint"``).
+        """Sum over gradients that are already summed over positions (``sharing="joint"``).
 
         Args:
             G: Weight gradients Σ_t δ a, one row per sample and column of the label expectation.
             S: Bias gradients Σ_t δ.
             mean: E_p(a) over all positions.
-            origin: Near that mean; the mean itself if not given.
-            samples: How many samples the rows belong to; all rows if not given.
-            eps: Relative rounding of the activations that the gradients were formed from, where
+            origin: A point near that mean. None: the mean itself.
+            samples: Number of samples that the rows belong to. None: each row is a sample.
+            eps: Relative rounding error of the activations that the gradients were formed from, if
                 these were less precise than ``G``.
         """
         origin = mean if origin is None else origin
@@ -133,6 +133,11 @@ class UnitMoments:
         )
 
     def __add__(self, other: "UnitMoments") -> "UnitMoments":
+        """Return the moments of both sets of cases.
+
+        Raises:
+            ValueError: They were formed about different origins.
+        """
         if self.origin.shape != other.origin.shape or not self.origin.equal(other.origin):
             raise ValueError(
                 "moments add up about one origin: UnitMoments.of(..., origin=m.origin)"
@@ -189,7 +194,7 @@ class UnitMoments:
 
     @property
     def center(self) -> Float[Tensor, "g d"]:
-        """E_p(a) of each g of consecutive units."""
+        """E_p(a) of each of g groups of consecutive units."""
         return self.mu_p.unsqueeze(0) if self.mu_p.dim() == 1 else self.mu_p
 
     @cached_property
@@ -204,12 +209,12 @@ class UnitMoments:
 
     @property
     def residual(self) -> Float[Tensor, " u"]:
-        """Nothing is left to iterate."""
+        """0: systems are solved directly."""
         return torch.zeros_like(self.c)
 
     @property
     def mu_q_double(self) -> Float[Tensor, "u d"]:
-        """E_q(a) as it is known about the origin, not rounded to the precision of the sums."""
+        """E_q(a) in double precision, not rounded to the precision of the sums."""
         return self.origin.double() + self._mean.double()
 
     @property
@@ -250,7 +255,13 @@ class UnitMoments:
         return torch.cat([weights, bias.unsqueeze(-2)], -2)
 
     def solve(self, rhs: Float[Tensor, "u d"]) -> Float[Tensor, "u d"]:
-        """Return Var_q⁻¹ rhs; zero where a unit is dead. The same factor solves for μ_q, once."""
+        """Return Var_q⁻¹ rhs; zero where a unit is dead.
+
+        The first call solves for μ_q too, with the same factor, and keeps `mu_q_solved`.
+
+        Raises:
+            SingularFisherError: Var_q of some living unit is not positive definite.
+        """
         if "mu_q_solved" in vars(self):
             return self._solve(rhs)[0]
         vars(self)["mu_q_solved"], x = self._solve(self.mu_q, rhs)
@@ -269,7 +280,7 @@ class UnitMoments:
 
     @property
     def epsilon(self) -> Float[Tensor, " u"]:
-        """λ / c; zero for the dead."""
+        """λ / c; zero for a dead unit."""
         return self.ridge / self._safe(self.c)
 
     def _solve(self, *rhs: Float[Tensor, "u d"]) -> tuple[Tensor, ...]:
@@ -281,7 +292,7 @@ class UnitMoments:
 
     @cached_property
     def _system(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Var_q as `solve_grams` takes it; the identity for a unit whose answer is 0."""
+        """Var_q as `solve_grams` takes it; the identity for a unit whose solution is 0."""
         d, idle = self.sum_Da.shape[-1], ~self.alive | (self.fed == 0)
         require_regular((self.support > d) | (self.ridge > 0) | idle)
         scale = torch.where(idle, 0.0, self._safe(self.sum_D).rsqrt())
@@ -304,7 +315,7 @@ class UnitMoments:
 def _sum_about(
     origin: Float[Tensor, "*u d"], a: Float[Tensor, "g n d"], center: Float[Tensor, "g d"]
 ) -> Float[Tensor, "*u d"]:
-    """Σ (a - origin), in the origin's precision though the activations have less."""
+    """Σ (a - origin), in the origin's precision even if the activations have less."""
     rest = (a - center.unsqueeze(1)).sum(1).to(origin.dtype)
     center = center.to(origin.dtype)
     if origin.dim() == 1:
@@ -313,5 +324,5 @@ def _sum_about(
 
 
 def _repeated(x: Float[Tensor, "g ..."], units: int) -> Float[Tensor, "u ..."]:
-    """Give each unit what its group has."""
+    """Repeat each group's value for its units."""
     return x.expand(units, *x.shape[1:]) if len(x) == 1 else x.repeat_interleave(units // len(x), 0)

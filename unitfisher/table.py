@@ -1,4 +1,4 @@
-"""A table that grows on disk as Parquet parts: the last one open, the others done."""
+"""A table that grows on disk as Parquet parts: the last one grows, the others are complete."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-PART_ROWS = 100_000  # a part with as many rows is closed
-UNFINISHED = ".unfinished"  # being written, in the run's folder; tables hold complete parts only
+PART_ROWS = 100_000  # a part with this many rows is complete
+UNFINISHED = ".unfinished"  # in the run's folder, so that tables hold whole files only
 
 Values: TypeAlias = NDArray[Any] | Tensor
 Column: TypeAlias = Values | Sequence[Any] | np.generic | str | float | int | bool
@@ -36,10 +36,10 @@ _STORED_AS: Final = MappingProxyType(
 
 
 class Table:
-    """Rows on their way into a folder of parts.
+    """Rows that are appended in memory and flushed to a folder of parts.
 
-    A flush replaces the open part as a whole, from memory: no row stands in two files, and
-    every file is complete at every moment. One thread may append while another flushes.
+    A flush replaces the last part as a whole, from memory: no row is in two files, and every file
+    can be read at any time. One thread may append while another flushes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,14 +47,14 @@ class Table:
         parts = self._parts
         self.schema: pa.Schema = pq.read_schema(parts[-1]) if parts else None
         self._part = _next_part(parts)
-        self._pending: list[dict[str, Values]] = []  # as given
-        self._rows: pa.Table = None  # of the open part
-        self._stale = False  # is that part behind on disk?
-        self._constant: dict[str, tuple[tuple[Any, ...], Values]] = {}  # newest tuple of a column
-        self._checked: dict[str, Any] = {}  # types that fit the schema
+        self._pending: list[dict[str, Values]] = []  # appended and not yet converted
+        self._rows: pa.Table = None  # of the part that grows
+        self._stale = False  # whether that part is out of date on disk
+        self._constant: dict[str, tuple[tuple[Any, ...], Values]] = {}  # a column's newest tuple
+        self._checked: dict[str, Any] = {}  # column types known to fit the schema
 
     def append(self, columns: Mapping[str, Column]) -> None:
-        """Copy rows as they are, on the device where they are."""
+        """Copy rows, on the device where they are."""
         rows = {name: self._own(name, values) for name, values in columns.items()}
         n = self._length(rows)
         if self.schema is None:
@@ -66,10 +66,10 @@ class Table:
         self._pending.append({name: v if v.ndim else _repeat(v, n) for name, v in rows.items()})
 
     def flush(self) -> None:
-        """Bring the open part on disk up to date.
+        """Bring the last part on disk up to date.
 
         Raises:
-            OSError: The disk did not take it. The rows stay here, and in the next flush.
+            OSError: It could not be written. The rows stay in memory, for the next flush.
         """
         if self._pending:
             self._convert()
@@ -77,7 +77,7 @@ class Table:
             self._write()
 
     def truncate(self, rows: int) -> None:
-        """Drop all rows but the first, from the end: whenever it is cut short, the rest stands."""
+        """Keep the first rows; drop from the end, so that an interruption leaves no gap."""
         self.flush()
         parts = self._parts
         lengths = [pq.read_metadata(part).num_rows for part in parts]
@@ -98,7 +98,7 @@ class Table:
         return sum(pq.read_metadata(part).num_rows for part in self._parts)
 
     def _own(self, name: str, column: Column) -> Values:
-        """Copy, so that what is done in place later is not recorded; a tuple never changes."""
+        """Copy a column, which may be changed in place later; convert a tuple only once."""
         if isinstance(column, tuple):
             known = self._constant.get(name)
             if known is None or known[0] is not column:
@@ -109,7 +109,7 @@ class Table:
     def _converted(self, name: str, column: Column) -> Values:
         values = column.detach().clone() if isinstance(column, Tensor) else _array(column)
         if isinstance(values, np.ndarray) and values.dtype.kind in "UT":
-            values = values.astype(object)  # a pointer per row, where U takes the longest's room
+            values = values.astype(object)  # a pointer per row: U needs the longest string's room
         if values.ndim > 1:
             raise ValueError(
                 f"column {name!r} of {self.folder} has shape {tuple(values.shape)}; "
@@ -143,7 +143,7 @@ class Table:
                 )
 
     def _convert(self) -> None:
-        pending = self._pending[:]  # appends go on behind these
+        pending = self._pending[:]  # more may be appended meanwhile
         _wait_for_devices(pending)
         columns = [_joined([rows[f.name] for rows in pending], f.type) for f in self.schema]
         new = pa.table(columns, schema=self.schema)
@@ -173,14 +173,13 @@ def _next_part(parts: Sequence[Path]) -> int:
 def _write(part: Path, rows: pa.Table) -> None:
     file = pa.BufferOutputStream()
     names = [field.name for field in rows.schema if field.type == pa.string()]
-    pq.write_table(
-        rows, file, use_dictionary=names
-    )  # numbers seldom repeat: that took twice as long
+    # no dictionaries of numbers, which seldom repeat: they took twice as long
+    pq.write_table(rows, file, use_dictionary=names)
     write_atomically(part, file.getvalue(), part.parent.parent / UNFINISHED)
 
 
 def write_atomically(path: Path, data: bytes | pa.Buffer, unfinished: Path) -> None:
-    """Replace a file as a whole: whoever opens it finds the old content or the new."""
+    """Replace a file as a whole: a reader finds the old content or the new."""
     try:
         with unfinished.open("wb") as file:
             file.write(data)
@@ -217,7 +216,7 @@ def _wait_for_devices(pending: Sequence[Mapping[str, Values]]) -> None:
 
 
 def _joined(chunks: Sequence[Values], stored: pa.DataType) -> pa.Array | pa.ChunkedArray:
-    """The chunks of one column end to end, moved to the host in one piece where they can be."""
+    """Concatenate the chunks of a column, moved to the host in one piece where possible."""
     tensors = [chunk for chunk in chunks if isinstance(chunk, Tensor)]
     alike = len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1
     if alike and len(tensors) == len(chunks):

@@ -38,15 +38,16 @@ def bias_shift_correction(m: Moments) -> BiasShiftCorrection:
     Raises:
         SingularFisherError: Var_q of some living unit is not positive definite.
     """
-    living = torch.where(m.alive, 1.0, torch.nan)
-    return BiasShiftCorrection(m.fit.gain / m.c * living, m.fit.k * living)
+    c = torch.where(m.alive, m.c, 1.0)
+    s, k = (torch.where(m.alive, x, torch.nan) for x in (m.fit.gain / c, m.fit.k))
+    return BiasShiftCorrection(s, k)
 
 
 def theorem_1(m: UnitMoments, g: Float[Tensor, "u d"], g0: Float[Tensor, " u"]) -> UnitStep:
     """Solve F (Δw, Δw₀) = (g, g₀) block by block, as printed.
 
-    Δw = A⁻¹ (g - Δw₀ b) and Δw₀ = s (g₀ - bᵀ A⁻¹ g). For living units; the form to compute with
-    is `unit_natural_gradient`.
+    Δw = A⁻¹ (g - Δw₀ b) and Δw₀ = s (g₀ - bᵀ A⁻¹ g). For living units; to compute
+    with, prefer `unit_natural_gradient`.
 
     Raises:
         SingularFisherError: A of some unit is not positive definite.
@@ -60,9 +61,9 @@ def theorem_1(m: UnitMoments, g: Float[Tensor, "u d"], g0: Float[Tensor, " u"]) 
 def theorem_2(
     m: UnitMoments, g: Float[Tensor, "u d"], g0: Float[Tensor, " u"]
 ) -> Float[Tensor, " u"]:
-    """Bias shift μ_pᵀ Δw + Δw₀ of that step, as a corrected mean times A⁻¹ g.
+    """Return the bias shift μ_pᵀ Δw + Δw₀ of Theorem 1's step, by a corrected incoming mean.
 
-    (μ_p - (1 + k) μ_q)ᵀ A⁻¹ g + (1 + k) g₀ / c: the correction of the incoming mean of Theorem 2.
+    It is (μ_p - (1 + k) μ_q)ᵀ A⁻¹ g + (1 + k) g₀ / c, for living units.
 
     Raises:
         SingularFisherError: A of some unit is not positive definite.
@@ -79,7 +80,7 @@ def unit_natural_gradient(m: Moments, g: Float[Tensor, "u d"], g0: Float[Tensor,
     cancellation. A dead unit gets a zero step.
 
     Args:
-        m: Moments; damp them when there are no more cases than inputs.
+        m: Moments; damp them unless there are more cases than inputs.
         g: Gradient in the weights, averaged over samples.
         g0: The same for the bias.
 
@@ -95,7 +96,7 @@ def unit_natural_gradient(m: Moments, g: Float[Tensor, "u d"], g0: Float[Tensor,
 def about_mu_q(
     m: Moments, g: Float[Tensor, "u d"], g0: Float[Tensor, " u"]
 ) -> Float[Tensor, "u d"]:
-    """Compute g - g₀ μ_q, in double precision: large means nearly cancel."""
+    """Compute g - g₀ μ_q, in double precision: for a large mean the terms nearly cancel."""
     return torch.addcmul(g.double(), g0.double()[:, None], m.mu_q_double, value=-1).to(g.dtype)
 
 
@@ -110,9 +111,9 @@ def weight_natural_gradient(m: Moments, g: Float[Tensor, "u d"]) -> Float[Tensor
 
 
 def damping_share(m: Moments) -> Float[Tensor, " u"]:
-    """How much of s is made by the damping: ε ‖x‖² / (1 + μ_qᵀ x), x = Var_q⁻¹ μ_q, ε = λ/c.
+    """The share of s due to the damping: ε ‖x‖² / (1 + μ_qᵀ x), x = Var_q⁻¹ μ_q, ε = λ/c.
 
     In [0, 1): near 1, s and k say more about the damping than about the data. Where the bias is
-    damped too, (1 + μ_qᵀ x) λ/c comes to it. NaN for a dead unit.
+    damped too, (1 + μ_qᵀ x) λ/c is added. NaN for a dead unit.
     """
     return m.fit.damping_share * torch.where(m.alive, 1.0, torch.nan)

@@ -1,4 +1,4 @@
-"""What the theorems say of a block of layers, part after part of its units."""
+"""The theorems' quantities for a block of layers, computed for parts of its units in turn."""
 
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from unitfisher.uncertainty import StandardErrors
 
 
 class Theory(NamedTuple):
-    """What the theorems say of a layer's units at one damping."""
+    """The theorems' quantities for a layer's units, at one damping."""
 
     c: Float[Tensor, " u"]
     mean_q: Float[Tensor, "u d"]
@@ -57,14 +57,14 @@ class Theory(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Of a block of layers."""
+    """The results for a block of layers."""
 
     theory: dict[str, Any]  # fields of UnitStatistics
-    natural: LayerStep | None  # of the gradient, if there was one
+    natural: LayerStep | None  # None without a gradient
 
 
 def theory(block: Block, damping: float, gradient: Gradient | None) -> Found:
-    """Compute what the theorems say, part after part of the units, and the natural gradient."""
+    """Compute the quantities of all units, part by part, and the natural gradient."""
     cases = block.cases
     if not block.finite:
         unknown = Theory.unknown(cases)
@@ -77,10 +77,10 @@ def theory(block: Block, damping: float, gradient: Gradient | None) -> Found:
         try:
             if gradient is None:
                 angles = Angles.unknown(m.c)
-            else:  # first: its factors serve the rest
-                own = gradient.of_units(part)
-                steps.append(unit_steps(damped, own, block.unmoved(part)))
-                angles = Angles.of(block.center(part), own, steps[-1])
+            else:  # first, so that its factors serve the rest
+                of_units = gradient.of_units(part)
+                steps.append(unit_steps(damped, of_units, block.unmoved(part)))
+                angles = Angles.of(block.center(part), of_units, steps[-1])
             of_part = Theory.of(m, damped, cases.dead[part])
             errors = _errors(cases, part, m, damped)
             parts.append({**of_part._asdict(), **errors._asdict(), **angles._asdict()})
@@ -92,8 +92,7 @@ def theory(block: Block, damping: float, gradient: Gradient | None) -> Found:
 
 def _errors(cases: Cases, part: slice, m: Moments, damped: Moments) -> StandardErrors:
     if isinstance(cases, UnitCases):
-        own = cases.of_units(part)
-        return StandardErrors.of(own, m, damped)
+        return StandardErrors.of(cases.of_units(part), m, damped)
     if not cases.variance.any():
         return StandardErrors.alike(0.0, m.mu_q)
     return StandardErrors.of_c(cases.variance[part].sqrt() / cases.samples, m)

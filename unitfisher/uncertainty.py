@@ -1,9 +1,9 @@
-"""Standard errors of what is estimated: from drawn labels or signs, and from drawn cases.
+"""Standard errors of estimates from drawn labels or signs, and from drawn cases.
 
-c and E_q(a) are sums over cases of D times something, s and k smooth functions of them. Each
-slope the D of a case by its influence, to first order; what is not known of that D shows in how
-the columns of its sample differ. Samples are drawn for independently, so their variances add up.
-Nothing here speaks of the batch itself: another one would give other numbers.
+c and E_q(a) are made of sums over cases of D times something; s and k are smooth functions of such
+sums. To first order each changes with the D of a case by a slope, the influence of that case. The
+uncertainty of D shows in how the random columns of a sample differ. Draws for different samples are
+independent, so variances add up over samples. The choice of the batch is not included.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,14 @@ from unitfisher.memory import workspace
 from unitfisher.moments import Moments
 from unitfisher.solvers import dot
 
-N_EFF_PER_INPUT = 5  # at least, of drawn cases: fewer are fitted so closely that errors seem small
+N_EFF_PER_INPUT = 5  # of drawn cases at least: fewer are overfitted, and errors look too small
 
-# squares(x, together): Σ x² over columns and cases; together: of the sums of each sample's cases
+# squares(x, together): Σ x² over columns and cases; together: a sample's cases are summed first
 Squares = Callable[[Float[Tensor, "k m u"], bool], Float[Tensor, "..."]]
 
 
 class StandardErrors(NamedTuple):
-    """Zero where nothing is estimated, NaN where what was drawn cannot tell."""
+    """Standard errors: zero where nothing was drawn, NaN where they are unknown."""
 
     c_error: Float[Tensor, " u"]
     mean_q_error: Float[Tensor, "u d"]
@@ -35,10 +35,11 @@ class StandardErrors(NamedTuple):
 
     @classmethod
     def of(cls, cases: UnitCases, m: Moments, damped: Moments) -> "StandardErrors":
-        """From some units' cases, and their moments without damping and with.
+        """Compute them from units' cases, and their moments without and with damping.
 
-        From one random column nothing is known; with ``sharing="joint"`` the error of c alone. Of
-        drawn cases those of s and k only where n_eff is ``N_EFF_PER_INPUT`` times the inputs.
+        From one random column and all cases, none are known; with ``sharing="joint"`` only that of
+        c. From drawn cases, those of s and k are known only if n_eff is at least
+        ``N_EFF_PER_INPUT`` times the inputs.
         """
         if (unknown := _unknown(cases)) is not None:
             return cls.alike(unknown, m.mu_q)
@@ -56,7 +57,7 @@ class StandardErrors(NamedTuple):
 
     @classmethod
     def of_c(cls, error: Float[Tensor, " u"], m: Moments) -> "StandardErrors":
-        """Nothing is known but the error of c."""
+        """Only the error of c is known."""
         return cls.alike(torch.nan, m.mu_q)._replace(c_error=error)
 
     @classmethod
@@ -67,7 +68,7 @@ class StandardErrors(NamedTuple):
 
 
 def _unknown(cases: UnitCases) -> float | None:
-    """Return the error where nothing is drawn, or what was drawn cannot tell; None where it can."""
+    """Return 0 if nothing was drawn, NaN if errors are unknown, None if they can be estimated."""
     if cases.replicates > 1 and not cases.in_order:
         return torch.nan
     if cases.replicates > 1 or cases.population:
@@ -76,7 +77,7 @@ def _unknown(cases: UnitCases) -> float | None:
 
 
 def variance_of_sum(cases: UnitCases) -> Float[Tensor, " u"]:
-    """Variance of Σ D, which is N c: of the labels or signs drawn, and of the cases."""
+    """Variance of Σ D = N c, by drawn labels or signs and drawn cases."""
     if (unknown := _unknown(cases)) is not None:
         return torch.full_like(cases.D[0], unknown)
     return _variance_of(cases, torch.ones_like(cases.D))
@@ -93,7 +94,7 @@ def _variance_of(cases: UnitCases, slope: Float[Tensor, "m u"]) -> Float[Tensor,
 
 
 def _variance_of_mean(cases: UnitCases, m: Moments) -> Float[Tensor, "u d"]:
-    """Variance of Σ D (a - E_q(a)), of which E_q(a) has (N c)⁻² to first order."""
+    """Variance of Σ D (a - E_q(a)): (N c)² times that of E_q(a), to first order."""
     return _variance(cases, cases.D, partial(_squares, cases, m))
 
 
@@ -103,19 +104,19 @@ def _variance(
     squares: Squares,
     slope: Float[Tensor, "m u"] | None = None,
 ) -> Float[Tensor, "..."]:
-    """Variance of a sum over cases, drawn without replacement, whose D were drawn, too.
+    """Variance of a sum over cases drawn without replacement, whose D are estimates themselves.
 
-    The two-stage estimate (Cochran 1977, 10.3): how the cases spread, less what labels make of
-    that, and the labels' own part, to which the cases of a sample contribute together. From a
-    single random column there is but a bound, that of cases drawn with replacement; and none
-    where samples have several cases.
+    The two-stage estimate (Cochran 1977, 10.3): the spread of the cases, less the part of it due to
+    labels, plus the variance due to labels, for which the cases of a sample are summed first. From
+    a single random column only an upper bound is known, the variance for drawing with replacement;
+    NaN if samples have several cases.
     """
-    labels = own = torch.zeros(())
+    labels = by_case = torch.zeros(())
     if cases.replicates > 1:
         x = _deviations(cases) if slope is None else _deviations(cases) * slope
-        labels = own = _over_columns(cases, squares(x, cases.shared))
+        labels = by_case = _over_columns(cases, squares(x, cases.shared))
         if cases.population and cases.shared:
-            own = _over_columns(cases, squares(x, False))
+            by_case = _over_columns(cases, squares(x, False))
     if not cases.population:
         return labels
     count = cases.delta.shape[1]
@@ -123,12 +124,12 @@ def _variance(
     spread = squares(D.unsqueeze(0), False)
     if cases.replicates == 1:
         return spread * (torch.nan if cases.shared else more)
-    spread = (more * (spread - own + labels) - labels).clamp_min(0.0)
+    spread = (more * (spread - by_case + labels) - labels).clamp_min(0.0)
     return (1 - count / cases.population) * spread + labels
 
 
 class _Influence(NamedTuple):
-    """The derivatives of s and k by the D of a case; the damping, too, slope D."""
+    """The derivatives of s and k by the D of a case, on which the damping depends too."""
 
     s: Float[Tensor, "m u"]
     k: Float[Tensor, "m u"]
@@ -153,14 +154,14 @@ def _influence(cases: UnitCases, m: Moments, damped: Moments) -> _Influence:
 
 
 def _deviations(cases: UnitCases) -> Float[Tensor, "k m u"]:
-    """What each random column says of D, less what all of them say together."""
+    """Each random column's part of D, less the mean over columns."""
     delta = cases.delta[len(cases.delta) - cases.replicates :]
     D = delta.sum(2, dtype=torch.float64) ** 2
     return D - D.mean(0)
 
 
 def _by_sample(cases: UnitCases, x: Float[Tensor, "k m u"]) -> Float[Tensor, "k n u"]:
-    """Sum over the cases of a sample, which its labels or signs reach together."""
+    """Sum over the cases of each sample, which share its drawn labels or signs."""
     if not cases.shared:
         return x
     columns, _, units = x.shape
@@ -170,7 +171,7 @@ def _by_sample(cases: UnitCases, x: Float[Tensor, "k m u"]) -> Float[Tensor, "k 
 def _squares(
     cases: UnitCases, m: Moments, x: Float[Tensor, "k m u"], together: bool
 ) -> Float[Tensor, "u d"]:
-    """Σ over columns and cases of (x (a - E_q(a)))², or over samples, of their cases together."""
+    """Σ (x (a - E_q(a)))² over columns and cases; together: a sample's cases are summed first."""
     about, shift = _about(cases), _mean_about(cases, m)
     if not together:
         weight = x.square().sum(0)
@@ -181,17 +182,17 @@ def _squares(
     width = places.shape[1] * (x.shape[-1] + len(about) * about.shape[-1])
     samples = max(1, workspace() // (64 * shift.numel() + 16 * width))  # to treat together
     total = torch.zeros_like(shift)
-    for own, true in zip(places.split(samples), there.split(samples), strict=True):
-        a = about[:, own]
+    for index, real in zip(places.split(samples), there.split(samples), strict=True):
+        a = about[:, index]
         for column in x:
-            weight = column[own] * true.unsqueeze(-1)
+            weight = column[index] * real.unsqueeze(-1)
             sums = _weighted(a, weight) - weight.sum(1)[..., None] * shift
             total += sums.square().sum(0)
     return total
 
 
 def _places(cases: UnitCases) -> tuple[Int[Tensor, "n t"], Bool[Tensor, "n t"]]:
-    """List the cases of each sample that has any, filled up to one length; say which are true."""
+    """List the cases of each sample that has any, padded to one length; and which are real."""
     sample = cases.of_sample
     counts = sample.bincount()
     counts = counts[counts > 0]
@@ -205,7 +206,7 @@ def _weighted(
     a: Float[Tensor, "g *n m d"], weight: Float[Tensor, "*n m u"]
 ) -> Float[Tensor, "*n u d"]:
     tiny = torch.finfo(weight.dtype).tiny
-    scale = weight.abs().amax(-2, keepdim=True).clamp_min(tiny)  # small ones keep digits
+    scale = weight.abs().amax(-2, keepdim=True).clamp_min(tiny)  # small ones keep their digits
     grouped: Tensor = (weight / scale).to(a.dtype).mT.unflatten(-2, (len(a), -1))
     sums: Tensor = (grouped @ a.movedim(0, -3)).flatten(-3, -2)
     return sums.double() * scale.mT
@@ -222,11 +223,11 @@ def _about(cases: UnitCases) -> Float[Tensor, "g m d"]:
 
 
 def _mean_about(cases: UnitCases, m: Moments) -> Float[Tensor, "u d"]:
-    """E_q(a) about the same origin."""
+    """E_q(a) about the origin of the cases."""
     mu_q: Tensor = m.mu_q_double.unflatten(0, (cases.groups, -1))
     return (mu_q - cases.origin.unsqueeze(1)).flatten(0, 1)
 
 
 def _over_columns(cases: UnitCases, squares: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Variance of a sum of two columns or more, from the squares of their deviations."""
+    """Variance of the sum of two or more columns, from the squares of their deviations."""
     return squares * (cases.replicates / (cases.replicates - 1))

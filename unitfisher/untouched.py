@@ -1,4 +1,4 @@
-"""Whatever is run of a model, its modes, buffers and the random states are as they were."""
+"""Runs a model and restores its modes, its buffers and the random states."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def kept(model: nn.Module) -> Iterator[None]:
     """Restore buffers and random states at the end, whatever a forward pass does to them.
 
-    Sending errors back may run forward passes too: those of checkpointed segments.
+    Sending errors back may run forward passes too, of checkpointed segments.
     """
     owned = [(module, dict(module._buffers)) for module in model.modules()]
     values = [(buffer, buffer.clone()) for buffer in model.buffers() if not _overlaps(buffer)]
@@ -40,11 +40,11 @@ def kept(model: nn.Module) -> Iterator[None]:
         for module, buffers in owned:
             module._buffers.update(buffers)
         for buffer, value in values:
-            buffer.data.copy_(value)  # .data: batch norm and we change it without a new version
+            buffer.data.copy_(value)  # .data: like batch norm, no new version for autograd
 
 
 def _overlaps(buffer: Tensor) -> bool:
-    """Say whether several numbers share a place (``expand``): nothing can be written to these."""
+    """Whether elements share memory (``expand``): such a buffer cannot be written to."""
     return buffer.layout is torch.strided and torch._debug_has_internal_overlap(buffer) == 1
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Solution(NamedTuple):
-    """Of one system a unit, and the residual relative to the right-hand side, both whitened."""
+    """Solution of one system per unit; the residual is relative, in whitened coordinates."""
 
     x: Float64[Tensor, "u d"]
     residual: Float64[Tensor, " u"]
@@ -24,18 +24,18 @@ Solving = Generator[Tensor, Tensor, Solution]  # yields y, is sent Σ q ã ãᵀ
 
 @runtime_checkable
 class CaseProducts(Protocol):
-    """What conjugate gradients ask of the cases, wherever those are."""
+    """What conjugate gradients need of the cases, in memory or from a loader."""
 
     @property
     def instead(self) -> str:
-        """What to do where iterations do not come to an end."""
+        """Advice for the warning that units have not converged."""
 
     @property
     def support(self) -> Float[Tensor, " u"]:
-        """How many cases carry weight."""
+        """Number of cases that carry weight for each unit."""
 
     def shared_moment(self) -> Float64[Tensor, "g d d"]:
-        """Σ q̄ (a - origin)(a - origin)ᵀ, q̄ near the mean of the living; how near is the speed."""
+        """Σ q̄ (a - origin)(a - origin)ᵀ; the nearer q̄ is to living units' mean, the faster."""
 
     def second_moment(self, unit: int) -> Float64[Tensor, "d d"]:
         """Σ q (a - origin)(a - origin)ᵀ of one unit."""
@@ -44,11 +44,11 @@ class CaseProducts(Protocol):
         """Return ã = L⁻¹ (a - origin) instead."""
 
     def answer(self, solving: Solving) -> Solution:
-        """Multiply until it is solved."""
+        """Give a solver its products until it returns the solution."""
 
 
 class Weighted(NamedTuple):
-    """Cases about an origin, and how much each weighs for each unit."""
+    """Cases about an origin, and their weights for each unit."""
 
     about: Float[Tensor, "g n d"]
     q: Float[Tensor, "g v n"]
@@ -61,7 +61,7 @@ class Weighted(NamedTuple):
         origin: Float[Tensor, "g d"],
         total: Float64[Tensor, " u"],
     ) -> "Weighted":
-        """Weigh by q = D / total; in the precision of the activations, as all that follows."""
+        """Weigh by q = D / total; all is kept in the precision of the activations."""
         q = (D / torch.where(total > 0, total, 1.0)).to(a.dtype).T
         return cls(a - origin.unsqueeze(1), q.unflatten(0, (len(a), -1)).contiguous())
 
@@ -85,14 +85,14 @@ class Weighted(NamedTuple):
         return self.moment(living / living.sum(1, keepdim=True).clamp_min(1))
 
     def moment(self, share: Float64[Tensor, "g v"]) -> Float64[Tensor, "g d d"]:
-        """Σ q (a - origin)(a - origin)ᵀ of units that have these shares in it."""
+        """Σ q̄ (a - origin)(a - origin)ᵀ, q̄ the sum of the units' q weighted by ``share``."""
         shared = share.unsqueeze(1).to(self.q.dtype) @ self.q
         return ((shared.mT * self.about).mT @ self.about).double()
 
     def second_moment(self, unit: int) -> Float64[Tensor, "d d"]:
-        group, own = divmod(unit, self.q.shape[1])
+        group, place = divmod(unit, self.q.shape[1])
         about = self.about[group]
-        return ((self.q[group, own].unsqueeze(1) * about).mT @ about).double()
+        return ((self.q[group, place].unsqueeze(1) * about).mT @ about).double()
 
     def whitened(self, inverse: Float[Tensor, "g d d"]) -> "Weighted":
         return self._replace(about=self.about @ inverse.mT.to(self.about.dtype))

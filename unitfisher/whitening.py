@@ -1,7 +1,7 @@
-"""Conjugate gradients for all units of a layer at once, in coordinates that suit their mean.
+"""Conjugate gradients for all units of a layer at once, preconditioned by their mean system.
 
-There the units' systems L⁻¹ Var_q L⁻ᵀ are near the identity: what is left to iterate on is how a
-unit's own weights differ from the mean of them all.
+In coordinates whitened by the mean over units, the systems L⁻¹ Var_q L⁻ᵀ are near the identity:
+iterations only have to resolve how a unit's own weights differ from the mean.
 """
 
 from collections.abc import Callable, Generator
@@ -19,7 +19,7 @@ class Whitened(NamedTuple):
     """Coordinates ã = L⁻¹ (a - origin), in which Σ q̄ ã ãᵀ + ε̄ L⁻¹ L⁻ᵀ = I for mean weights q̄."""
 
     L: Float64[Tensor, "g d d"]
-    mean_q: Float64[Tensor, "g v d"]  # of ã
+    mean_q: Float64[Tensor, "g v d"]  # E_q(ã)
     epsilon: Float64[Tensor, "g v 1"]
     ridge: Float[Tensor, "g d d"]  # L⁻¹ L⁻ᵀ, in the precision of the cases
     busy: Bool[Tensor, "g v 1"]  # units for which there is something to solve
@@ -28,7 +28,7 @@ class Whitened(NamedTuple):
     def scaled(
         self, rhs: Float[Tensor, "u d"]
     ) -> tuple[Float64[Tensor, "g v d"], Float64[Tensor, "g v 1"]]:
-        """Whiten right-hand sides, and divide them by their lengths; 0 for who is not busy."""
+        """Whiten right-hand sides and divide them by their norms; 0 for units that are not busy."""
         b = rhs.double().unflatten(0, self.busy.shape[:2]).mT
         b = torch.linalg.solve_triangular(self.L, b, upper=False).mT
         size = torch.linalg.vector_norm(b, dim=-1, keepdim=True)
@@ -60,10 +60,10 @@ def conjugate_gradients(
     """Yield vectors, be sent their products, and return the solutions of all systems.
 
     Args:
-        r: Right-hand sides of length 1, or 0; what is left of them takes their place.
-        completed: Makes of a vector's product, and the vector, the system's product.
-        enough: Length of what is left at which a system stops to change.
-        most: Iterations at most.
+        r: Right-hand sides of norm 1 or 0; overwritten by the residuals.
+        completed: Turns the product of a vector, and the vector, into the product of the system.
+        enough: Norm of the residual at which a system stops.
+        most: The largest number of iterations.
     """
     y, p, rr, least = torch.zeros_like(r), r.clone(), r.square().sum(-1, keepdim=True), enough**2
     for _ in range(most):

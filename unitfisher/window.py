@@ -1,4 +1,4 @@
-"""The newest measured batches of each layer, pooled: a single one may say little of s and k."""
+"""The newest measured batches, pooled: one alone may have too few cases for s and k."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ State = list[tuple[int, dict[str, tuple[Tensor, Tensor, int, bool]]]]
 
 
 class Batch(NamedTuple):
-    """The cases of each layer that a batch has come to."""
+    """The cases of each layer that a batch has reached."""
 
     samples: int
     cases: dict[str, UnitCases]
@@ -32,18 +32,18 @@ class Window:
         self.newest: deque[Batch] = deque(maxlen=batches)
 
     def pooled(self, observations: Mapping[str, Observation]) -> dict[str, Observation]:
-        """Take a batch in and return its observations with the cases of all that are held.
+        """Add a batch, and return its observations with the cases of all batches held.
 
         A batch with NaN or infinity is returned as it is and not held.
         """
-        if self.batches == 1 or any(of.fault for of in observations.values()):
+        if self.batches == 1 or any(each.fault for each in observations.values()):
             return dict(observations)
-        cases = {name: of.cases for name, of in observations.items()}
+        cases = {name: each.cases for name, each in observations.items()}
         self.newest.append(Batch(next(iter(cases.values())).samples, cases))
-        return {name: replace(of, cases=self._joined(name)) for name, of in observations.items()}
+        return {name: replace(x, cases=self._joined(name)) for name, x in observations.items()}
 
     def pass_by(self, samples: int) -> None:
-        """Count a batch that has come to no layer."""
+        """Count a batch that has reached no layer."""
         self.newest.append(Batch(samples, {}))
 
     def state(self) -> State:
@@ -51,8 +51,8 @@ class Window:
             (
                 batch.samples,
                 {
-                    name: (unfolded(of.received), of.delta, of.replicates, of.in_order)
-                    for name, of in batch.cases.items()
+                    name: (unfolded(cases.received), cases.delta, cases.replicates, cases.in_order)
+                    for name, cases in batch.cases.items()
                 },
             )
             for batch in self.newest
@@ -69,10 +69,10 @@ class Window:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [t for batch in self.newest for of in batch.cases.values() for t in of.tensors]
+        return [t for batch in self.newest for x in batch.cases.values() for t in x.tensors]
 
     def _joined(self, name: str) -> UnitCases:
-        """Join a layer's cases; batches that have not come to it count with their samples."""
+        """Join a layer's cases; batches that have not reached it count in the number of samples."""
         whole = joined([batch.cases[name] for batch in self.newest if name in batch.cases])
         samples = sum(batch.samples for batch in self.newest)
         share = whole.samples / samples
@@ -83,7 +83,7 @@ def joined(batches: Sequence[UnitCases]) -> UnitCases:
     """Return the cases of several batches as those of one.
 
     Raises:
-        ValueError: Their gradients are joined over different numbers of positions.
+        ValueError: Their gradients are sums over different numbers of positions.
     """
     positions = {cases.delta.shape[2] for cases in batches}
     if len(positions) > 1:
@@ -102,7 +102,7 @@ def joined(batches: Sequence[UnitCases]) -> UnitCases:
 
 
 def _of_samples(batches: Sequence[UnitCases]) -> Int[Tensor, " m"] | None:
-    """Number samples through; None where all have as many cases, or nobody will ask."""
+    """Number the samples of all batches; None if each has as many cases, or it is not needed."""
     lengths = {cases.delta.shape[1] / cases.samples for cases in batches}
     asked = batches[0].replicates > 1 and all(cases.in_order for cases in batches)
     if len(lengths) == 1 or not asked:

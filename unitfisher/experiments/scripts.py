@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from unitfisher.experiments.data import DamagedDataError, DataNotFoundError
-from unitfisher.experiments.locks import FolderInUseError
 from unitfisher.experiments.losses import DivergedError
+from unitfisher.locks import FolderInUseError
 
 USER_ERRORS: Final = (
     DataNotFoundError,

@@ -24,7 +24,6 @@ from unitfisher.experiments import checkpoints
 from unitfisher.experiments.comparisons import classifiers
 from unitfisher.experiments.data import Dataset
 from unitfisher.experiments.ensembles import Ensemble
-from unitfisher.experiments.locks import FolderLock
 from unitfisher.experiments.losses import Losses
 from unitfisher.experiments.members import networks_of
 from unitfisher.experiments.norms import share_norms
@@ -36,6 +35,7 @@ from unitfisher.experiments.sources import source_of
 from unitfisher.experiments.stacks import set_dropout
 from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.watching import Moment, Watches
+from unitfisher.locks import FolderLock
 
 DROPOUT_SEED = 2**33  # added for every further process, for its own dropout
 

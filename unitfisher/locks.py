@@ -1,20 +1,22 @@
-"""A lock, so that only one process trains in a folder."""
+"""A lock, so that only one process writes in a folder."""
 
 import os
 import warnings
 from errno import EACCES, EAGAIN
 from pathlib import Path
 
+LOCK = ".lock"  # the file's name
+
 
 class FolderInUseError(RuntimeError):
-    """Another process trains in the folder."""
+    """Another process writes in the folder."""
 
 
 class FolderLock:
     """Holds a folder for this process, until it is released or the process has died.
 
     Args:
-        folder: Made if need be; the file ``lock`` in it stays, and means nothing by itself.
+        folder: Made if need be; the file ``.lock`` in it stays, and means nothing by itself.
 
     Raises:
         FolderInUseError: Another process holds it.
@@ -22,7 +24,7 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+        self._file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
         try:
             _lock(self._file)
         except OSError as error:
@@ -30,8 +32,7 @@ class FolderLock:
             if error.errno not in (EACCES, EAGAIN):  # how systems say that it is held
                 raise
             raise FolderInUseError(
-                f"{folder} is trained in by another process: wait for its end, or choose another "
-                "folder"
+                f"{folder} is in use by another process: wait for its end, or choose another folder"
             ) from error
 
     def release(self) -> None:
