@@ -241,11 +241,12 @@ def _rooted(
     held: PartSums | Rounds, i: int, biased: bool
 ) -> tuple[Float64[Tensor, "d d"], Float64[Tensor, " d"], Float64[Tensor, ""]]:
     """Return R, μ and c from sums over a data set, R a square root of their matrix."""
-    m, own = next((m, i - (part.start or 0)) for part, m in held.parts() if i in _range(part, m))
-    V = _matrix(m, own, biased)
+    m, unit = next((m, i - (part.start or 0)) for part, m in held.parts() if i in _range(part, m))
+    V = _matrix(m, unit, biased)
     squares, vectors = torch.linalg.eigh(V)
     R = (squares.clamp_min(0).sqrt() * vectors).T
-    return (R, m.mu_q[own], m.c[own]) if biased else (R, m.mu_q[own] * 0, torch.ones_like(m.c[own]))
+    mu, c = m.mu_q[unit], m.c[unit]
+    return (R, mu, c) if biased else (R, mu * 0, torch.ones_like(c))
 
 
 def _matrix(m: UnitMoments | UnitProducts, own: int, biased: bool) -> Float64[Tensor, "d d"]:

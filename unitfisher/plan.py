@@ -34,6 +34,7 @@ class LayerPlan:
 
     @property
     def parts(self) -> int:
+        """How many parts the units are treated in, one after the other."""
         return -(-self.sizes.units // self.together)
 
 

@@ -72,8 +72,8 @@ def _parameters(call: Call) -> list[Tensor]:
 def _note_endings(seen: Seen) -> None:
     """Note as unfit layers whose own forward ends in a nonlinearity, even if it changed nothing."""
     for call in seen.calls:
-        own = not type(call.module).__module__.startswith("torch.nn.modules.")
-        if own and call.edge is not None and operation(call.edge.node) in ELEMENTWISE:
+        custom = not type(call.module).__module__.startswith("torch.nn.modules.")
+        if custom and call.edge is not None and operation(call.edge.node) in ELEMENTWISE:
             seen.unfit[call.layer] = Unfit(type(call.module).__name__, OTHER_FORM)
 
 

@@ -88,8 +88,8 @@ def _by_torch(
     else:
         group = torch.arange(len(weight), device=a.device)[part] * len(a) // len(weight)
         about = (a if len(a) == 1 else a[group]) - origin[part].unsqueeze(1)
-    own = weight[part].unsqueeze(1)
-    return (own @ about).squeeze(1), _symmetric(own * about.mT, about)
+    D = weight[part].unsqueeze(1)
+    return (D @ about).squeeze(1), _symmetric(D * about.mT, about)
 
 
 def _symmetric(x: Float[Tensor, "u d n"], y: Float[Tensor, "v n d"]) -> Float[Tensor, "u d d"]:

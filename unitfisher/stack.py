@@ -62,7 +62,9 @@ def _through(backward: Any) -> Rule:
 def _times(columns: Tensor, other: Tensor | float) -> Tensor:
     factor = isinstance(other, Tensor) and other.dim() < columns.dim()
     if isinstance(other, Stack) or not (factor or isinstance(other, float | int)):
-        raise NotImplementedError("product of a stack with what is not one column's")
+        raise NotImplementedError(
+            "a stack of columns times anything but a number or one column's tensor"
+        )
     return columns * other
 
 

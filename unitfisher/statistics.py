@@ -207,9 +207,9 @@ def _kept(block: Block, spare: int) -> int:
 
 def tensors_of(measured: UnitStatistics) -> list[Tensor]:
     """List the tensors that a measurement keeps, for counting their memory."""
-    own = [getattr(measured, f.name) for f in fields(measured)]
+    values = [getattr(measured, f.name) for f in fields(measured)]
     kept: list[object] = [
-        *own,
+        *values,
         *measured.alone.tensors,
         *measured.block.tensors,
         *(measured.gradient or ()),
