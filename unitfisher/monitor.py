@@ -113,8 +113,9 @@ class Monitor:
         seed: Seed of drawn labels, signs, cases and units.
 
     Attributes:
-        targets: Observed labels of the next training pass, for ``fisher="empirical"``: set before
-            the pass, which clears them.
+        targets: Observed labels of the next training pass: set before the pass, which clears them.
+            ``fisher="empirical"`` needs them; with any other, they give the pass its gradient, as
+            in `measure`.
         step: Number of training passes so far; may be set.
         options: The options given.
 

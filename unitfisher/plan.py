@@ -10,6 +10,9 @@ from unitfisher.memory import readable
 PIECES = 3  # workspaces in use at one time: for units treated together, copies, systems
 
 
+BY_CASES = "solve from fewer cases (rows=...), measure smaller batches, "
+
+
 class MemoryBudgetError(ValueError):
     """A measurement needs more memory than its budget allows."""
 
@@ -104,14 +107,13 @@ class Plan:
             )
 
 
-def too_large(plan: Plan) -> MemoryBudgetError:
-    """Say which layers need most, and what to do."""
+def too_large(plan: Plan, *, summed: bool) -> MemoryBudgetError:
+    """Say which layers need most, and what to do; sums over a loader use all cases and batches."""
     takes = {x.layer: x.kept + x.solving + PIECES * x.least for x in plan.layers}
     largest: Sequence[str] = sorted(takes, key=lambda name: -takes[name])[:3]
     named = ", ".join(f"{name!r} {readable(takes[name])}" for name in largest)
     return MemoryBudgetError(
         f"a measurement would hold {readable(plan.least)} at least, and may hold "
-        f"{readable(plan.memory)}; most of it {named}: observe fewer units (units=...), solve "
-        f"from fewer cases (rows=...), leave layers out (layers=...), measure smaller batches, or "
-        f"allow more (memory=...)"
+        f"{readable(plan.memory)}; most of it {named}: observe fewer units (units=...), leave "
+        f"layers out (layers=...), {'' if summed else BY_CASES}or allow more (memory=...)"
     )

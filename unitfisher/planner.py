@@ -75,7 +75,7 @@ class Budget:
             if (largest := self._largest_sums(shapes)) is not None:
                 return replace(self, passing=self.passing | {largest}).plan(shapes, column)
             if self.strict or self.summed:
-                raise too_large(plan)
+                raise too_large(plan, summed=self.summed)
             ample = plan.held + 2 * PIECES * max(AMPLE, plan.least_workspace)
             return replace(self, memory=ample).plan(shapes, column)
         room = min(AMPLE, (self.memory - plan.held) // (2 * PIECES))
