@@ -101,7 +101,8 @@ class Watch:
             layer.renew()
 
     def begin(self, *_: object) -> None:
-        self.linear, F.linear, self._stands = F.linear, self, True
+        if not self._stands:
+            self.linear, F.linear, self._stands = F.linear, self, True
 
     def end(self, *_: object) -> None:
         if self._stands:
