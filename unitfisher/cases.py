@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unitfisher.costs import Sizes, engine
 from unitfisher.incoming import Incoming
-from unitfisher.moments import fed
+from unitfisher.moments import trace_Daa
 from unitfisher.patches import UNFOLDED_WHOLE, Patches, Received, unfolded
 from unitfisher.solvers import rounding
 
@@ -207,9 +207,9 @@ class UnitCases:
         return replace(self, received=received, delta=delta, incoming=incoming, whole=self)
 
     @property
-    def fed(self) -> Float[Tensor, " u"]:
-        """Σ D ‖a‖² of cases with one position; see `moments.fed`."""
-        return fed(self.a.squeeze(2), self.D)
+    def trace_Daa(self) -> Float[Tensor, " u"]:
+        """Σ D ‖a‖² of cases with one position; see `moments.trace_Daa`."""
+        return trace_Daa(self.a.squeeze(2), self.D)
 
     @property
     def joint_errors(self) -> Float[Tensor, "r m u"]:

@@ -130,32 +130,32 @@ def _mean_q(cases: UnitCases) -> Float[Tensor, "u d"]:
 
 
 def _joint_sums(cases: UnitCases, origin: Float[Tensor, "*g d"]) -> UnitMoments:
-    G, S, fed = JointGradients.of(cases, origin)
+    G, S, trace_Daa = JointGradients.of(cases, origin)
     m = UnitMoments.of_gradients(
         *(G, S, cases.mean - origin),
         origin=torch.zeros_like(origin),  # G is about the origin already
         samples=cases.samples,
         eps=torch.finfo(cases.received.dtype).eps,
     )
-    return replace(m, origin=origin, fed=fed)
+    return replace(m, origin=origin, trace_Daa=trace_Daa)
 
 
 def _rows(cases: UnitCases, shared: SharedRows) -> UnitRows:
     w = cases.q.sqrt_().T.contiguous()
-    return UnitRows.of(cases.weight / cases.samples, cases.center, *shared, w, w, cases.fed)
+    return UnitRows.of(cases.weight / cases.samples, cases.center, *shared, w, w, cases.trace_Daa)
 
 
 def _joint_rows(cases: UnitCases) -> UnitRows:
-    G, S, fed = JointGradients.of(cases, cases.mean)
+    G, S, trace_Daa = JointGradients.of(cases, cases.mean)
     total = (S**2).sum(0)
     scale = torch.where(total > 0, total, 1.0).rsqrt()[:, None]
     about, w = G.transpose(0, 1), S.T * scale
     center = cases.mean.expand(cases.units, -1)  # every unit is its own group
     rows = about, about @ about.mT, scale.expand_as(w), w
-    return UnitRows.of(total / cases.samples, center, *rows, fed)
+    return UnitRows.of(total / cases.samples, center, *rows, trace_Daa)
 
 
 def _products(cases: UnitCases) -> UnitProducts:
     weighted = Weighted.of(cases.a.squeeze(2), cases.D, cases.origin, cases.weight)
     c = cases.weight / cases.samples
-    return UnitProducts.of(c, cases.center, cases.origin, cases.fed, weighted)
+    return UnitProducts.of(c, cases.center, cases.origin, cases.trace_Daa, weighted)

@@ -16,7 +16,7 @@ class JointGradients(NamedTuple):
 
     weights: Float[Tensor, "r u d"]  # Σ_t δ (a - origin)
     bias: Float[Tensor, "r u"]  # Σ_t δ
-    fed: Float[Tensor, " u"]  # Σ ‖Σ_t δ a‖², see `moments.fed`
+    trace_Daa: Float[Tensor, " u"]  # Σ ‖Σ_t δ a‖², see `moments.trace_Daa`
 
     @classmethod
     def of(cls, cases: UnitCases, origin: Float[Tensor, "*g d"]) -> "JointGradients":

@@ -122,7 +122,7 @@ def ridge_and_trace(m: Moments, damping: float) -> tuple[Tensor, Tensor]:
     return m.ridge + m.c * more, m.trace_Var_q + d * more * m.alive
 
 
-def fed(a: Float[Tensor, "g m d"], D: Float[Tensor, "m u"]) -> Float[Tensor, " u"]:
+def trace_Daa(a: Float[Tensor, "g m d"], D: Float[Tensor, "m u"]) -> Float[Tensor, " u"]:
     """Σ D ‖a‖²: exactly 0 for a unit whose inputs are 0 in every case that an error reaches.
 
     Then A is 0; means and variances, which are rounded, would not show it.

@@ -52,7 +52,7 @@ class UnitProducts:
     mean_about: Float[Tensor, "u d"]  # μ_q - origin
     trace_Var_q: Float[Tensor, " u"]
     ridge: Float[Tensor, " u"]
-    fed: Float[Tensor, " u"]  # see `moments.fed`
+    trace_Daa: Float[Tensor, " u"]  # see `moments.trace_Daa`
     cases: CaseProducts  # about the origin
     patience: int | None = None  # iterations before Cholesky solves the rest; None: it never does
     known: tuple[tuple[Tensor, Solution], ...] = ()  # right-hand sides solved for before
@@ -63,13 +63,13 @@ class UnitProducts:
         c: Float[Tensor, " u"],
         center: Float[Tensor, "g d"],
         origin: Float[Tensor, "g d"],
-        fed: Float[Tensor, " u"],
+        trace_Daa: Float[Tensor, " u"],
         cases: Weighted,
     ) -> "UnitProducts":
         """Build from cases, without damping."""
         mean = cases.mean()
         trace = cases.squares() - squared(mean)
-        return cls(c, center, origin, mean, trace, torch.zeros_like(c), fed, cases)
+        return cls(c, center, origin, mean, trace, torch.zeros_like(c), trace_Daa, cases)
 
     @cached_property
     def alive(self) -> Bool[Tensor, " u"]:
@@ -135,7 +135,7 @@ class UnitProducts:
 
     @property
     def _idle(self) -> Bool[Tensor, " u"]:
-        return ~self.alive | (self.fed == 0)
+        return ~self.alive | (self.trace_Daa == 0)
 
     @cached_property
     def whitened(self) -> Whitened:

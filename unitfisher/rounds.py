@@ -111,7 +111,7 @@ class Rounds:
     support: Float64[Tensor, " u"]  # Σ 1 over cases that carry weight
     sum_Da: Float64[Tensor, "u d"]
     sum_Dss: Float64[Tensor, " u"]  # Σ D ‖a - origin‖²
-    fed: Float64[Tensor, " u"]  # see `moments.fed`
+    trace_Daa: Float64[Tensor, " u"]  # see `moments.trace_Daa`
     sum_aa: Float64[Tensor, "g d d"]  # Σ (a - origin)(a - origin)ᵀ, by weights that units share
     solved: dict[float, UnitProducts] = field(default_factory=dict)  # at the newest damping
 
@@ -119,7 +119,7 @@ class Rounds:
     def of(cls, batches: Batches, layer: str, cases: UnitCases) -> "Rounds":
         center = cases.center
         groups, d = center.shape
-        sum_D, support, sum_Dss, fed = center.new_zeros(4, cases.units)
+        sum_D, support, sum_Dss, trace_Daa = center.new_zeros(4, cases.units)
         start = cls(
             batches,
             layer,
@@ -131,7 +131,7 @@ class Rounds:
             support=support,
             sum_Da=center.new_zeros(cases.units, d),
             sum_Dss=sum_Dss,
-            fed=fed,
+            trace_Daa=trace_Daa,
             sum_aa=center.new_zeros(groups, d, d),
         )
         start.add(cases)
@@ -157,7 +157,7 @@ class Rounds:
         self.support += (D > 0).sum(0)
         self.sum_Da += weight[:, None] * rows.mean()
         self.sum_Dss += weight * rows.squares()
-        self.fed += cases.fed
+        self.trace_Daa += cases.trace_Daa
         share = weight / torch.where(self.sum_D > 0, self.sum_D, 1.0) * self.cases
         self.sum_aa += rows.moment(share.unflatten(0, (len(self.origin), -1)))
 
@@ -176,7 +176,7 @@ class Rounds:
             mean_about=mean,
             trace_Var_q=self.sum_Dss / weight - squared(mean),
             ridge=torch.zeros_like(weight),
-            fed=self.fed,
+            trace_Daa=self.trace_Daa,
             cases=Passed(*known, self.sum_aa, mass),
         )
 

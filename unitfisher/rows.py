@@ -47,7 +47,7 @@ class UnitRows:
     mu_q_squared: Float[Tensor, " u"]
     trace_Var_q: Float[Tensor, " u"]
     ridge: Float[Tensor, " u"]
-    fed: Float[Tensor, " u"]  # see `moments.fed`
+    trace_Daa: Float[Tensor, " u"]  # see `moments.trace_Daa`
     iterates: bool = True  # by conjugate gradients, where cases are many
 
     @classmethod
@@ -59,7 +59,7 @@ class UnitRows:
         gram: Float[Tensor, "g n n"],
         v: Float[Tensor, "u n"],
         w: Float[Tensor, "u n"],
-        fed: Float[Tensor, " u"],
+        trace_Daa: Float[Tensor, " u"],
     ) -> "UnitRows":
         """Build from rows, without damping."""
         groups = len(about)
@@ -80,7 +80,7 @@ class UnitRows:
             mu_q_squared=squared(mu_q),
             trace_Var_q=trace_Var_q.flatten(),
             ridge=torch.zeros_like(c),
-            fed=fed,
+            trace_Daa=trace_Daa,
         )
 
     @cached_property
@@ -106,7 +106,7 @@ class UnitRows:
     @cached_property
     def epsilon(self) -> Float[Tensor, " u"]:
         """λ / c; 1 where a unit is dead or all its inputs are 0: its solution is 0 anyway."""
-        epsilon = torch.where(self.alive & (self.fed > 0), self.ridge / self.c, 1.0)
+        epsilon = torch.where(self.alive & (self.trace_Daa > 0), self.ridge / self.c, 1.0)
         require_regular(epsilon > 0)
         return epsilon
 

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unitfisher.gram import solve_grams
-from unitfisher.moments import ConstantFit, damping_of, fed, fit_by_solving, least_pivots
-from unitfisher.scatter import scatter
+from unitfisher.moments import ConstantFit, damping_of, fit_by_solving, least_pivots, trace_Daa
+from unitfisher.second_moments import second_moments
 from unitfisher.solvers import dot, outer, require_regular, rounding, roundings
 
 
@@ -38,7 +38,7 @@ class UnitMoments:
     sum_D: Float[Tensor, " u"]  # Σ D
     sum_DD: Float[Tensor, " u"]  # Σ D²
     support: Float[Tensor, " u"]  # Σ 1 over cases that carry weight: they bound the rank
-    fed: Float[Tensor, " u"]  # see `moments.fed`
+    trace_Daa: Float[Tensor, " u"]  # see `moments.trace_Daa`
     sum_Da: Float[Tensor, "u d"]  # Σ D (a - origin)
     sum_Daa: Float[Tensor, "u d d"]  # Σ D (a - origin)(a - origin)ᵀ
     ridge: Float[Tensor, " u"]  # λ on the weight block of F
@@ -70,7 +70,7 @@ class UnitMoments:
         center = grouped.detach().mean(1)
         if origin is None:
             origin = center[0] if len(center) == 1 else _repeated(center, units)
-        sum_Da, sum_Daa, error = scatter(grouped, D, origin)
+        sum_Da, sum_Daa, error = second_moments(grouped, D, origin)
         coarser = max(a.dtype, D.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         return cls(
             origin=origin.to(D.dtype),
@@ -80,7 +80,7 @@ class UnitMoments:
             sum_D=D.sum(0),
             sum_DD=(D**2).sum(0),
             support=(D > 0).sum(0).to(D.dtype),
-            fed=fed(grouped, D),
+            trace_Daa=trace_Daa(grouped, D),
             sum_Da=sum_Da,
             sum_Daa=sum_Daa,
             ridge=D.new_zeros(units),
@@ -123,7 +123,7 @@ class UnitMoments:
             sum_D=D.sum(0),
             sum_DD=(D**2).sum(0),
             support=((S != 0) | (G != 0).any(-1)).sum(0).to(S.dtype),
-            fed=(G.detach() ** 2).sum((0, -1)),
+            trace_Daa=(G.detach() ** 2).sum((0, -1)),
             sum_Da=(S.unsqueeze(-1) * about).sum(0),
             sum_Daa=about.permute(1, 2, 0) @ about.transpose(0, 1),
             ridge=S.new_zeros(S.shape[1]),
@@ -142,7 +142,17 @@ class UnitMoments:
             raise ValueError(
                 "moments add up about one origin: UnitMoments.of(..., origin=m.origin)"
             )
-        sums = "cases", "samples", "support", "fed", "sum_a", "sum_D", "sum_DD", "sum_Da", "sum_Daa"
+        sums = (
+            "cases",
+            "samples",
+            "support",
+            "trace_Daa",
+            "sum_a",
+            "sum_D",
+            "sum_DD",
+            "sum_Da",
+            "sum_Daa",
+        )
         total = {name: getattr(self, name) + getattr(other, name) for name in sums}
         for name in ("ridge", "bias_ridge"):
             one, two = (getattr(m, name) * m.samples for m in (self, other))
@@ -293,7 +303,7 @@ class UnitMoments:
     @cached_property
     def _system(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Var_q as `solve_grams` takes it; the identity for a unit whose solution is 0."""
-        d, idle = self.sum_Da.shape[-1], ~self.alive | (self.fed == 0)
+        d, idle = self.sum_Da.shape[-1], ~self.alive | (self.trace_Daa == 0)
         require_regular((self.support > d) | (self.ridge > 0) | idle)
         scale = torch.where(idle, 0.0, self._safe(self.sum_D).rsqrt())
         epsilon = torch.where(idle, 1.0, self.epsilon)

@@ -19,7 +19,7 @@ enum { T = 4, VECTORS = 3, WIDTH = VECTORS * LANES, ROWS = 64 };
 
 typedef float lanes __attribute__((vector_size(BYTES)));
 
-typedef struct { /* as in scatter.py */
+typedef struct { /* as in second_moments.py */
     const float *a, *w, *origin;
     const double *scale; /* of each unit's w² */
     double *first, *second;
@@ -98,7 +98,7 @@ static void add_unit(Sums *s, const Task *t, int64_t u) {
 }
 
 /* Run by every thread until no units are left; one that gets no memory returns at once. */
-void weighted_squares(Task *t) {
+void second_moments(Task *t) {
     int64_t panels = (t->d + WIDTH - 1) / WIDTH, columns = panels * WIDTH;
     int64_t X = ROWS * columns * sizeof(float), sums = (columns + 1) * columns * sizeof(double);
     char *memory = aligned_alloc(64, (X + sums + 63) / 64 * 64);

@@ -8,10 +8,11 @@ from strategies import mostly_ones, normal, seeded, seeds
 from torch import Tensor
 from torch.testing import assert_close
 
-from unitfisher import native, scatter
+from unitfisher import native
+from unitfisher.second_moments import second_moments
 
 EPS = torch.finfo(torch.float32).eps
-by_each_route = per_route(scatter.scatter)
+by_each_route = per_route(second_moments)
 
 
 @st.composite
@@ -52,7 +53,11 @@ def test_every_unit_gets_its_own_sums(route, layer):
 @given(layer=layers())
 def test_compiled_sums_grow_in_double_precision(layer):
     a, D, origin = layer
-    found, x, w = scatter.scatter(*layer), about(a, origin, D.shape[1]), D.T.unsqueeze(-1)
+    found, x, w = (
+        second_moments(*layer),
+        about(a, origin, D.shape[1]),
+        D.T.unsqueeze(-1),
+    )
     diagonal = (w * x**2).sum(1)  # of terms of one sign: no more than a block of them rounds
     assert_close(found.second.diagonal(dim1=1, dim2=2), diagonal, rtol=20 * EPS, atol=0)
     assert torch.equal(found.second, found.second.mT)
@@ -62,24 +67,24 @@ def test_compiled_sums_grow_in_double_precision(layer):
 def test_threads_change_no_bit(monkeypatch):
     generator = seeded(0)
     a, D = normal(generator, 1, 200, 30).float(), normal(generator, 200, 9) ** 2
-    alone = scatter.scatter(a, D, a.mean(1)[0])
+    alone = second_moments(a, D, a.mean(1)[0])
     monkeypatch.setattr(native, "FLOP_PER_THREAD", 1)
     torch.set_num_threads(2)
-    found = scatter.scatter(a, D, a.mean(1)[0])
+    found = second_moments(a, D, a.mean(1)[0])
     torch.set_num_threads(1)
     assert torch.equal(found.second, alone.second)
     assert torch.equal(found.first, alone.first)
 
 
 def test_what_is_not_plain_single_precision_goes_by_torch(monkeypatch):
-    monkeypatch.setattr(scatter, "_by_kernel", None)
+    monkeypatch.setattr("unitfisher.second_moments._by_kernel", None)
     generator = seeded(0)
     a, D = normal(generator, 1, 20, 3), normal(generator, 20, 2) ** 2
     x = about(a, a.mean(1)[0], 2)
     expected = (D.T.unsqueeze(-1) * x).mT @ x
-    assert_close(scatter.scatter(a, D, a.mean(1)[0]).second, expected, rtol=1e-12, atol=1e-12)
+    assert_close(second_moments(a, D, a.mean(1)[0]).second, expected, rtol=1e-12, atol=1e-12)
     a = a.float().requires_grad_()
-    scatter.scatter(a, D, a.detach().mean(1)[0]).second.sum().backward()
+    second_moments(a, D, a.detach().mean(1)[0]).second.sum().backward()
     assert a.grad.isfinite().all()
 
 

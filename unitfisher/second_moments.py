@@ -17,11 +17,11 @@ from unitfisher.memory import workspace
 from unitfisher.native import Kernel
 from unitfisher.solvers import roundings
 
-ROWS = 64  # cases that the kernel adds up at a time in single precision, as in weighted_squares.c
+ROWS = 64  # cases that the kernel adds up at a time in single precision, as in second_moments.c
 BLOCK = 128  # rows of a symmetric product, of which only one triangle is formed
 
 
-class Scatter(NamedTuple):
+class SecondMoments(NamedTuple):
     """Sums about an origin, in the precision of the weights."""
 
     first: Float[Tensor, "u d"]  # Σ D (a - o)
@@ -30,7 +30,7 @@ class Scatter(NamedTuple):
 
 
 class Task(native.Task):
-    """The kernel's argument, as in weighted_squares.c."""
+    """The kernel's argument, as in second_moments.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("a", "w", "origin", "scale", "first", "second")),
@@ -38,13 +38,13 @@ class Task(native.Task):
     )
 
 
-def scatter(
+def second_moments(
     a: Float[Tensor, "g n d"], D: Float[Tensor, "n u"], origin: Float[Tensor, "*u d"]
-) -> Scatter:
+) -> SecondMoments:
     """Sum over cases; g groups have u / g units each; there is one origin, or one per unit."""
     scale = D.detach().amax(0).clamp_min(torch.finfo(D.dtype).tiny)
     weight = (D / scale).T  # so that tiny D keep their digits
-    kernel = native.kernel("weighted_squares", D) if _single(a, origin) else None
+    kernel = native.kernel("second_moments", D) if _single(a, origin) else None
     if kernel is not None:
         return _by_kernel(kernel, a, weight, origin, scale)
     together = max(1, workspace() // (8 * a[0].nbytes))
@@ -53,7 +53,9 @@ def scatter(
         for start in range(0, D.shape[1], together)
     )
     first, second = (torch.cat(sums).to(D.dtype) for sums in zip(*parts, strict=True))
-    return Scatter(first * scale[:, None], second * scale[:, None, None], roundings(len(D), len(D)))
+    return SecondMoments(
+        first * scale[:, None], second * scale[:, None, None], roundings(len(D), len(D))
+    )
 
 
 def _single(*operands: Tensor) -> bool:
@@ -66,11 +68,11 @@ def _by_kernel(
     weight: Float[Tensor, "u n"],
     origin: Float[Tensor, "*u d"],
     scale: Float[Tensor, " u"],
-) -> Scatter:
+) -> SecondMoments:
     u, (groups, n, d) = len(weight), a.shape
     root = weight.sqrt().to(a.dtype, memory_format=torch.contiguous_format)
     a, origin = a.contiguous(), origin.contiguous()
-    found = Scatter(scale.new_empty(u, d), scale.new_empty(u, d, d), roundings(n, ROWS))
+    found = SecondMoments(scale.new_empty(u, d), scale.new_empty(u, d, d), roundings(n, ROWS))
     pointers = [x.data_ptr() for x in (a, root, origin, scale, found.first, found.second)]
     task = Task(*pointers, u, n, d, max(1, u // groups), origin.dim() - 1, 0)
     native.run(kernel, task, u * n * d**2)
