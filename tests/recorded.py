@@ -10,7 +10,13 @@ import numpy as np
 from unitfisher import Run
 from unitfisher.experiments.presets import Member, Preset
 
-LEVELS = {"elu": 1.0, "srelu": 1.1, "lrelu": 1.2, "relu": 1.3}  # of errors: ELU's is the lowest
+LEVELS = {
+    "own": 1.0,
+    "elu": 1.0,
+    "srelu": 1.1,
+    "lrelu": 1.2,
+    "relu": 1.3,
+}  # of errors: ELU's is the lowest
 LAYERS = ("stem", "middle", "last")
 UNITS = np.array([0, 1, 2, 7])  # a median that is no mean
 

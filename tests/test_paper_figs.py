@@ -171,6 +171,14 @@ def test_figures_of_one_rate_show_the_largest_that_stayed_finite(empty: Path) ->
     assert "rate 0.01 (not shown: 0.1, 0.001)" in foot(cifar100.draw())
 
 
+def test_networks_with_the_activation_they_were_published_with_are_shown(empty: Path) -> None:
+    preset = replace(SHORT, network="cuda-convnet", weight_variance=None, activations=("own",))
+    summary = made(empty, "cifar100-11", preset, (0, 100))
+    assert "| as published | 0.01 |" in final_values.markdown(summary)
+    assert any("as published, cuda-convnet" in row[0] for row in cifar_table.rows([summary]))
+    assert legend(cifar100.draw()) == ["as published"]
+
+
 def test_evaluations_within_an_epoch_are_counted_by_iterations(empty: Path) -> None:
     preset = replace(PRESETS["mnist"], seeds=(0,), epochs=2, every=50, dampings=(0.1,))
     summary = made(empty, "mnist", preset, (0, 50, 100))
