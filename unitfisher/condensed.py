@@ -132,7 +132,9 @@ def _mean_q(cases: UnitCases) -> Float[Tensor, "u d"]:
 def _joint_sums(cases: UnitCases, origin: Float[Tensor, "*g d"]) -> UnitMoments:
     G, S, trace_Daa = JointGradients.of(cases, origin)
     m = UnitMoments.of_gradients(
-        *(G, S, cases.mean - origin),
+        G,
+        S,
+        mean=cases.mean - origin,
         origin=torch.zeros_like(origin),  # G is about the origin already
         samples=cases.samples,
         eps=torch.finfo(cases.received.dtype).eps,

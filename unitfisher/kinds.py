@@ -137,10 +137,8 @@ def _turning_transposed(layer: Transposed) -> Turn:
     return partial(_turned, layer.groups)
 
 
-join(
-    [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d],
-    *(_into_transposed, _out_of_transposed, _turning_transposed),
-)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+join(TRANSPOSED, _into_transposed, _out_of_transposed, _turning_transposed)
 
 
 def _join_gpt2() -> None:

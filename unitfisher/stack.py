@@ -73,12 +73,11 @@ def _mm(columns: Tensor, weight: Tensor) -> Tensor:
 
 
 NONLINEAR = (
-    *(aten.elu_backward, aten.gelu_backward, aten.hardsigmoid_backward, aten.hardswish_backward),
-    *(aten.hardtanh_backward, aten.leaky_relu_backward, aten.mish_backward, aten.silu_backward),
-    *(aten.sigmoid_backward, aten.softplus_backward, aten.tanh_backward, aten.threshold_backward),
-)
+    "elu gelu hardsigmoid hardswish hardtanh leaky_relu mish silu sigmoid softplus tanh threshold"
+).split()
+BACKWARD = [getattr(aten, f"{name}_backward").default for name in NONLINEAR]
 RULES: Final = MappingProxyType(
-    {each.default: _through(each.default) for each in NONLINEAR}
+    {backward: _through(backward) for backward in BACKWARD}
     | {
         aten.detach.default: Tensor.detach,
         aten.mm.default: _mm,
