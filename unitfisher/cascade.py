@@ -21,10 +21,10 @@ from unitfisher.native import Kernel
 
 ROWS = 144  # errors sent back together: as many as leave the weights room in the cache
 LINEAR = {"Addmm", "Mm"}
-ELEMENTWISE = set(
-    "Celu Clamp ClampMax ClampMin Elu Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu Mish Relu "
-    "Sigmoid Silu Softplus Tanh Threshold".split()
-)
+ELEMENTWISE = {
+    "Celu", "Clamp", "ClampMax", "ClampMin", "Elu", "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh",
+    "LeakyRelu", "Mish", "Relu", "Sigmoid", "Silu", "Softplus", "Tanh", "Threshold",
+}  # fmt: skip
 
 
 class Layer(ctypes.Structure):

@@ -73,8 +73,9 @@ def _mm(columns: Tensor, weight: Tensor) -> Tensor:
 
 
 NONLINEAR = (
-    "elu gelu hardsigmoid hardswish hardtanh leaky_relu mish silu sigmoid softplus tanh threshold"
-).split()
+    "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu",
+    "mish", "silu", "sigmoid", "softplus", "tanh", "threshold",
+)  # fmt: skip
 BACKWARD = [getattr(aten, f"{name}_backward").default for name in NONLINEAR]
 RULES: Final = MappingProxyType(
     {backward: _through(backward) for backward in BACKWARD}
