@@ -41,7 +41,7 @@ def draw() -> Figure:
     for ax in axes[:, 0]:
         ax.set_ylabel("share of units")
     note = "variance over epochs of the change of a unit's mean activation, median over seeds"
-    notes = [summary.conditions, note, summary.changed_from]
+    notes = [summary.conditions, note, "the change from the untrained network left out"]
     return style.finish(figure, lines, "; ".join(notes))
 
 

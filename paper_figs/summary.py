@@ -116,13 +116,6 @@ class Summary:
         return SPREAD if self.seeds > 1 else "a single seed: lines without spread"
 
     @property
-    def changed_from(self) -> str:
-        """Whether the change from the untrained network is among the changes of activations."""
-        if self.provenance["changes_from_iteration"] == 0:
-            return "the change from the untrained network included"
-        return "the change from the untrained network left out"
-
-    @property
     def conditions(self) -> str:
         """One line for the foot of a figure: data, network, settings, outcome, device."""
         at = self.provenance

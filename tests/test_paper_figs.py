@@ -445,11 +445,6 @@ def test_committed_tables_of_mnist_are_drawn(monkeypatch: pytest.MonkeyPatch) ->
     assert all("300 epochs, 5 seeds" in foot(figure) for figure in figures)
 
 
-def test_committed_changes_of_mnist_include_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(summary, "FOLDER", Path(summary.__file__).parent / "tables")
-    assert "the change from the untrained network included" in foot(activation_changes.draw())
-
-
 def test_changes_leave_out_the_untrained_network() -> None:
     three_evaluations = Summary.read("imagenet-15")  # one change without it, which cannot vary
     assert (three_evaluations.changes["variance"] == 0).all()
