@@ -449,7 +449,6 @@ def test_changes_leave_out_the_untrained_network() -> None:
     three_evaluations = Summary.read("imagenet-15")  # one change without it, which cannot vary
     assert (three_evaluations.changes["variance"] == 0).all()
     assert (Summary.read("cifar100-11").changes["variance"] > 0).any()
-    assert three_evaluations.changed_from.endswith("left out")
 
 
 def test_devices_and_versions_that_differ_are_all_named(empty: Path) -> None:
