@@ -4,7 +4,7 @@ A new row is one line in ROWS; a new way of observing is one function in benchma
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -66,6 +66,11 @@ def beside(row: Row) -> Row:
     return Row(row.case, f"{row.name}-torch", title, prepare)
 
 
+def contest(row: Row, *rivals: Row) -> Row:
+    """The same row, timed against its rivals."""
+    return replace(row, kind="contest", rivals=rivals)
+
+
 def per_sample(case: Case) -> Row:
     rivals = (
         peer(case, "per-sample-func", "... by torch.func", peers.torch_func_per_sample),
@@ -73,8 +78,8 @@ def per_sample(case: Case) -> Row:
         peer(case, "per-sample-opacus", "... by Opacus", peers.opacus_per_sample),
         peer(case, "per-sample-asdl", "... by ASDL", peers.asdl_per_sample),
     )
-    title, prepare = "per-sample gradients", ways.per_sample_gradients
-    return Row(case, "per-sample", title, prepare, bar=1.0, kind="contest", rivals=rivals)
+    row = Row(case, "per-sample", "per-sample gradients", ways.per_sample_gradients, bar=1.0)
+    return contest(row, *rivals)
 
 
 one_sign_D = partial(ways.squared_errors, fisher="rademacher")
@@ -103,6 +108,10 @@ MATERIALISED = "exact unit Fishers, materialised"
 OVERHEAD = "Monitor(overhead=0.05): 1.05 ± 0.01"
 LARGE = "step + s, k of all units, one sign"
 
+ASDL_FISHER = peer(MNIST_64, "fisher-asdl", "... by ASDL, exact", asdl_exact)
+ASDL_EXACT = peer(MNIST_64, "asdl-exact", "... by ASDL, exact", asdl_natural_exact)
+ASDL_MC = peer(MNIST_64, "asdl-mc", "... by ASDL, MC", asdl_natural_mc)
+
 SOLVING = (
     Row(MNIST_64, "all-exact", "step + everything, exact", exact_all, 12, 4.5),
     Row(MNIST_64, "all-sign", "step + everything, one sign", one_sign_all, 9, 3.0),
@@ -127,36 +136,14 @@ ROWS = (
     Row(CONV_64, "natural-expand", f"{CONVOLVED}, every position", expand_all),
     Row(FIFTY, "every-50th", "everything each 50th step", ways.training_observed, 1.15, 1.08),
     Row(MANY, "overhead", OVERHEAD, ways.training_with_overhead, 1.06, kind="total"),
-    Row(
-        MNIST_64,
-        "fisher",
-        MATERIALISED,
-        ways.unit_fishers,
-        bar=15,
-        stretch=25,
-        kind="contest",
-        rivals=(peer(MNIST_64, "fisher-asdl", "... by ASDL, exact", asdl_exact),),
-    ),
+    contest(Row(MNIST_64, "fisher", MATERIALISED, ways.unit_fishers, 15, 25), ASDL_FISHER),
     Row(MNIST_64, "fisher-memory", MATERIALISED, ways.unit_fishers, 1.2, kind="result"),
-    Row(
-        MNIST_64,
-        "natural-asdl",
-        f"{NATURAL}, exact",
-        exact_natural,
-        bar=300,
-        stretch=800,
-        kind="contest",
-        rivals=(peer(MNIST_64, "asdl-exact", "... by ASDL, exact", asdl_natural_exact),),
+    contest(
+        Row(MNIST_64, "natural-asdl", f"{NATURAL}, exact", exact_natural, 300, 800), ASDL_EXACT
     ),
-    Row(
-        MNIST_64,
-        "natural-asdl-mc",
-        f"{NATURAL}, one sign",
-        one_sign_natural,
-        bar=300,
-        stretch=800,
-        kind="contest",
-        rivals=(peer(MNIST_64, "asdl-mc", "... by ASDL, MC", asdl_natural_mc),),
+    contest(
+        Row(MNIST_64, "natural-asdl-mc", f"{NATURAL}, one sign", one_sign_natural, 300, 800),
+        ASDL_MC,
     ),
     per_sample(MNIST_64),
     per_sample(CONV_64),

@@ -445,6 +445,29 @@ def test_committed_tables_of_mnist_are_drawn(monkeypatch: pytest.MonkeyPatch) ->
     assert all("300 epochs, 5 seeds" in foot(figure) for figure in figures)
 
 
+def test_the_readme_tells_what_the_committed_tables_of_mnist_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(summary, "FOLDER", Path(summary.__file__).parent / "tables")
+    trained = Summary.read("mnist").training.query("epoch > 0")
+
+    def by_epoch(value: str) -> pd.DataFrame:
+        return trained.pivot_table(value, ["epoch", "seed"], "activation")
+
+    loss, error = by_epoch("train_loss"), by_epoch("test_error").groupby("epoch").mean()
+    mean_below = loss.groupby("epoch").mean().eval("elu < relu")
+    assert mean_below.loc[:26].all()
+    assert not mean_below.loc[27:].any()
+    assert not loss.eval("elu < relu").loc[35:].any()
+    assert loss.eval("elu < relu").loc[34].any()
+    assert (loss.groupby("epoch").mean().loc[35:] < 0.003).all(axis=None)
+    assert (error.loc[4:].idxmin(axis=1) == "elu").all()
+    assert error.loc[3].idxmin() != "elu"
+    mean = by_epoch("mean_activation").loc[300]
+    assert (mean["elu"] < mean["relu"]).all()
+    assert mean["elu"].mean() / mean["relu"].mean() == pytest.approx(0.9, abs=0.01)
+
+
 def test_changes_leave_out_the_untrained_network() -> None:
     three_evaluations = Summary.read("imagenet-15")  # one change without it, which cannot vary
     assert (three_evaluations.changes["variance"] == 0).all()

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from measured import THEORY
 from networks import Means, filled, inputs
 from nonlinearities import OUTPUTS
 from strategies import SHARINGS, TOL, all_sharings, normal, seeded
 from torch import Tensor, nn
 from torch.linalg import vector_norm
-from torch.nn import functional as F
 from torch.testing import assert_close
 
 import unitfisher.condensed
@@ -551,3 +551,51 @@ def assert_within_1e_4(found: Tensor, expected: Tensor) -> None:
     found, expected = (x.double().reshape(len(x), -1) for x in (found, expected))
     error = vector_norm(found - expected, dim=1)
     assert (error <= 1e-4 * vector_norm(expected, dim=1)).all()
+
+
+def deviations(x: Tensor, damping: float, seed: int) -> dict[str, float]:
+    """How far a float32 measurement of an MLP's first layer is from one in float64."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(x.shape[1], 16), nn.ELU(), nn.Linear(16, 4))
+    model[0].weight.data -= model[0].weight.data.mean(1, keepdim=True)  # outputs stay near zero
+    y, found = torch.arange(len(x)) % 4, []
+    for each, a in ((model, x), (copy.deepcopy(model).double(), x.double())):
+        with Monitor(each, layers="0", damping=damping) as monitor:
+            measured = monitor.measure(a)["0"]
+        F.cross_entropy(each(a), y).backward()
+        found.append((measured, (each[0].weight.grad, each[0].bias.grad)))
+    (single, own), (double, exact) = found
+    expected = double.natural_gradient(*exact)
+    steps = {"dw": single.natural_gradient(*exact), "dw_own": single.natural_gradient(*own)}
+    return {
+        "s": float((single.s / double.s - 1).abs().max()),
+        "k": float(((single.k - double.k) / (1 + double.k).abs().clamp_min(1)).abs().max()),
+        **{
+            name: float(
+                (vector_norm(step.dw - expected.dw, dim=1) / vector_norm(expected.dw, dim=1)).max()
+            )
+            for name, step in steps.items()
+        },
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("cases", [20, 500])
+def test_in_single_precision_a_mean_of_a_thousand_costs_what_the_readme_says(cases, seed):
+    x = 1000 + normal(seeded(seed), cases, 40).float()
+    found = deviations(x, 1e-3, seed)
+    assert max(found["s"], found["k"], found["dw"]) <= 1e-3
+    assert found["dw_own"] <= 1e-2
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("damping", [1e-3, 1e-4])
+@pytest.mark.parametrize("cases", [16, 500])
+def test_in_single_precision_a_low_rank_costs_what_the_readme_says(cases, damping, seed):
+    generator = seeded(seed)
+    x = (normal(generator, cases, 5) @ normal(generator, 5, 64)).float()
+    found = deviations(x, damping, seed)
+    assert max(found["s"], found["k"]) <= 1e-7 / damping
+    assert found["dw"] <= 1e-6 / damping
+    assert found["dw_own"] <= 1e-5 / damping

@@ -1,6 +1,6 @@
 """The linear products inside ``nn.MultiheadAttention``, for which it calls no module.
 
-Its forward calls ``F.linear`` with the weights; `Watch` replaces that while the forward runs.
+Its forward calls ``F.linear`` with the weights; `WatchedLinear` replaces that while it runs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -78,7 +78,7 @@ def _products(attention: nn.MultiheadAttention) -> dict[str, dict[str, nn.Parame
     return {part: pair for part, pair in found.items() if pair["weight"] is not None}
 
 
-class Watch:
+class WatchedLinear:
     """Replaces ``F.linear`` from `begin` to `end`, while one attention's forward runs.
 
     Args:

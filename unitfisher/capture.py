@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from unitfisher.attention import Projection, Watch
+from unitfisher.attention import Projection, WatchedLinear
 from unitfisher.calls import Call, Seen, Unfit, version_of
 from unitfisher.following import Follow
 from unitfisher.forms import SHAPELESS, other_form, shapeless
@@ -37,7 +37,7 @@ class Hook:
 def capture(
     layers: Mapping[str, nn.Module], *, follow: bool = True, look: bool = True
 ) -> Iterator[Seen]:
-    """Watch these layers, and the nonlinearity that follows each, until the block ends.
+    """WatchedLinear these layers, and the nonlinearity that follows each, until the block ends.
 
     Args:
         layers: The layers to watch, by name.
@@ -69,7 +69,9 @@ def capture(
             watch.end()  # in case the pass was interrupted
 
 
-def _watches(layers: Mapping[str, nn.Module], seen: Seen, following: Follow | None) -> list[Watch]:
+def _watches(
+    layers: Mapping[str, nn.Module], seen: Seen, following: Follow | None
+) -> list[WatchedLinear]:
     """Return a watch for each attention whose products are among the layers."""
 
     def note(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -82,7 +84,7 @@ def _watches(layers: Mapping[str, nn.Module], seen: Seen, following: Follow | No
     for name, layer in layers.items():
         if isinstance(layer, Projection):
             of_attention.setdefault(layer.attention, {})[name] = layer
-    return [Watch(projections, note, refuse) for projections in of_attention.values()]
+    return [WatchedLinear(projections, note, refuse) for projections in of_attention.values()]
 
 
 def _note(
