@@ -4,15 +4,27 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
+import separate_device
 import torch
 from strategies import CHECKED
 
 torch.set_num_threads(1)  # the tests' networks are small: a second thread only waits
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("no CUDA device here: run this test where there is one")
+@pytest.fixture(scope="session")
+def accelerator() -> torch.device | None:
+    if os.environ.get("UNITFISHER_TEST_DEVICE") == separate_device.NAME:
+        separate_device.load()
+        return torch.device(separate_device.NAME, 0)
+    return torch.device("cuda", 0) if torch.cuda.is_available() else None
+
+
+@pytest.fixture
+def device(accelerator: torch.device | None) -> torch.device:
+    """Where tests marked ``gpu`` run: a GPU, or what is made to be like one."""
+    if accelerator is None:
+        pytest.skip("no GPU here: test_gpu.py runs this test on a simulated one")
+    return accelerator
 
 
 @pytest.fixture(autouse=True)

@@ -1,64 +1,236 @@
-"""The same numbers on a GPU as on the CPU; skipped aloud where there is none."""
+"""The same numbers on a GPU as on the CPU, and no more waiting for it than is needed.
 
+These tests, and others marked ``gpu``, run on a GPU where there is one; on any machine they run on
+a simulated device, in a process of their own.
+"""
+
+import copy
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies import all_sharings, seeded
-from torch import nn
+from networks import CLASSES, NETS, batches, inputs, prepared
+from separate_device import COMPILER, NAME
+from strategies import all_sharings
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import unitfisher
+from unitfisher import Monitor
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-TOL = {"rtol": 1e-3, "atol": 1e-6}  # float32 products in another order
+TESTS = Path(__file__).parent
+TOL = {"rtol": 1e-6, "atol": 1e-9}
 
 
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(2, 6, 3, padding=1, groups=2),
-        nn.ELU(inplace=True),
-        nn.Flatten(),
-        nn.Linear(6 * 25, 20),
-        nn.ReLU(),
-        nn.Linear(20, 4),
+@pytest.mark.slow
+@pytest.mark.skipif(not COMPILER, reason="NOT TESTED ON A SIMULATED DEVICE: no C++ compiler")
+def test_all_tests_for_gpus_pass_on_a_simulated_one() -> None:
+    files = [p for p in sorted(TESTS.glob("test_*.py")) if "@pytest.mark.gpu" in p.read_text()]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--numprocesses=0", *map(str, files)]
+    environment = os.environ | {"UNITFISHER_TEST_DEVICE": NAME}
+    done = subprocess.run(
+        command, cwd=TESTS.parent, env=environment, capture_output=True, text=True
     )
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
+    assert re.search(r"\d\d passed", done.stdout)
 
 
-def batch():
-    generator = seeded(1)
-    x = torch.randn(32, 2, 5, 5, generator=generator)
-    return x, torch.randint(4, (32,), generator=generator)
+every_network = pytest.mark.parametrize("of", NETS)
 
 
+def copies(of: str, device: torch.device) -> list[tuple[nn.Module, Tensor, Tensor]]:
+    """One of ``NETS`` with a batch and its labels, on the CPU and on the device."""
+    model, x, y = prepared(of)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # devices draw other masks
+    return [(copy.deepcopy(model).to(d), x.to(d), y.to(d)) for d in (torch.device("cpu"), device)]
+
+
+def numbers(measurement: Mapping[str, unitfisher.UnitStatistics]) -> dict[str, Tensor]:
+    """All that a measurement says of every layer."""
+    return {
+        f"{layer}.{name}": value
+        for layer, one in measurement.items()
+        for name in dir(one)
+        if not name.startswith("_")
+        and isinstance(value := getattr(one, name), Tensor)
+        and value.is_floating_point()
+    }
+
+
+def assert_same(here: dict[str, Tensor], there: dict[str, Tensor], device: torch.device) -> None:
+    assert there
+    assert {value.device for value in there.values()} == {device}
+    assert_close({name: value.cpu() for name, value in there.items()}, here, **TOL, equal_nan=True)
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x).reshape(-1, CLASSES), y.reshape(-1))
+
+
+@pytest.mark.gpu
+@every_network
 @all_sharings
-def test_statistics_on_a_gpu_equal_those_on_the_cpu(sharing):
-    x, y = batch()
-    here = unitfisher.Monitor(network(), sharing=sharing).measure(x, targets=y)
-    there = unitfisher.Monitor(network().cuda(), sharing=sharing).measure(x.cuda(), y.cuda())
-    for layer, expected in here.items():
-        found = there[layer]
-        assert found.k.is_cuda
-        for name in ("c", "mean_q", "s", "k", "n_eff", "damping_share", "cosine", "output_mean"):
-            assert_close(getattr(found, name).cpu(), getattr(expected, name), **TOL)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"solver": "iterative"}, {"solver": "direct", "units": 2, "damping": 0.1}],
+    ids=str,
+)
+def test_statistics_are_the_same(of, sharing, options, device):
+    here, there = (
+        numbers(Monitor(model, sharing=sharing, **options).measure(x, targets=y))
+        for model, x, y in copies(of, device)
+    )
+    assert_same(here, there, device)
 
 
-def test_training_on_a_gpu_is_bit_identical_with_and_without_the_monitor(tmp_path):
-    def trained(record):
-        model = network().cuda()
+@pytest.mark.gpu
+@every_network
+@pytest.mark.parametrize("window", [1, 2])
+def test_training_passes_are_measured_the_same(of, window, device):
+    def measured(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        monitor = Monitor(model, every=1, window=window, activations=1)
+        for batch, labels in zip(x.split(40), y.split(40), strict=True):
+            model.zero_grad()
+            loss_of(model, batch, labels).backward()
+        steps = monitor.natural_gradient()
+        moves = {f"{layer}.{i}": dw for layer, step in steps.items() for i, dw in enumerate(step)}
+        return numbers(monitor.latest) | {n: dw for n, dw in moves.items() if dw is not None}
+
+    here, there = (measured(*copy) for copy in copies(of, device))
+    assert_same(here, there, device)
+
+
+@pytest.mark.gpu
+@every_network
+def test_loaders_are_measured_the_same(of, device):
+    """The batches come from the CPU, as those of a ``DataLoader`` do."""
+    here, there = (
+        numbers(Monitor(model).measure(batches(x.cpu(), y.cpu())))
+        for model, x, y in copies(of, device)
+    )
+    assert_same(here, there, device)
+
+
+@pytest.mark.gpu
+def test_a_loader_that_is_read_again_is_measured_the_same(device):
+    model, x = (
+        nn.Sequential(nn.Linear(90, 40), nn.ELU(), nn.Linear(40, CLASSES)).double(),
+        inputs(300, 90),
+    )
+    monitors = [Monitor(copy.deepcopy(model).to(d), memory="2 MiB") for d in ("cpu", device)]
+    here, there = (numbers(monitor.measure(list(x.split(50)))) for monitor in monitors)
+    assert monitors[1].latest["0"].route == "passes"
+    assert_same(here, there, device)
+
+
+@pytest.mark.gpu
+@every_network
+@pytest.mark.parametrize("fisher", ["rademacher", "mc"])
+def test_what_is_drawn_at_random_is_drawn_on_the_device(of, fisher, device):
+    _, (model, x, y) = copies(of, device)
+    found = []
+    for _ in range(2):
+        with Monitor(model, fisher=fisher, samples=2, rows=30) as monitor:
+            found.append(numbers(monitor.measure(x, targets=y)))
+    assert_same({name: value.cpu() for name, value in found[0].items()}, found[1], device)
+
+
+@pytest.mark.gpu
+@every_network
+@all_sharings
+def test_fishers_and_gradients_of_samples_are_the_same(of, sharing, device):
+    def formed(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        fishers = unitfisher.unit_fisher(model, x, sharing=sharing)
+        gradients = unitfisher.per_sample_gradients(model, x, y)
+        means = {name: of.mean for name, of in unitfisher.activation_statistics(model, x).items()}
+        return {
+            f"{i}.{n}": t
+            for i, all in enumerate((fishers, gradients, means))
+            for n, t in all.items()
+        }
+
+    here, there = (formed(*copy) for copy in copies(of, device))
+    assert_same(here, there, device)
+
+
+@pytest.mark.gpu
+def test_training_is_bit_identical_with_and_without_the_monitor(device, tmp_path):
+    random = torch.get_device_module(device)
+
+    def trained(**options: object) -> list[Tensor]:
+        torch.manual_seed(0)
+        _, (model, x, y) = copies("mlp", device)
+        model.insert(2, nn.Dropout(0.3))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        x, y = (t.cuda() for t in batch())
-        if record is not None:
-            unitfisher.Monitor(model, every=2, fisher="rademacher", record=record)
-        for _ in range(6):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-        return [p.detach().cpu() for p in model.parameters()], torch.cuda.get_rng_state()
+        with ExitStack() as stack:
+            if options:
+                stack.enter_context(Monitor(model, every=2, fisher="rademacher", **options))
+            for _ in range(6):
+                optimizer.zero_grad()
+                loss_of(model, x, y).backward()
+                optimizer.step()
+        return [p.detach().cpu() for p in model.parameters()] + [random.get_rng_state(device)]
 
-    plain, watched = trained(None), trained(tmp_path / "run")
-    assert all(map(torch.equal, plain[0], watched[0]))
-    assert torch.equal(plain[1], watched[1])
+    plain, watched = trained(), trained(record=tmp_path / "run")
+    assert all(map(torch.equal, plain, watched))
+    assert pd.read_parquet(tmp_path / "run" / "units")["k"].notna().all()
+
+
+@pytest.mark.gpu
+def test_measuring_leaves_the_random_state_of_the_device(device):
+    _, (model, x, _) = copies("mlp", device)
+    model.register_forward_hook(lambda module, args, z: z + 0 * torch.randn_like(z))
+    random = torch.get_device_module(device)
+    before = random.get_rng_state(device)
+    Monitor(model).measure(x)
+    assert torch.equal(random.get_rng_state(device), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_monitor_goes_on_from_its_state_wherever_it_is_loaded(on_host, device):
+    _, (model, x, y) = copies("mlp", device)
+
+    def measured(monitor: Monitor, passes: int) -> pd.DataFrame:
+        for _ in range(passes):
+            loss_of(model, x, y).backward()
+        return monitor.to_pandas()
+
+    with Monitor(model, every=1, fisher="rademacher") as whole:
+        expected = measured(whole, 4)
+    with Monitor(model, every=1, fisher="rademacher") as first:
+        measured(first, 2)
+        kept = io.BytesIO()
+        torch.save(first.state_dict(), kept)
+    with Monitor(model, every=1, fisher="rademacher") as second:
+        kept.seek(0)
+        second.load_state_dict(
+            torch.load(kept, map_location="cpu" if on_host else device, weights_only=True)
+        )
+        found = measured(second, 2)
+    pd.testing.assert_frame_equal(found, expected)
+
+
+@pytest.mark.gpu
+def test_a_model_on_two_devices_is_measured_as_on_one(device):
+    if torch.get_device_module(device).device_count() < 2:
+        pytest.skip("needs two devices")
+    other = torch.device(device.type, 1 - device.index)
+    (whole, x, y), (parted, _, _) = copies("mlp", device)
+    parted[2:].to(other)
+    parted[2].register_forward_pre_hook(lambda module, args: args[0].to(other))
+    here = Monitor(whole).measure(x, targets=y)
+    there = Monitor(parted).measure(x.to(device), targets=y.to(other))
+    for layer, place in {"0": device, "2": other, "4": other}.items():
+        assert_same(numbers({layer: here[layer]}), numbers({layer: there[layer]}), place)

@@ -320,12 +320,12 @@ def test_augmenting_leaves_the_global_generator_alone() -> None:
 
 
 @pytest.mark.gpu
-def test_augmentation_is_the_same_on_a_gpu() -> None:
+def test_augmentation_is_the_same_on_a_gpu(device: torch.device) -> None:
     x, crops = torch.rand(50, 3, 32, 32), draw_crops((50,), 8, seeded())
-    assert torch.equal(augmented(x.cuda(), crops).cpu(), augmented(x, crops))
+    assert torch.equal(augmented(x.to(device), crops).cpu(), augmented(x, crops))
 
 
 @pytest.mark.gpu
-def test_whitening_is_the_same_on_a_gpu(tmp_path: Path) -> None:
-    found = whitened(some_images().to("cuda"), "some", tmp_path / "gpu").train_x.cpu()
+def test_whitening_is_the_same_on_a_gpu(device: torch.device, tmp_path: Path) -> None:
+    found = whitened(some_images().to(device), "some", tmp_path / "gpu").train_x.cpu()
     assert_close(found, whitened(some_images(), "some", tmp_path / "cpu").train_x)

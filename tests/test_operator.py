@@ -628,17 +628,17 @@ def test_with_many_rows_a_product_takes_vectors_only():
 @pytest.mark.gpu
 @biases
 @pytest.mark.parametrize("n", [40, 3])
-def test_on_a_gpu_it_says_the_same(n, bias):
+def test_on_a_gpu_it_says_the_same(n, bias, device):
     model, _ = network("mlp", 5, bias)
     x = normal(seeded(13), n, 5)
     here, there = (
         unit_fisher_operator(Monitor(m, layers="0").measure(y)["0"], 1)
-        for m, y in ((model.double(), x), (copy.deepcopy(model).double().cuda(), x.cuda()))
+        for m, y in ((model.double(), x), (copy.deepcopy(model).double().to(device), x.to(device)))
     )
     v = normal(seeded(14), here.shape[0])
-    assert there.device.type == "cuda"
-    assert_close((there @ v.cuda()).cpu(), here @ v, **TOL)
-    assert_close(there.solve(v.cuda()).cpu(), here.solve(v), **TOL)
+    assert there.device == device
+    assert_close((there @ v.to(device)).cpu(), here @ v, **TOL)
+    assert_close(there.solve(v.to(device)).cpu(), here.solve(v), **TOL)
     assert_close(there.eigenvalues.cpu(), here.eigenvalues, **TOL)
     assert there.effective_rank() == pytest.approx(here.effective_rank(), rel=1e-6)
     np.testing.assert_allclose(there.to_scipy() @ v.numpy(), here @ v, rtol=1e-6)

@@ -276,6 +276,21 @@ def test_an_interrupted_training_ends_after_the_step_and_goes_on_bit_identical(
     assert_goes_on_to(whole, tmp_path, given)
 
 
+@pytest.mark.gpu
+def test_an_interrupted_training_on_a_gpu_goes_on_bit_identical(
+    device: torch.device, tmp_path: Path
+) -> None:
+    whole, cut = (
+        [*TINY.split(), "--device", str(device), "--out", str(tmp_path / out)]
+        for out in ("whole", "cut")
+    )
+    assert train.main(*train.parse(whole)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, Held, "next", {3})
+        assert train.main(*train.parse(cut)) == train.INTERRUPTED
+    assert_goes_on_to(tmp_path / "whole", tmp_path / "cut", cut)
+
+
 def test_a_second_interrupt_leaves_the_last_checkpoint(whole: Path, tmp_path: Path) -> None:
     given = [*TINY.split(), "--out", str(tmp_path)]
     with pytest.MonkeyPatch.context() as patch:

@@ -1,7 +1,7 @@
 """Runs a model and restores its modes, its buffers and the random states."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,13 @@ def kept(model: nn.Module) -> Iterator[None]:
     """
     owned = [(module, dict(module._buffers)) for module in model.modules()]
     values = [(buffer, buffer.clone()) for buffer in model.buffers() if not _overlaps(buffer)]
-    device = device_of(model)
+    devices = {p.device for p in model.parameters()}
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng([]))
+            for device in devices:
+                if device.type not in ("cpu", "meta"):
+                    stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
             yield
     finally:
         for module, buffers in owned:

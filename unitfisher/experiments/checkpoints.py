@@ -21,14 +21,14 @@ from unitfisher.table import write_atomically
 FORMAT: Final = 2  # increased when the contents of `Trainer.state` take another form
 
 
-def read(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read a state onto the device.
+def read(path: Path) -> dict[str, Any]:
+    """Read a state onto the CPU, where the states of random generators have to be.
 
     Raises:
         DamagedDataError: The file cannot be read.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
         reason = str(error) or type(error).__name__
         raise DamagedDataError(
@@ -100,13 +100,14 @@ def require_form(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: P
 
 def random_states(device: torch.device) -> list[Tensor]:
     """Return the states of torch's global generators in this process."""
-    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *on_device]
+    if device.type == "cpu":
+        return [torch.get_rng_state()]
+    return [torch.get_rng_state(), torch.get_device_module(device).get_rng_state(device)]
 
 
 def load_random(states: Sequence[Tensor], device: torch.device, ranks: Ranks) -> None:
     """Restore this process's generators; ``states`` are those of all processes, by rank."""
     own = states[len(random_states(device)) * ranks.rank :]
-    torch.set_rng_state(own[0].cpu())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(own[1].cpu(), device)
+    torch.set_rng_state(own[0])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(own[1], device)

@@ -43,7 +43,9 @@ class Ensemble(nn.Module):
     def members(self) -> tuple[nn.Module, ...]:
         """The members as plain modules that share the ensemble's memory, and train with it."""
         stacked = {**dict(self.stacked.named_parameters()), **dict(self.stacked.named_buffers())}
+        device = next((t.device for t in stacked.values()), None)
         for i, member in enumerate(self._forms):
+            member.to(device)  # not every type of device takes the place of another below
             for name, parameter in member.named_parameters():
                 parameter.data = stacked[name].data[i]
             for name, buffer in member.named_buffers():

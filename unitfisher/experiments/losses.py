@@ -70,4 +70,5 @@ class Losses:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
-        self.sum, self.diverged = state["loss"], state["diverged"].cpu()
+        self.sum.copy_(state["loss"])
+        self.diverged = state["diverged"]

@@ -125,7 +125,7 @@ class Held:
     def load(self, state: Mapping[str, Any]) -> None:
         self.orders.load(state["orders"])
         for generator, drawn in zip(self.augment, state["augment"], strict=True):
-            generator.set_state(drawn.cpu())
+            generator.set_state(drawn)
 
     def _augmented(self, x: Float[Tensor, "m n ..."], whole: int) -> Float[Tensor, "m n ..."]:
         """Crop and mirror; drawn for the whole batch, of which this process may have a share."""

@@ -128,7 +128,7 @@ class Trainer:
         """Open the records, and load the checkpoint if there is one to resume from."""
         state = None
         if resume and self.checkpoint.exists():
-            state = checkpoints.read(self.checkpoint, self.device)
+            state = checkpoints.read(self.checkpoint)
             self._require_own(state)  # before anything is opened, and so left behind
         folder, recorded = self.checkpoint.parent, dict[Member, nn.Module]()
         if self.ranks.is_first:

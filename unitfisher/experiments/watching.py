@@ -111,8 +111,8 @@ class Watch:
             self.monitor.step = when.iteration
             measured = self.monitor.measure(x, targets=self.task.target(x, y))
             record_path(self.run, then, measured, self.preset.dampings)
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)  # else queued work would not be counted
+        if not x.is_cpu:
+            torch.accelerator.synchronize(x.device)  # else queued work would not be counted
         spent = time.perf_counter() - start
         at_test = evaluate(self.model, self.source.test(self.preset.tested), self.task)
         scores = {"probe_loss": at_probe.loss, "probe_error": 100 * at_probe.error}
