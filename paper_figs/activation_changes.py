@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 from summary import Summary
 
-from unitfisher.experiments import plotting, scripts
+from unitfisher.experiments import plotting
 from unitfisher.experiments.panels import panels
 
 
@@ -53,4 +53,4 @@ def _deciles(ax: Axes, name: str, variance: pd.Series) -> Line2D:
 
 
 if __name__ == "__main__":
-    scripts.run(lambda: print(style.save(draw, "activation_changes")))
+    style.script(lambda: print(style.save(draw, "activation_changes")))

@@ -7,7 +7,7 @@ import style
 import torch
 from matplotlib.figure import Figure
 
-from unitfisher.experiments import ACTIVATIONS, plotting, scripts
+from unitfisher.experiments import ACTIVATIONS, plotting
 from unitfisher.experiments.panels import panels
 
 SHOWN = ("relu", "lrelu", "srelu", "elu")
@@ -34,4 +34,4 @@ def draw() -> Figure:
 
 
 if __name__ == "__main__":
-    scripts.run(lambda: print(style.save(draw, "activation_functions")))
+    style.script(lambda: print(style.save(draw, "activation_functions")))

@@ -1,6 +1,9 @@
 """Draw every figure again from the committed tables, in a minute; nothing is trained.
 
-python paper_figs/all.py
+    python paper_figs/all.py
+    python paper_figs/all.py --records mnist runs/mnist
+
+The second way makes the tables of a training anew first, from its full records.
 """
 
 from collections.abc import Callable
@@ -18,7 +21,9 @@ import cifar_table
 import imagenet
 import mnist
 import style
+import tyro
 from matplotlib.figure import Figure
+from summaries import summarise
 
 from unitfisher.experiments import scripts
 
@@ -37,8 +42,15 @@ FIGURES: dict[str, Callable[[], Figure]] = {
 }
 
 
-def main() -> list[Path]:
-    """Draw all; a figure whose tables are missing says how they are made."""
+def main(records: tuple[tuple[str, Path], ...] = ()) -> list[Path]:
+    """Draw every figure; one whose tables are missing says how they are made.
+
+    Args:
+        records: Pairs of a folder in paper_figs/tables and the folder of analysis/train.py whose
+            records it is made from first; without them, all tables are drawn as they are.
+    """
+    for name, folder in records:
+        print(summarise(name, [folder]).write())
     drawn = []
     for name, draw in FIGURES.items():
         try:
@@ -51,4 +63,4 @@ def main() -> list[Path]:
 
 
 if __name__ == "__main__":
-    scripts.run(main)
+    scripts.run(lambda: tyro.cli(main))

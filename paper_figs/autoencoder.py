@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from summary import TRAINING_LOSS, Summary
 
-from unitfisher.experiments import plotting, scripts
+from unitfisher.experiments import plotting
 from unitfisher.experiments.panels import panels
 
 ERRORS = {
@@ -67,4 +67,4 @@ def _name_diverged(ax: Axes, summary: Summary, rate: float) -> None:
 
 
 if __name__ == "__main__":
-    scripts.run(lambda: print(style.save(draw, "autoencoder")))
+    style.script(lambda: print(style.save(draw, "autoencoder")))

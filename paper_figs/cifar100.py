@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from summary import TRAINING_LOSS, Summary
 
-from unitfisher.experiments import plotting, scripts
+from unitfisher.experiments import plotting
 from unitfisher.experiments.panels import panels
 
 VALUES = {"train_loss": "training loss\n(cross-entropy, nats)", "test_error": "test error (%)"}
@@ -69,4 +69,4 @@ def _published(ax: Axes, summary: Summary) -> list[str]:
 
 
 if __name__ == "__main__":
-    scripts.run(lambda: print(style.save(draw, "cifar100")))
+    style.script(lambda: print(style.save(draw, "cifar100")))

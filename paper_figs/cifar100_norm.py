@@ -16,7 +16,7 @@ from cifar100 import VALUES
 from matplotlib.figure import Figure
 from summary import NORMS, TRAINING_LOSS, Summary, together, with_and_without_norm
 
-from unitfisher.experiments import plotting, scripts
+from unitfisher.experiments import plotting
 from unitfisher.experiments.panels import panels
 
 
@@ -54,4 +54,4 @@ def _tested(found: Mapping[str, Summary]) -> str:
 
 
 if __name__ == "__main__":
-    scripts.run(lambda: print(style.save(draw, "cifar100_norm")))
+    style.script(lambda: print(style.save(draw, "cifar100_norm")))

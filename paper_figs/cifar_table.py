@@ -18,7 +18,7 @@ import summary
 from matplotlib.figure import Figure
 from summary import Summary
 
-from unitfisher.experiments import plotting, scripts
+from unitfisher.experiments import plotting
 from unitfisher.experiments.markdown import markdown_table, spread
 from unitfisher.experiments.panels import FOOT as FONT
 from unitfisher.experiments.panels import PAGE, panels
@@ -150,4 +150,4 @@ def _notes(recorded: Sequence[Summary]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    scripts.run(lambda: print(style.save(draw, "cifar_table"), write(), sep="\n"))
+    style.script(lambda: print(style.save(draw, "cifar_table"), write(), sep="\n"))

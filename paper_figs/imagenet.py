@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from summary import TRAINING_LOSS, Summary
 
-from unitfisher.experiments import plotting, scripts
+from unitfisher.experiments import plotting
 from unitfisher.experiments.panels import panels
 
 VALUES = {
@@ -52,4 +52,4 @@ def _published(ax: Axes, done: int) -> str:
 
 
 if __name__ == "__main__":
-    scripts.run(lambda: print(style.save(draw, "imagenet")))
+    style.script(lambda: print(style.save(draw, "imagenet")))

@@ -9,7 +9,7 @@ import style
 from matplotlib.figure import Figure
 from summary import TRAINING_LOSS, Summary
 
-from unitfisher.experiments import plotting, scripts
+from unitfisher.experiments import plotting
 from unitfisher.experiments.panels import panels
 
 
@@ -30,4 +30,4 @@ def draw() -> Figure:
 
 
 if __name__ == "__main__":
-    scripts.run(lambda: print(style.save(draw, "mnist")))
+    style.script(lambda: print(style.save(draw, "mnist")))

@@ -1,12 +1,14 @@
 """How all figures look, and where they go."""
 
+import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import summary
+import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -18,7 +20,7 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
-from unitfisher.experiments import panels, plotting
+from unitfisher.experiments import panels, plotting, scripts
 
 FIGURES = Path(__file__).parent / "figures"
 STYLES: tuple[plotting.Style, ...] = ("-", "--")
@@ -74,6 +76,12 @@ def mark(ax: Axes, x: float, y: float, activation: str) -> None:
 def published() -> dict[str, Any]:
     """Published values, from the file that names their sources."""
     return tomllib.loads((Path(__file__).parent / "published.toml").read_text())
+
+
+def script(main: Callable[[], None]) -> NoReturn:
+    """Run a script that has no options but ``--help``, which shows the script's first sentence."""
+    what = str(sys.modules["__main__"].__doc__).split("\n\n")[0]
+    scripts.run(lambda: tyro.cli(main, description=what))
 
 
 def save(draw: Callable[[], Figure], name: str) -> Path:

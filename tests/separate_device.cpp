@@ -236,8 +236,9 @@ void on_the_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   for (size_t i = stack->size() - count; i < stack->size(); i++) {
     auto& value = (*stack)[i];
-    if (!value.isGenerator()) continue;
-    auto generator = value.toGenerator();
+    auto index = i - (stack->size() - count);
+    if (op.schema().arguments()[index].name() != "generator" || !device) continue;
+    auto generator = value.isNone() ? global_generator(device->index()) : value.toGenerator();
     TORCH_CHECK(generator.device() == device, name, " by a generator of another device");
     value = static_cast<Generator*>(generator.unsafeGetGeneratorImpl())->host;
   }

@@ -1,5 +1,6 @@
 import json
 import re
+import runpy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -435,6 +436,27 @@ def test_all_draws_what_it_has_tables_of(
     assert (empty / "figures" / "cifar_table.md").exists()
     told = capsys.readouterr().out
     assert "imagenet: no tables of imagenet-15; make them with python analysis/train.py" in told
+
+
+def test_all_makes_the_tables_of_full_records_first(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(style, "FIGURES", empty / "figures")
+    record(empty / "runs", PHOTOGRAPHS, (0, 100))
+    drawn = everything.main((("imagenet-15", empty / "runs"),))
+    assert empty / "figures" / "imagenet.png" in drawn
+    assert Summary.read("imagenet-15").training["iteration"].unique().tolist() == [0, 100]
+
+
+@pytest.mark.parametrize("given", ["--help", "--nosuch"])
+def test_a_script_without_options_has_help_and_refuses_others(
+    given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [mnist.__file__, given])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(mnist.__file__, run_name="__main__")
+    assert bool(ended.value.code) == (given == "--nosuch")
+    assert given in "".join(capsys.readouterr())
 
 
 def test_committed_tables_of_mnist_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,11 +210,10 @@ def _fits(given: pa.DataType, stored: pa.DataType) -> bool:
 
 
 def _wait_for_devices(pending: Sequence[Mapping[str, Values]]) -> None:
+    """Wait for the copies: they may be on other streams than this thread's."""
     columns = (values for rows in pending for values in rows.values())
     for device in {c.device for c in columns if isinstance(c, Tensor) and not c.is_cpu}:
-        torch.accelerator.synchronize(
-            device
-        )  # the copies may be on another stream than this thread's
+        torch.accelerator.synchronize(device)
 
 
 def _joined(chunks: Sequence[Values], stored: pa.DataType) -> pa.Array | pa.ChunkedArray:
