@@ -202,7 +202,8 @@ def test_a_compiled_model_is_refused_with_the_way_round(make):
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path):
-    Monitor(mlp(), record=tmp_path).detach()
+    with Monitor(mlp(), record=tmp_path) as monitor:
+        monitor.measure(torch.randn(5, 4))
     with pytest.raises(RecordExistsError, match="already holds a run; choose another folder"):
         Monitor(mlp(), record=tmp_path)
 

@@ -497,11 +497,23 @@ def test_a_table_without_rows_is_counted_as_none(tmp_path):
 
 
 def test_a_run_is_not_overwritten(tmp_path):
-    Run(tmp_path / "run", {"lr": 0.1}).close()
+    with Run(tmp_path / "run", {"lr": 0.1}) as run:
+        run.append("units", {"k": 1.0})
     with pytest.raises(RecordExistsError, match="run already holds a run; .* resume=True"):
         Run(tmp_path / "run", {"lr": 0.1})
     with pytest.raises(FileExistsError):
         Run(tmp_path / "run")
+
+
+def test_a_run_that_ended_before_its_first_row_is_begun_anew(tmp_path):
+    with Run(tmp_path / "run", {"lr": 0.1}) as first:
+        with pytest.raises(RecordExistsError, match="already holds a run"):
+            Run(tmp_path / "run", {"lr": 0.1})
+    with Run(tmp_path / "run", {"lr": 0.2}) as second:
+        second.append("units", {"k": 1.0})
+    assert second.config == {"lr": 0.2}
+    assert second.id != first.id
+    assert second.read("units")["k"].tolist() == [1.0]
 
 
 @pytest.mark.parametrize("resume", [False, True])

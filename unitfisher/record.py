@@ -50,7 +50,8 @@ class Run:
     number may read it meanwhile.
 
     Args:
-        folder: Created if missing. It must be empty or, with ``resume``, may hold this run.
+        folder: Created if missing. It must be empty, or hold a run that ended before its first row;
+            with ``resume`` it may hold this run.
         config: The run's configuration, kept as JSON; what JSON cannot represent, as text.
         resume: Continue the run in the folder, if there is one.
         flush_interval: Seconds that a row may wait before it is written.
@@ -87,6 +88,8 @@ class Run:
         _require_ours(self.folder, resume)
         self._lock = FolderLock(self.folder)
         try:
+            if not resume:
+                (self.folder / "config.json").unlink(missing_ok=True)
             made = _open(self.folder, config)
         except BaseException:
             self._lock.release()
@@ -256,8 +259,8 @@ class Run:
 
 
 def require_new(folder: Path) -> None:
-    """Raise RecordExistsError if a folder holds a run."""
-    if (folder / "config.json").exists():
+    """Raise RecordExistsError if a folder holds a run that has rows, or that is open here."""
+    if folder.resolve() in OPEN or any(folder.glob("*/part-*.parquet")):
         raise RecordExistsError(
             f"{folder} already holds a run; choose another folder, or continue with resume=True"
         )
