@@ -392,6 +392,8 @@ def test_a_damaged_checkpoint_is_named(left: int, tmp_path: Path) -> None:
         ("--network cifar11 --hidden", "cifar11 takes cifar-10, .* not --dataset digits"),
         ("--network timm:vit --hidden --dataset cifar-10 --weight-variance None", "timm"),
         ("--rates 0.1 -1", r"--rates 0.1 -1.0, but must be above 0"),
+        ("--rates nan", r"--rates nan, but must be above 0"),
+        ("--norm batch --batch-size 3", r"1 of 4 cases in batches of 3, .* another batch size"),
         ("--seeds 99999999999", r"--seeds 99999999999, but must be 0 or more and below 2\*\*31"),
         ("--dampings -1", r"--dampings -1.0, but must be 0 or more"),
         ("--checkpoint-every -1", r"--checkpoint-every -1.0, but must be 0 or more"),

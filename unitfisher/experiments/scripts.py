@@ -53,8 +53,8 @@ def _option(name: str, text: str) -> str:
     dashed = name.replace("_", "-")
     try:
         value = literal_eval(text)
-    except (ValueError, SyntaxError):  # a placeholder, as in seeds=N
-        value = text
+    except (ValueError, SyntaxError):  # a placeholder, as in seeds=N, or not finite
+        value = tuple(text.strip("(),").split(", "))
     if isinstance(value, bool):
         return f"--{dashed}" if value else f"--no-{dashed}"
     return " ".join([f"--{dashed}", *map(str, value if isinstance(value, tuple) else (value,))])

@@ -61,17 +61,25 @@ def source_of(
     """Open the members' batches; orders are drawn by their generators.
 
     Raises:
-        ValueError: The members have several seeds, and the data are photographs.
+        ValueError: The members have several seeds, and the data are photographs; or the last batch
+            is too small to be shared by the processes, or to be normalised.
     """
+    size = preset.batch_size
+    cases = len(data.train if isinstance(data, PhotographSets) else data.train_x)
+    if preset.norm == "batch" and _last(cases, size) == 1:
+        raise ValueError(
+            f"the last batch of an epoch, 1 of {cases} cases in batches of {size}, has no variance "
+            "that batch normalisation could divide by: choose another batch size"
+        )
     if isinstance(data, PhotographSets):
         seeds = {member.seed for member in members}
         if len(seeds) > 1:
             raise ValueError(f"photographs are read for one seed at a time, not for {seeds}")
-        seed, size = members[0].seed, preset.batch_size
+        seed = members[0].seed
         return Read(data, size, seed, len(members), workers=workers, ranks=ranks)
     crops = {m.seed: torch.Generator().manual_seed(CROPS + m.seed) for m in members}
     augment = [crops[member.seed] for member in members] if preset.augmented else []
-    return Held(data, preset.batch_size, generators, augment, ranks=ranks)
+    return Held(data, size, generators, augment, ranks=ranks)
 
 
 class Held:
@@ -181,9 +189,13 @@ class Read:
 
 
 def _require_sharable(cases: int, size: int, ranks: Ranks) -> None:
-    last = cases % size or min(size, cases)
-    if last < ranks.size:
+    if (last := _last(cases, size)) < ranks.size:
         raise ValueError(
             f"the last batch of an epoch, {last} of {cases} cases in batches of {size}, cannot be "
             f"shared by {ranks.size} processes: choose another batch size"
         )
+
+
+def _last(cases: int, size: int) -> int:
+    """Count the cases in the last batch of an epoch."""
+    return cases % size or min(size, cases)
