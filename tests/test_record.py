@@ -506,9 +506,10 @@ def test_a_run_is_not_overwritten(tmp_path):
 
 
 def test_a_run_that_ended_before_its_first_row_is_begun_anew(tmp_path):
-    with Run(tmp_path / "run", {"lr": 0.1}) as first:
-        with pytest.raises(RecordExistsError, match="already holds a run"):
-            Run(tmp_path / "run", {"lr": 0.1})
+    first = Run(tmp_path / "run", {"lr": 0.1})
+    with pytest.raises(RecordExistsError, match="already holds a run"):
+        Run(tmp_path / "run", {"lr": 0.1})
+    first.close()
     with Run(tmp_path / "run", {"lr": 0.2}) as second:
         second.append("units", {"k": 1.0})
     assert second.config == {"lr": 0.2}
