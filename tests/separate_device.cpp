@@ -1,6 +1,7 @@
-// Two devices of type "separate", in locked pages of the host's memory: what reads a tensor of
-// theirs without copying it to the CPU first crashes, and operations on tensors of two devices
-// raise errors, as on GPUs. Operations copy their operands to the CPU, and their results back.
+// Devices of type "separate", in locked pages of the host's memory: what reads a tensor of theirs
+// without copying it to the CPU first crashes, and operations on tensors of two devices raise
+// errors, as on GPUs. Operations copy their operands to the CPU, and their results back. The last
+// device has no double precision, as Apple's GPUs have none.
 
 #include <sys/mman.h>
 
@@ -30,7 +31,7 @@ using std::optional;
 
 constexpr auto SEPARATE = c10::DeviceType::PrivateUse1;
 constexpr auto KEYS = c10::DispatchKeySet(c10::DispatchKey::PrivateUse1);
-constexpr DeviceIndex DEVICES = 2;
+constexpr DeviceIndex DEVICES = 3, SINGLE = 2;
 thread_local DeviceIndex current = 0;
 
 bool separate(const Tensor& t) { return t.device().type() == SEPARATE; }
@@ -107,19 +108,22 @@ void choose(optional<Device> device) {
   if (device && device->has_index()) current = device->index();
 }
 
+at::ScalarType supported(optional<at::ScalarType> asked) {
+  auto type = asked.value_or(c10::get_default_dtype_as_scalartype());
+  TORCH_CHECK_TYPE(current != SINGLE || type != at::kDouble, "no double precision on this device");
+  return type;
+}
+
 Tensor empty(IntArrayRef size, optional<at::ScalarType> type, optional<at::Layout>,
              optional<Device> device, optional<bool>, optional<at::MemoryFormat> format) {
   c10::DeviceGuard guard(device.value_or(Device(SEPARATE, current)));
-  auto dtype = type.value_or(c10::get_default_dtype_as_scalartype());
-  return at::detail::empty_generic(size, &allocator, KEYS, dtype, format);
+  return at::detail::empty_generic(size, &allocator, KEYS, supported(type), format);
 }
 
 Tensor empty_strided(IntArrayRef size, IntArrayRef stride, optional<at::ScalarType> type,
                      optional<at::Layout>, optional<Device> device, optional<bool>) {
   c10::DeviceGuard guard(device.value_or(Device(SEPARATE, current)));
-  auto dtype = type.value_or(c10::get_default_dtype_as_scalartype());
-  return at::detail::empty_strided_generic(size,
-                                           stride, &allocator, KEYS, dtype);
+  return at::detail::empty_strided_generic(size, stride, &allocator, KEYS, supported(type));
 }
 
 const Tensor& resize(const Tensor& self, IntArrayRef size, optional<at::MemoryFormat>) {
@@ -172,8 +176,8 @@ struct Generator final : at::CPUGeneratorImpl {
 };
 
 const at::Generator& global_generator(DeviceIndex index) {
-  static std::array<at::Generator, DEVICES> all{at::make_generator<Generator>(DeviceIndex(0)),
-                                                at::make_generator<Generator>(DeviceIndex(1))};
+  static std::vector<at::Generator> all;
+  while (all.size() < DEVICES) all.push_back(at::make_generator<Generator>(all.size()));
   return all.at(index < 0 ? current : index);
 }
 

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-NAME = "separate"
+NAME, SINGLE = "separate", "separate:2"  # the second without double precision
 SOURCE = Path(__file__).with_suffix(".cpp")
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
@@ -36,7 +36,7 @@ def _module() -> ModuleType:
     module = ModuleType(f"torch.{NAME}")
     module.is_available = module.is_initialized = lambda: True
     module._is_in_bad_fork = lambda: False
-    module.device_count = lambda: 2
+    module.device_count = lambda: 3
     module.device = nullcontext
     module.current_device = lambda: 0
     module.get_amp_supported_dtype = lambda: [torch.bfloat16]

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import CLASSES, NETS, batches, inputs, prepared
-from separate_device import COMPILER, NAME
+from separate_device import COMPILER, NAME, SINGLE
 from strategies import all_sharings
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -220,6 +220,56 @@ def test_a_monitor_goes_on_from_its_state_wherever_it_is_loaded(on_host, device)
         )
         found = measured(second, 2)
     pd.testing.assert_frame_equal(found, expected)
+
+
+@pytest.fixture
+def single(device: torch.device) -> torch.device:
+    """A device without double precision."""
+    if device.type == NAME:
+        return torch.device(SINGLE)
+    if not torch.backends.mps.is_available():
+        pytest.skip("this GPU has double precision")
+    return torch.device("mps", 0)
+
+
+@pytest.mark.gpu
+@every_network
+@all_sharings
+def test_without_double_precision_measurements_are_those_of_the_cpu(of, sharing, single):
+    def measured(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[dict[str, Tensor]]:
+        monitor = Monitor(model, every=1, sharing=sharing, activations=1)
+        loss_of(model, x, y).backward()
+        steps = monitor.natural_gradient()
+        yield numbers(monitor.latest)
+        for name, (dw, dw0) in steps.items():
+            layer = model.get_submodule(name)
+            g, g0 = layer.weight.grad, None if layer.bias is None else layer.bias.grad
+            again, _ = monitor.latest[name].natural_gradient(g, g0)
+            assert {dw.device, again.device} == {x.device}
+            yield {"dw": dw, "again": again} | ({} if dw0 is None else {"dw0": dw0})
+        yield numbers(monitor.measure(x, targets=y))
+        yield numbers(monitor.measure(batches(x, y)))
+        yield unitfisher.unit_fisher(model, x, sharing=sharing, fisher="rademacher")
+
+    model, x, y = copies(of, torch.device("cpu"))[0]
+    model, x = model.float(), x.float()
+    here = list(measured(copy.deepcopy(model), x, y))
+    there = measured(model.to(single), x.to(single), y.to(single))
+    for one, other in zip(here, there, strict=True):
+        on_host = {name: value.cpu() for name, value in other.items()}
+        assert_close(on_host, one, rtol=1e-3, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.gpu
+@every_network
+def test_without_double_precision_gradients_of_samples_stay_on_the_device(of, single):
+    model, x, y = copies(of, torch.device("cpu"))[0]
+    here = unitfisher.per_sample_gradients(model.float(), x.float(), y)
+    model, x, y = model.to(single), x.float().to(single), y.to(single)
+    there = unitfisher.per_sample_gradients(model, x, y)
+    assert {g.device for g in there.values()} == {single}
+    assert_close({n: g.cpu() for n, g in there.items()}, here, rtol=1e-4, atol=1e-6)
+    assert unitfisher.per_sample_gradients(model, x, fisher="exact")
 
 
 @pytest.mark.gpu

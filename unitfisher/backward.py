@@ -108,7 +108,7 @@ def _back(
 
 
 def _cotangent(output: Tensor, column: Float[Tensor, "r n t y"]) -> Tensor:
-    return column.reshape(len(column), *output.shape).to(output.dtype)
+    return column.reshape(len(column), *output.shape).to(output)
 
 
 def bytes_of_column(z: Output, seen: Seen, estimator: Estimator) -> int:

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from unitfisher.kinds import LayerSelectionError, at_units
 from unitfisher.outputs import Averages, Taken, UnitMeans, means
+from unitfisher.precision import measuring
 
 
 @dataclass(slots=True)
@@ -147,8 +148,8 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     """
     sums = [total(x) for x in tensors]
     alike = len({(x.dtype, x.device) for x in sums}) <= 1
-    first = sums[0].device
-    together = torch.stack(sums if alike else [x.to(first, torch.float64) for x in sums])
+    place = measuring(sums[0].device)
+    together = torch.stack(sums if alike else [x.to(place).double() for x in sums])
     return bool(together.isfinite().all())
 
 

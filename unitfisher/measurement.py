@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from unitfisher.kinds import turning
+from unitfisher.kinds import turning, weight_of
 from unitfisher.memory import within
 from unitfisher.observation import Gradient, Observation
 from unitfisher.plan import Plan
@@ -104,11 +104,12 @@ class Measurement:
         return steps
 
     def _like_weights(self, steps: Mapping[str, LayerStep]) -> dict[str, LayerStep]:
-        """Give steps the shapes of the weights; a sample of units keeps one row a unit."""
-        return {
+        """Give steps the shapes and devices of weights; a sample of units keeps one row a unit."""
+        turned = {
             name: step if name in self.units else step.turned(turning(self.layers[name]))
             for name, step in steps.items()
         }
+        return {name: step.on(weight_of(self.layers[name]).device) for name, step in turned.items()}
 
     def _gradients(self) -> Iterator[tuple[str, Gradient | None]]:
         """Copy the current ``.grad`` of the observed units; None where weight or bias lacks one.
@@ -123,4 +124,5 @@ class Measurement:
                 yield name, None
             else:
                 rows, units = turning(self.layers[name])(g), self.units.get(name, slice(None))
-                yield name, Gradient(rows[units].clone(), None if g0 is None else g0[units].clone())
+                copied = Gradient(rows[units].clone(), None if g0 is None else g0[units].clone())
+                yield name, copied.measurable()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unitfisher.cases import UnitCases
 from unitfisher.outputs import UnitMeans
+from unitfisher.precision import measurable
 
 
 class NonFiniteError(FloatingPointError):
@@ -20,6 +21,9 @@ class Gradient(NamedTuple):
 
     g: Float[Tensor, "u *d"]
     g0: Float[Tensor, " u"] | None  # None for a layer without bias
+
+    def measurable(self) -> "Gradient":
+        return Gradient(measurable(self.g), None if self.g0 is None else measurable(self.g0))
 
     def times(self, factor: float) -> "Gradient":
         return Gradient(factor * self.g, None if self.g0 is None else factor * self.g0)

@@ -12,6 +12,7 @@ from unitfisher.calls import Call
 from unitfisher.cases import UnitCases
 from unitfisher.kinds import LayerSelectionError, at_units, convolves, incoming, weight_shape
 from unitfisher.patches import Patches, Received, unfolded
+from unitfisher.precision import measurable
 
 MANY = 2**18  # numbers from which checking their range is cheaper than using double precision
 FAINT, FIERCE = 1e-24, 1e36  # a unit's ΣD: beyond, float32 squares may under- or overflow
@@ -44,7 +45,7 @@ class Observed:
 
     def _received_by(self, call: Call) -> Received:
         """Return a call's activations; a view of its input, which may change, is copied."""
-        x = call.activations
+        x = measurable(call.activations)
         x = x if x.dtype == torch.float64 else x.float()
         seen = incoming(self.layer, x, call.shape)
         held = seen.view if isinstance(seen, Patches) else seen
@@ -63,7 +64,7 @@ class Observed:
         for call, grad in zip(self.calls, grads, strict=True):
             if grad is None:
                 grad = call.activations.new_zeros(columns, *call.shape)
-            delta = at_units(self.layer, grad.flatten(0, 1))
+            delta = at_units(self.layer, measurable(grad).flatten(0, 1))
             parts.append(self._by_sample(delta.view(columns, -1, *delta.shape[1:])))
         delta = _end_to_end(parts)
         return delta if self.units is None else delta[..., self.units.to(delta.device)]

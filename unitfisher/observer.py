@@ -31,6 +31,7 @@ from unitfisher.memory import within
 from unitfisher.observation import Gradient, Observation
 from unitfisher.observed import Folding, Observed
 from unitfisher.planner import Planner
+from unitfisher.precision import measurable
 from unitfisher.reach import EmptyBatchError, UnseenLayersError, edges, told
 from unitfisher.shapes import shapes_of
 from unitfisher.untouched import undisturbed
@@ -65,7 +66,7 @@ class Observer:
             output = pick_output(result, self.output)
         if output.numel() == 0:
             raise EmptyBatchError(f"the batch is empty: the output has shape {tuple(output.shape)}")
-        z = self.estimator.likelihood.arrange(output.detach())
+        z = measurable(self.estimator.likelihood.arrange(output.detach()))
         z = z.float() if z.element_size() < 4 else z  # small probabilities keep digits
         try:
             arriving = edges(output, seen)
@@ -74,6 +75,8 @@ class Observer:
             raise
         self._name_unfit(seen)
         sound = self._sound(z)
+        if isinstance(targets, Tensor):
+            targets = targets.to(z.device)
         drawable = torch.where(sound, z, 0.0)  # labels can be drawn even from a faulty pass
         with self._planned(seen, z):
             cases, gradients = self._sent_back(output, drawable, arriving, seen, targets)

@@ -8,6 +8,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from unitfisher.averages import averages
+from unitfisher.precision import measurable
 
 FEW = 2**16  # numbers up to which outputs are kept, and averaged together with others
 
@@ -22,7 +23,7 @@ class UnitMeans(NamedTuple):
 
     @classmethod
     def of(cls, y: Float[Tensor, "n t u"], nonlinearity: str | None) -> "UnitMeans":
-        mean, var = averages(y.unsqueeze(0))
+        mean, var = averages(measurable(y).unsqueeze(0))
         return cls(mean[0], var[0], y.shape[0] * y.shape[1], nonlinearity)
 
     def joined(self, other: "UnitMeans") -> "UnitMeans":

@@ -21,6 +21,7 @@ from unitfisher.columns import Estimator, columns
 from unitfisher.forward import Pick, arguments, pick_output
 from unitfisher.kinds import LayerSelectionError
 from unitfisher.likelihoods import Likelihood, OutputError, Residual, likelihood_of
+from unitfisher.precision import measurable, measuring
 from unitfisher.untouched import undisturbed
 
 TOGETHER = 16  # columns formed at a time
@@ -103,8 +104,9 @@ def per_sample_gradients(
             with suppress(RuntimeError):
                 return dict(vmap(of_target, chunk_size=chunk_size)(given, targets))
         z = outputs(chosen, given)
-        chance = Chance(seed).on(z.device)
-        S = torch.cat(list(columns(z, estimator, chance, targets, TOGETHER)))
+        chance = Chance(seed).on(measuring(z.device))
+        blocks = columns(measurable(z), estimator, chance, targets, TOGETHER)
+        S = torch.cat(list(blocks)).to(z.device)
         try:
             each = vmap(pulled_back, in_dims=(0, 1), out_dims=1, chunk_size=chunk_size)(given, S)
         except RuntimeError:

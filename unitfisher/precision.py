@@ -1,11 +1,13 @@
 """Measurements are computed in full precision, whatever the precision of the measured pass."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 
 class Ieee:
@@ -43,6 +45,26 @@ IEEE: Final = Ieee()
 def _backends() -> tuple[Any, Any]:
     mkldnn: Any = torch.backends.mkldnn  # its type stub lacks matmul
     return torch.backends.cuda.matmul, mkldnn.matmul
+
+
+def measuring(device: torch.device) -> torch.device:
+    """Return where a device's tensors are measured: the CPU if it has no double precision."""
+    return device if device.type == "cpu" or _has_double(device) else torch.device("cpu")
+
+
+def measurable(x: Tensor) -> Tensor:
+    """Return x where it is measured, as above."""
+    return x if x.is_cpu else x.to(measuring(x.device))
+
+
+@functools.cache
+def _has_double(device: torch.device) -> bool:
+    """Whether a device has double precision: Apple's GPUs do not."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device).add_(1)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 @contextmanager

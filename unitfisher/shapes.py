@@ -15,6 +15,7 @@ from unitfisher.kinds import at_units, incoming, weight_shape
 from unitfisher.likelihoods import Output
 from unitfisher.observed import stays_folded
 from unitfisher.patches import Patches
+from unitfisher.precision import measuring
 
 
 class Shape(NamedTuple):
@@ -137,4 +138,4 @@ def bare(layer: nn.Module, units: Int[Tensor, " u"] | None) -> Shape:
     observed = count if units is None else len(units)
     groups = observed if groups > 1 and units is not None else groups
     device = next(layer.parameters()).device
-    return Shape(0, 1, prod(of_unit), observed, groups, 4, 0, False, engine(device))
+    return Shape(0, 1, prod(of_unit), observed, groups, 4, 0, False, engine(measuring(device)))

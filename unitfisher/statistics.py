@@ -21,6 +21,8 @@ from unitfisher.theory import theory
 class UnitStatistics:
     """One layer's measurement; tensors stay on the device of the model, without a graph.
 
+    Where the device has no double precision (Apple's GPUs), they are on the CPU.
+
     The theorems' quantities are NaN for a dead unit: no error reaches it or, with "joint", its
     errors cancel over the positions of every sample. For a layer without bias, s and k are those
     that a bias would have.
@@ -92,9 +94,9 @@ class UnitStatistics:
                 f"got a gradient of {tuple(g.shape)} and "
                 f"{'no bias gradient' if g0 is None else tuple(g0.shape)}"
             )
-        gradient = Gradient(rows, g0)
+        gradient = Gradient(rows, g0).measurable()
         step = in_shape_of(gradient, natural_gradient(self.alone, self.damping, gradient))
-        return step.turned(self.turn)
+        return step.turned(self.turn).on(g.device)
 
     def damped(self, damping: float) -> "UnitStatistics":
         """Return the same measurement at another relative damping.

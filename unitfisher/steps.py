@@ -26,6 +26,9 @@ class LayerStep(NamedTuple):
         """Give dw, one row per unit, the shape of the layer's weight."""
         return LayerStep(turn(self.dw), self.dw0)
 
+    def on(self, device: torch.device) -> "LayerStep":
+        return LayerStep(self.dw.to(device), None if self.dw0 is None else self.dw0.to(device))
+
 
 def natural_gradient(block: Block, damping: float, gradient: Gradient) -> LayerStep:
     """Return F⁻¹ (g, g0) of a block's units in double precision, (u, d) and (u,)."""
