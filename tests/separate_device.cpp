@@ -3,11 +3,6 @@
 // errors, as on GPUs. Operations copy their operands to the CPU, and their results back. The last
 // device has no double precision, as Apple's GPUs have none.
 
-#include <sys/mman.h>
-
-#include <cstring>
-#include <mutex>
-
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -19,7 +14,11 @@
 #include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <sys/mman.h>
 #include <torch/library.h>
+
+#include <cstring>
+#include <mutex>
 
 namespace {
 
@@ -167,9 +166,7 @@ struct Generator final : at::CPUGeneratorImpl {
   void set_current_seed(uint64_t seed) override { host.set_current_seed(seed); }
   uint64_t current_seed() const override { return host.current_seed(); }
   uint64_t seed() override { return host.seed(); }
-  void set_state(const c10::TensorImpl& s) override {
-    host.unsafeGetGeneratorImpl()->set_state(s);
-  }
+  void set_state(const c10::TensorImpl& s) override { host.unsafeGetGeneratorImpl()->set_state(s); }
   c10::intrusive_ptr<c10::TensorImpl> get_state() const override {
     return host.unsafeGetGeneratorImpl()->get_state();
   }
@@ -252,22 +249,24 @@ void on_the_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 at::Scalar to_number(const Tensor& self) { return self.cpu().item(); }
 
 Tensor convolution(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias,
-                   IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                   bool transposed, IntArrayRef output_padding, int64_t groups) {
+                   IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool transposed,
+                   IntArrayRef output_padding, int64_t groups) {
   auto added = bias && bias->defined() ? optional<Tensor>(bias->cpu()) : std::nullopt;
   return at::convolution(x.cpu(), weight.cpu(), added, stride, padding, dilation, transposed,
-                                output_padding, groups)
+                         output_padding, groups)
       .to(x.device());
 }
 
-std::tuple<Tensor, Tensor, Tensor> convolution_backward(
-    const Tensor& gradient, const Tensor& x, const Tensor& weight, IntArrayRef stride,
-    IntArrayRef padding, IntArrayRef dilation, bool transposed,
-    IntArrayRef output_padding, int64_t groups, std::array<bool, 3> wanted) {
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& gradient, const Tensor& x,
+                                                        const Tensor& weight, IntArrayRef stride,
+                                                        IntArrayRef padding, IntArrayRef dilation,
+                                                        bool transposed, IntArrayRef output_padding,
+                                                        int64_t groups,
+                                                        std::array<bool, 3> wanted) {
   std::vector<int64_t> bias{gradient.size(1)};
-  auto [dx, dw, db] = at::convolution_backward(
-      gradient.cpu(), x.cpu(), weight.cpu(), IntArrayRef(bias), stride, padding, dilation,
-      transposed, output_padding, groups, wanted);
+  auto [dx, dw, db] =
+      at::convolution_backward(gradient.cpu(), x.cpu(), weight.cpu(), IntArrayRef(bias), stride,
+                               padding, dilation, transposed, output_padding, groups, wanted);
   auto back = [&](const Tensor& t) { return t.defined() ? t.to(x.device()) : t; };
   return {back(dx), back(dw), back(db)};
 }
@@ -296,7 +295,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 
 TORCH_LIBRARY(separate, m) {
   m.def("seed", [](int64_t seed) {
-    for (DeviceIndex i = 0; i < DEVICES; i++) at::Generator(global_generator(i)).set_current_seed(seed);
+    for (DeviceIndex i = 0; i < DEVICES; i++)
+      at::Generator(global_generator(i)).set_current_seed(seed);
   });
   m.def("random_state", [](int64_t index) { return global_generator(index).get_state(); });
   m.def("set_random_state", [](const Tensor& state, int64_t index) {

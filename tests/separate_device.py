@@ -1,4 +1,4 @@
-"""A type of device apart from the CPU, on any machine: what the tests for GPUs run on there."""
+"""A type of device apart from the CPU: the tests for GPUs run on it where there is none."""
 
 import os
 import shutil
