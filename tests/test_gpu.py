@@ -149,6 +149,21 @@ def test_what_is_drawn_at_random_is_drawn_on_the_device(of, fisher, device):
 
 
 @pytest.mark.gpu
+def test_the_theorems_are_the_same(device):
+    a, D, g = inputs(40, 6), inputs(40, 3).square(), inputs(3, 7)
+
+    def found(*given: Tensor) -> dict[str, Tensor]:
+        a, D, g = given
+        m = unitfisher.UnitMoments.of(a, D).damped(1e-3)
+        s, k = unitfisher.bias_shift_correction(m)
+        dw, dw0 = unitfisher.unit_natural_gradient(m, g[:, :6], g[:, 6])
+        shift = unitfisher.theorem_2(m, g[:, :6], g[:, 6])
+        return {"s": s, "k": k, "dw": dw, "dw0": dw0, "shift": shift, "Var_q": m.Var_q}
+
+    assert_same(found(a, D, g), found(*(x.to(device) for x in (a, D, g))), device)
+
+
+@pytest.mark.gpu
 @every_network
 @all_sharings
 def test_fishers_and_gradients_of_samples_are_the_same(of, sharing, device):
