@@ -255,9 +255,16 @@ def test_a_training_that_was_cut_before_its_first_checkpoint_begins_anew(
 
 
 def test_a_training_is_not_overwritten(tmp_path: Path) -> None:
-    with Trainer(SMALL, SMALL.members, few(), tmp_path):
-        pass
+    with Trainer(SMALL, SMALL.members, few(), tmp_path) as trainer:
+        next(iter(trainer))
     with pytest.raises(RecordExistsError, match="already holds a run"):
+        Trainer(SMALL, SMALL.members, few(), tmp_path)
+
+
+def test_a_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
+    with Trainer(SMALL, SMALL.members, few(), tmp_path) as trainer:
+        trainer.save()
+    with pytest.raises(RecordExistsError, match="already holds a training"):
         Trainer(SMALL, SMALL.members, few(), tmp_path)
 
 
@@ -452,8 +459,9 @@ def test_a_refused_resume_leaves_the_folder_as_it_was(
 
 
 def test_a_refused_beginning_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
-    with Trainer(SMALL, SMALL.members, few(), tmp_path):
-        before = listing(tmp_path)
+    with Trainer(SMALL, SMALL.members, few(), tmp_path) as trainer:
+        next(iter(trainer))
+    before = listing(tmp_path)
     other = replace(SMALL, seeds=(2, 0))
     with pytest.raises(RecordExistsError, match="resume=True"):
         Trainer(other, other.members, few(), tmp_path)

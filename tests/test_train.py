@@ -413,7 +413,7 @@ def test_what_a_user_can_mend_is_told_in_a_line_with_the_options_as_typed(
 
 
 def test_a_folder_that_holds_a_training_says_how_to_go_on(whole: Path) -> None:
-    with pytest.raises(SystemExit, match=r"already holds a run.* or continue with --resume$"):
+    with pytest.raises(SystemExit, match=r"already holds a training.* or continue with --resume$"):
         scripts.run(
             lambda: train.main(*train.parse([*TINY.split(), "--out", str(whole)])), train.Where
         )

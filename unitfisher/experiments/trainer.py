@@ -36,6 +36,7 @@ from unitfisher.experiments.stacks import set_dropout
 from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.watching import Moment, Watches
 from unitfisher.locks import FolderLock
+from unitfisher.record import RecordExistsError
 
 DROPOUT_SEED = 2**33  # added for every further process, for its own dropout
 
@@ -66,7 +67,7 @@ class Trainer:
     Raises:
         DamagedDataError: The checkpoint cannot be read.
         FolderInUseError: Another process trains in the folder.
-        RecordExistsError: The folder holds these runs, and ``resume`` is not given.
+        RecordExistsError: The folder holds a training, and ``resume`` is not given.
         ValueError: The folder holds other runs, a different configuration, or a checkpoint in
             another version's format, or several processes cannot share the batches. Nothing in the
             folder was changed.
@@ -132,6 +133,11 @@ class Trainer:
             self._require_own(state)  # before anything is opened, and so left behind
         folder, recorded = self.checkpoint.parent, dict[Member, nn.Module]()
         if self.ranks.is_first:
+            if not resume and self.checkpoint.exists():
+                raise RecordExistsError(
+                    f"{folder} already holds a training; choose another folder, or continue with "
+                    "resume=True"
+                )
             self._opened.callback(FolderLock(folder).release)
             recorded.update(zip(self.members, self.ensemble.members, strict=True))
         self.watches = Watches(
