@@ -287,11 +287,13 @@ def test_model_is_left_as_it_was():
     assert torch.get_rng_state().equal(chance)
 
 
+@all_sharings
 @pytest.mark.parametrize("precision", [torch.float32, torch.float64])
-def test_fisher_has_no_graph_and_the_precision_of_the_model(precision):
+def test_fisher_has_no_graph_and_the_precision_of_the_model(precision, sharing):
     model, x = mlp().to(precision), inputs(5, 2).to(precision)
-    assert not unit_fisher(model, x)["0"].requires_grad
-    assert unit_fisher(model, x)["0"].dtype == precision
+    F = unit_fisher(model, x, sharing=sharing)["0"]
+    assert not F.requires_grad
+    assert F.dtype == precision
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

@@ -11,7 +11,7 @@ from unitfisher.chance import Chance
 from unitfisher.columns import Estimator
 from unitfisher.forward import Pick
 from unitfisher.joint import JointGradients
-from unitfisher.kinds import LayerSelectionError, supported
+from unitfisher.kinds import LayerSelectionError, supported, weight_of
 from unitfisher.layers import Layers, match
 from unitfisher.likelihoods import Likelihood, likelihood_of
 from unitfisher.memory import workspace
@@ -58,7 +58,8 @@ def unit_fisher(
         seed: Seed of the drawn labels or signs.
 
     Returns:
-        By layer name, (u, d+1, d+1) for u units of d inputs; (u, d, d) for a layer without bias.
+        By layer name, (u, d+1, d+1) for u units of d inputs; (u, d, d) for a layer without bias; in
+        the weight's precision, float32 at least.
         By ``layer.weight_name`` for a layer that has several weights, such as an LSTM.
 
     Raises:
@@ -83,7 +84,8 @@ def unit_fisher(
         require_finite(observation.fault for observation in observations.values())
         for name, observation in observations.items():
             biased = covered[name].bias is not None
-            blocks[name] = materialised(observation.cases, biased=biased)
+            precision = torch.promote_types(weight_of(covered[name]).dtype, torch.float32)
+            blocks[name] = materialised(observation.cases, biased=biased).to(precision)
     for name in (name for name in chosen if name not in covered):
         require_joint(name, chosen[name], estimator)
         with exactly(device_of(model)):
@@ -97,7 +99,7 @@ def unit_fisher(
 
 
 def materialised(cases: UnitCases, *, biased: bool) -> Float[Tensor, "u e e"]:
-    """Form the Fishers of all units, bias last, in the precision of the activations."""
+    """Form the Fishers of all units, bias last, in the precision of the received activations."""
     e = cases.inputs + biased
     F = cases.delta.new_empty(cases.units, e, e, dtype=cases.received.dtype)
     parted = max(1, workspace() // (64 * cases.rows * e))
