@@ -15,7 +15,17 @@ import unitfisher.condensed
 from unitfisher import Monitor
 from unitfisher.cases import UnitCases
 from unitfisher.condensed import Condensed
-from unitfisher.costs import DAMPED, ROUTES, Sizes, admissible, iterations, route_of, seconds
+from unitfisher.costs import (
+    DAMPED,
+    RATES,
+    ROUTES,
+    Sizes,
+    admissible,
+    bytes_of_group,
+    iterations,
+    route_of,
+    seconds,
+)
 from unitfisher.memory import within
 from unitfisher.observation import Gradient
 from unitfisher.rows import UnitRows
@@ -149,3 +159,13 @@ def test_all_parts_of_a_layer_go_the_way_that_is_told(monkeypatch):
     held = Condensed(UnitCases(normal(generator, 1, 9, 1, D), normal(generator, 1, 9, 1, U), 9))
     assert [type(m) for _, m in held.parts()] == [UnitRows, UnitRows]
     assert held.route == "rows"
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_only_kernels_need_memory_for_each_thread(route, monkeypatch):
+    of_threads = []
+    for threads in (1, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        of_threads.append([bytes_of_group(Sizes(300, 200, 9, engine=e), route) for e in RATES])
+    grown = {e for e, few, many in zip(RATES, *of_threads, strict=True) if many > few}
+    assert grown <= {"compiled"}

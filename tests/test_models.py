@@ -379,6 +379,21 @@ class Recurrent(nn.Module):
         return self.head(self.cell(x)[0][:, -1])
 
 
+def test_recurrent_layers_are_measured_without_dropout_in_training_mode():
+    """On a GPU they have no backward pass in eval mode."""
+    model, x = Recurrent(), normal(6, 2, 4)
+    model.cell = nn.LSTM(4, 5, num_layers=2, dropout=0.5, batch_first=True)
+    seen = []
+    model.cell.register_forward_hook(lambda cell, *_: seen.append((cell.training, model.training)))
+    model.train()
+    expected = model.head(model.eval().cell(x)[0][:, -1]).mean(0)
+    model.train()
+    found = Monitor(model, layers="head").measure(x)["head"]
+    assert seen == [(False, False), (True, False)]
+    assert (model.cell.training, model.cell.dropout) == (True, 0.5)
+    assert_close(found.output_mean, expected.detach().double(), rtol=1e-5, atol=1e-6)
+
+
 def test_what_vmap_cannot_take_has_per_sample_gradients_too():
     model, x, y = Recurrent().double(), normal(6, 2, 4).double(), torch.tensor([0, 1, 2, 0, 1, 2])
     found = per_sample_gradients(model, x, y)

@@ -10,11 +10,14 @@ from networks import mlp
 from unitfisher import Monitor, NonFiniteError
 from unitfisher.precision import exactly
 
-MATRIX_PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+CUDNN, MKLDNN = torch.backends.cudnn, torch.backends.mkldnn
+MATRIX_PRODUCTS = (torch.backends.cuda.matmul, MKLDNN.matmul)
+OTHERS = (CUDNN.conv, CUDNN.rnn, MKLDNN.conv, MKLDNN.rnn)
 
 
 def precisions() -> list[str]:
-    return [torch.get_float32_matmul_precision(), *(m.fp32_precision for m in MATRIX_PRODUCTS)]
+    of_each = [m.fp32_precision for m in (*MATRIX_PRODUCTS, *OTHERS)]
+    return [torch.get_float32_matmul_precision(), *of_each]
 
 
 @pytest.fixture(params=["highest", "high", "medium"])
@@ -53,7 +56,7 @@ def test_the_precision_is_that_of_before_when_the_last_of_several_threads_has_me
         with exactly(torch.device("cpu")):
             inside.set()
             first_left.wait(10)
-            found.extend(m.fp32_precision for m in MATRIX_PRODUCTS)
+            found.extend(m.fp32_precision for m in (*MATRIX_PRODUCTS, *OTHERS))
 
     thread = Thread(target=second)
     with exactly(torch.device("cpu")):
@@ -61,7 +64,7 @@ def test_the_precision_is_that_of_before_when_the_last_of_several_threads_has_me
         inside.wait(10)
     first_left.set()
     thread.join()
-    assert found == ["ieee", "ieee"]
+    assert found == 6 * ["ieee"]
     assert precisions() == asked
 
 

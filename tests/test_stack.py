@@ -1,5 +1,7 @@
 """A stack of columns sent back in one pass: the same errors as column by column, or none at all."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unitfisher.backward import Backward, _stacked
 from unitfisher.stack import Stack
@@ -17,6 +20,7 @@ OTHERWISE = ("clamp", "clamp-above", "elu_", "relu_")  # unknown to a stack, or 
 FUNCTIONS = {name: f for name, f in ELEMENTWISE.items() if name not in OTHERWISE} | {
     "elu-in-place": lambda x: F.elu_(x * 1.0),
     "times": lambda x: x * torch.arange(3.0, dtype=x.dtype),
+    "dropout-on-a-gpu": lambda x: torch.native_dropout(x, 0.5, True)[0],
 }
 UNKNOWN = {
     "clamp": ELEMENTWISE["clamp"],
@@ -62,6 +66,47 @@ def test_what_a_stack_does_not_know_goes_another_way_with_the_same_errors(functi
     z, edges = passed(function)
     ((found,),) = Backward(z, edges).send_all_back(iter([block()]))
     assert_close(found, one_by_one(z, edges, block()), **TOL)
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count[function._schema.name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_columns_go_together_through_a_convolution():
+    x = normal(seeded(1), 5, 2, 4).requires_grad_()
+    z = nn.Conv1d(2, 4, 4).double()(x.sin()).mT
+    edges = [get_gradient_edge(x)]
+    with Counted() as counted:
+        ((found,),) = Backward(z, edges).send_all_back(iter([block()]))
+    assert counted.count["aten::convolution_backward"] == 1
+    assert_close(found, one_by_one(z, edges, block()), **TOL)
+
+
+def test_want_of_memory_is_told_at_once():
+    calls = []
+
+    class Full(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            calls.append(gradient)
+            raise torch.OutOfMemoryError
+
+    z, edges = passed(Full.apply)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(Backward(z, edges).send_all_back(iter([block()])))
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(

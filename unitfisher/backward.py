@@ -42,6 +42,8 @@ class Backward:
                 try:
                     yield self._send(ways[0], block)
                     break
+                except torch.OutOfMemoryError:
+                    raise
                 except Exception:  # a custom function may raise anything on a tensor subclass
                     ways.pop(0)
             else:
@@ -91,20 +93,20 @@ def _stacked(output: Tensor, edges: Sequence[GradientEdge], block: Tensor) -> Gr
 
 
 def _vmapped(output: Tensor, edges: Sequence[GradientEdge], block: Tensor) -> Grads:
-    return _back(output, edges, _cotangent(output, block), is_grads_batched=True)
+    # is_grads_batched=True would take the backward of convolutions and others column by column
+    reached: list[bool] = []
+
+    def back(column: Tensor) -> Grads:
+        grads = _back(output, edges, column)
+        reached[:] = [g is not None for g in grads]
+        return tuple(g for g in grads if g is not None)
+
+    found = iter(torch.func.vmap(back)(_cotangent(output, block)))
+    return tuple(next(found) if each else None for each in reached)
 
 
-def _back(
-    output: Tensor, edges: Sequence[GradientEdge], S: Tensor, *, is_grads_batched: bool = False
-) -> Grads:
-    return torch.autograd.grad(
-        output,
-        edges,
-        grad_outputs=S,
-        retain_graph=True,
-        allow_unused=True,
-        is_grads_batched=is_grads_batched,
-    )
+def _back(output: Tensor, edges: Sequence[GradientEdge], S: Tensor) -> Grads:
+    return torch.autograd.grad(output, edges, grad_outputs=S, retain_graph=True, allow_unused=True)
 
 
 def _cotangent(output: Tensor, column: Float[Tensor, "r n t y"]) -> Tensor:

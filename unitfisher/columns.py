@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unitfisher.choices import require_choice, require_counts
-from unitfisher.likelihoods import Classes, Likelihood, Output, OutputError, Signed
+from unitfisher.likelihoods import Classes, Likelihood, Output, OutputError, Residual, Signed
 from unitfisher.memory import workspace
 
 DRAWN = ("mc", "rademacher", "top-rademacher")
@@ -125,9 +125,11 @@ def _drawn(
         _require_one_label(z)
         top = likelihood.top(z)
         yield top if signs_of_top is None else top * signs_of_top.unsqueeze(-1)
+    # what was drawn fits: only targets need the checks of `score`
+    score = likelihood.residual if isinstance(likelihood, Residual) else likelihood.score
     for _ in range(estimator.samples):
         if estimator.fisher == "mc":
-            yield likelihood.score(z, likelihood.sample(z, generator)) * share
+            yield score(z, likelihood.sample(z, generator)) * share
             continue
         signs = _signs(_coin(z, likelihood.columns(z), generator), z)
         if estimator.fisher == "rademacher":

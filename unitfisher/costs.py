@@ -184,7 +184,8 @@ def bytes_of_unit(s: Sizes, route: str) -> int:
 def bytes_of_group(s: Sizes, route: str) -> int:
     """Return the bytes that a group's units share: copies of the centred cases, their products."""
     n, d, item = s.rows, s.inputs, s.itemsize
-    kernel = 32 * torch.get_num_threads() * (d if route == "sums" else n) ** 2
+    threads = torch.get_num_threads() if s.engine == "compiled" else 0
+    kernel = 32 * threads * (d if route == "sums" else n) ** 2
     if s.joint:
         return 2 * item * s.joined * d + kernel
     if route == "rows":

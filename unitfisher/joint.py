@@ -26,12 +26,14 @@ class JointGradients(NamedTuple):
         then moved to ``origin`` in double.
         """
         groups, (columns, count, _, units) = cases.groups, cases.delta.shape
-        delta = cases.delta.to(cases.received.dtype).unflatten(-1, (groups, -1)).movedim(2, -1)
+        delta = cases.delta.to(cases.received.dtype).unflatten(-1, (groups, -1))
+        delta = delta.permute(1, 3, 0, 4, 2)  # n g r v t
         shape = columns, count, groups, units // groups, cases.inputs
         G = cases.delta.new_empty(shape, dtype=torch.float64)
         for piece, a in in_pieces(cases.for_one_pass):
             about = (a - cases.origin[:, None, None]).transpose(0, 1)  # m g t d
-            G[:, piece] = delta[:, piece] @ about  # (r m g v t) @ (m g t d)
+            product = delta[piece].flatten(2, 3) @ about  # (m g rv t) @ (m g t d)
+            G[:, piece] = product.unflatten(2, (columns, -1)).movedim(2, 0)
         G, S = G.flatten(2, 3).flatten(0, 1), cases.joint_errors.flatten(0, 1)
         G.addcmul_(S.unsqueeze(-1), origin - cases.rounded_mean, value=-1)
         return cls(G, S, _fed(G, S, origin, torch.finfo(cases.received.dtype).eps))

@@ -139,7 +139,7 @@ class Categorical:
                 f"targets must be class indices of shape {_leading(z)}, got {tuple(y.shape)} "
                 f"of {y.dtype}"
             )
-        classes, low, high = z.shape[-1], int(y.min()), int(y.max())
+        classes, (low, high) = z.shape[-1], torch.stack(y.aminmax()).tolist()
         if low < 0 or high >= classes:
             raise OutputError(
                 f"targets must be class indices from 0 to {classes - 1}, got {low} to {high}; "
@@ -214,8 +214,8 @@ class Gaussian:
         return scaled
 
     def sample(self, z: Output, generator: torch.Generator) -> Tensor:
-        spread = torch.full_like(z, self.variance**0.5)
-        return torch.normal(z.detach(), spread, generator=generator)
+        noise = torch.empty_like(z).normal_(generator=generator)
+        return z.detach() + self.variance**0.5 * noise
 
     def score(self, z: Output, y: Tensor) -> Output:
         return self.residual(z, _matching(y, z))

@@ -9,7 +9,8 @@ from contextvars import ContextVar
 import torch
 
 DEFAULT = 4 * 2**30
-AMPLE = 192 * 2**20  # larger pieces of work are no faster
+AMPLE = 192 * 2**20  # larger pieces of work are no faster on a CPU
+AMPLE_ON_GPU = 2 * 2**30  # nor, so it is assumed, on a GPU
 HEEDED = 31 * 2**20  # bytes; glibc's threshold adapts only to freed blocks below 32 MiB
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", re.IGNORECASE)

@@ -6,7 +6,6 @@ summed over its positions.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -101,14 +100,20 @@ def per_sample_gradients(
         given = args, kwargs
         if targets is not None and isinstance(estimator.likelihood, Residual):
             _require_each(targets, next(iter([*args, *kwargs.values()])))
-            with suppress(RuntimeError):
+            try:
                 return dict(vmap(of_target, chunk_size=chunk_size)(given, targets))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                pass  # no rule for vmap: column by column, below
         z = outputs(chosen, given)
         chance = Chance(seed).on(measuring(z.device))
         blocks = columns(measurable(z), estimator, chance, targets, TOGETHER)
         S = torch.cat(list(blocks)).to(z.device)
         try:
             each = vmap(pulled_back, in_dims=(0, 1), out_dims=1, chunk_size=chunk_size)(given, S)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             each = _one_by_one(outputs, chosen, given, S)
     return {name: g[0] if targets is not None else g for name, g in each.items()}

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from unitfisher.costs import bytes_of_group, bytes_of_passes, bytes_of_sums, least, route_of
-from unitfisher.memory import AMPLE, DEFAULT, within
+from unitfisher.memory import AMPLE, AMPLE_ON_GPU, DEFAULT, within
 from unitfisher.patches import UNFOLDED_WHOLE
 from unitfisher.plan import PIECES, LayerPlan, Plan, too_large
 from unitfisher.shapes import Shape, bare
@@ -68,7 +68,8 @@ class Budget:
         alike = Counter(shapes.values())
         kept = {name: self._kept(name, s, alike[s] > 1) for name, s in shapes.items()}
         left = self.memory - (self.beside or 0) - sum(kept.values())
-        with within(min(AMPLE, left // (2 * PIECES))):  # the other half is for solved systems
+        most = AMPLE_ON_GPU if any(s.engine == "cuda" for s in shapes.values()) else AMPLE
+        with within(min(most, left // (2 * PIECES))):  # the other half is for solved systems
             layers = tuple(self._of_layer(name, s, kept[name]) for name, s in shapes.items())
         plan = Plan(self.memory, layers, self.beside or 0, 0, column)
         if plan.least > self.memory:
@@ -76,9 +77,9 @@ class Budget:
                 return replace(self, passing=self.passing | {largest}).plan(shapes, column)
             if self.strict or self.summed:
                 raise too_large(plan, summed=self.summed)
-            ample = plan.held + 2 * PIECES * max(AMPLE, plan.least_workspace)
+            ample = plan.held + 2 * PIECES * max(most, plan.least_workspace)
             return replace(self, memory=ample).plan(shapes, column)
-        room = min(AMPLE, (self.memory - plan.held) // (2 * PIECES))
+        room = min(most, (self.memory - plan.held) // (2 * PIECES))
         plan = replace(plan, workspace=max(room, plan.least_workspace))
         with within(plan.workspace):
             return replace(plan, layers=tuple(layer.parted() for layer in layers))

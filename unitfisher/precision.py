@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Ieee:
-    """Matrix products in full precision, while any thread is inside: torch's flags are global.
+    """Products and convolutions in full precision while any thread is inside: flags are global.
 
     They are restored, when the last thread leaves, to what they were when the first one entered.
     """
@@ -42,9 +42,10 @@ class Ieee:
 IEEE: Final = Ieee()
 
 
-def _backends() -> tuple[Any, Any]:
-    mkldnn: Any = torch.backends.mkldnn  # its type stub lacks matmul
-    return torch.backends.cuda.matmul, mkldnn.matmul
+def _backends() -> tuple[Any, ...]:
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn  # their type stubs lack these
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn
 
 
 def measuring(device: torch.device) -> torch.device:

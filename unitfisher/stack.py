@@ -83,6 +83,7 @@ RULES: Final = MappingProxyType(
         aten.detach.default: Tensor.detach,
         aten.mm.default: _mm,
         aten.mul.Tensor: _times,
+        aten.native_dropout_backward.default: lambda columns, kept, scale: columns * kept * scale,
         aten.view.default: lambda columns, size: columns.reshape(len(columns), *size),
     }
 )

@@ -11,17 +11,23 @@ from torch import Tensor, nn
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode; at the end restore modes, buffers and random states.
 
-    Flags are set one by one: a model's own ``train`` may do more than change them.
+    Flags are set one by one: a model's own ``train`` may do more than change them. Recurrent layers
+    stay in training mode, without dropout, which is the same: cuDNN has no backward pass in eval.
     """
     modes = [(module, module.training) for module in model.modules()]
+    recurrent = [(m, m.dropout) for m in model.modules() if isinstance(m, nn.RNNBase)]
     try:
         with kept(model):
             for module, _ in modes:
-                module.training = False
+                module.training = isinstance(module, nn.RNNBase)
+            for module, _ in recurrent:
+                module.dropout = 0.0
             yield
     finally:
         for module, training in modes:
             module.training = training
+        for module, dropout in recurrent:
+            module.dropout = dropout
 
 
 @contextmanager
