@@ -12,11 +12,12 @@ from unitfisher.precision import exactly
 
 CUDNN, MKLDNN = torch.backends.cudnn, torch.backends.mkldnn
 MATRIX_PRODUCTS = (torch.backends.cuda.matmul, MKLDNN.matmul)
-OTHERS = (CUDNN.conv, CUDNN.rnn, MKLDNN.conv, MKLDNN.rnn)
+OTHERS = (MKLDNN.conv, MKLDNN.rnn)
+ON_A_GPU = (CUDNN.conv, CUDNN.rnn)
 
 
 def precisions() -> list[str]:
-    of_each = [m.fp32_precision for m in (*MATRIX_PRODUCTS, *OTHERS)]
+    of_each = [m.fp32_precision for m in (*MATRIX_PRODUCTS, *OTHERS, *ON_A_GPU)]
     return [torch.get_float32_matmul_precision(), *of_each]
 
 
@@ -64,7 +65,7 @@ def test_the_precision_is_that_of_before_when_the_last_of_several_threads_has_me
         inside.wait(10)
     first_left.set()
     thread.join()
-    assert found == 6 * ["ieee"]
+    assert found == 4 * ["ieee"]
     assert precisions() == asked
 
 
@@ -74,3 +75,20 @@ def test_an_error_leaves_the_precision_and_the_gradient_mode_as_they_were(asked)
     with pytest.raises(NonFiniteError):
         model(torch.full((5, 4), torch.nan))
     assert (precisions(), torch.is_grad_enabled()) == (asked, True)
+
+
+@pytest.mark.parametrize("asked", ["tf32", "ieee"])
+def test_convolutions_on_a_gpu_have_full_precision_inside_and_what_was_asked_after(
+    asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default they have less: 10 bits of the mantissa."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    try:
+        for each in ON_A_GPU:
+            each.fp32_precision = asked
+        with exactly(torch.device("cpu")):
+            assert {each.fp32_precision for each in ON_A_GPU} == {"ieee"}
+        assert {each.fp32_precision for each in ON_A_GPU} == {asked}
+        assert asked == "ieee" or CUDNN.allow_tf32  # the older flag agrees with the default
+    finally:
+        CUDNN.allow_tf32 = True  # the default

@@ -18,13 +18,13 @@ class Ieee:
 
     def __init__(self) -> None:
         self.lock, self.inside = Lock(), 0
-        self.asked: list[str] = []
+        self.asked: list[tuple[Any, str]] = []
 
     def __enter__(self) -> None:
         with self.lock:
             if not self.inside:
-                self.asked = [backend.fp32_precision for backend in _backends()]
-                for backend in _backends():
+                self.asked = [(backend, backend.fp32_precision) for backend in _backends()]
+                for backend, _ in self.asked:
                     backend.fp32_precision = "ieee"
             self.inside += 1
 
@@ -33,8 +33,9 @@ class Ieee:
             self.inside -= 1
             if self.inside:
                 return
-            for backend, precision in zip(_backends(), self.asked, strict=True):
-                backend.fp32_precision = "none"  # follow torch.backends.fp32_precision
+            for backend, precision in self.asked:
+                if backend not in _of_cudnn():  # which has a default of its own to fall back to
+                    backend.fp32_precision = "none"  # follow torch.backends.fp32_precision
                 if backend.fp32_precision != precision:
                     backend.fp32_precision = precision
 
@@ -42,10 +43,16 @@ class Ieee:
 IEEE: Final = Ieee()
 
 
-def _backends() -> tuple[Any, ...]:
+def _backends() -> list[Any]:
+    mkldnn: Any = torch.backends.mkldnn  # its type stub lacks these
+    on_cpu = [mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+    on_gpu = _of_cudnn() if torch.cuda.is_initialized() else []
+    return [torch.backends.cuda.matmul, *on_cpu, *on_gpu]
+
+
+def _of_cudnn() -> list[Any]:
     cudnn: Any = torch.backends.cudnn
-    mkldnn: Any = torch.backends.mkldnn  # their type stubs lack these
-    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn
+    return [cudnn.conv, cudnn.rnn]
 
 
 def measuring(device: torch.device) -> torch.device:
