@@ -66,3 +66,33 @@ def test_a_measurement_that_costs_nothing_is_made_each_time():
 )
 def test_a_number_or_a_predicate_decides(schedule, expected):
     assert [step for step in range(8) if due(schedule, step)] == expected
+
+
+class Gpu:
+    """Works behind the clock, until so much is queued that the host has to wait."""
+
+    def __init__(self, clock: Clock, queue: float) -> None:
+        self.clock, self.queue, self.done = clock, queue, clock.now
+
+    def launch(self, seconds: float) -> None:
+        self.clock.now += 0.01 * seconds
+        self.done = max(self.done, self.clock.now) + seconds
+        self.clock.now = max(self.clock.now, self.done - self.queue)
+
+    def wait(self) -> None:
+        self.clock.now = max(self.clock.now, self.done)
+
+
+@pytest.mark.parametrize("queue", [0.0, 3.0, 30.0])
+@pytest.mark.parametrize("cost", [0.5, 8.0])
+def test_work_that_a_gpu_does_later_counts_where_it_was_asked_for(queue, cost):
+    clock = Clock()
+    gpu, measured = Gpu(clock, queue), 0
+    overhead = Overhead(0.05, clock, gpu.wait)
+    for step in range(2000):
+        if due(overhead, step):
+            measured += 1
+            gpu.launch(cost)
+        gpu.launch(1.0)
+    # waiting interrupts the queue: steps look shorter than they are, and measurements dearer
+    assert 60 <= measured * cost <= 100 + 2 * cost
