@@ -79,8 +79,8 @@ def test_two_processes_train_as_one_end_together_and_resume(tmp_path: Path) -> N
 
 def test_an_error_in_one_process_ends_all(tmp_path: Path) -> None:
     logs, out = tmp_path / "logs", tmp_path / "out"
-    (out / "relu-lr0.01-s0" / "units").mkdir(parents=True)
-    (out / "relu-lr0.01-s0" / "units" / "part-00000.parquet").touch()  # only the first looks at it
+    (out / "relu-lr0.01-s0").mkdir(parents=True)
+    (out / "relu-lr0.01-s0" / "config.json").touch()  # which only the first looks at
     with pytest.raises(ChildFailedError):
         by_two(logs, command, *DIGITS.split(), "--iterations", "12", "--out", str(out))
     assert any("already holds a run" in log.read_text() for log in logs.rglob("stderr.log"))

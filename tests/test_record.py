@@ -297,6 +297,22 @@ def test_a_run_that_ended_before_its_first_row_is_begun_anew(tmp_path):
     assert second.read("units")["k"].tolist() == [1.0]
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"model_type": "gpt2"}'])
+def test_a_config_of_something_else_is_not_overwritten(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(RecordExistsError, match="already holds a run"):
+        Run(tmp_path)
+    assert (tmp_path / "config.json").read_text() == text
+
+
+def test_a_run_with_other_files_beside_it_is_not_overwritten(tmp_path):
+    Run(tmp_path, {"lr": 0.1}).close()
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(RecordExistsError, match="already holds a run"):
+        Run(tmp_path)
+    assert "0.1" in (tmp_path / "config.json").read_text()
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_of_other_files_is_refused(tmp_path, resume):
     (tmp_path / "thesis.tex").touch()

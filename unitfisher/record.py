@@ -259,11 +259,23 @@ class Run:
 
 
 def require_new(folder: Path) -> None:
-    """Raise RecordExistsError if a folder holds a run that has rows, or that is open here."""
-    if folder.resolve() in OPEN or any(folder.glob("*/part-*.parquet")):
+    """Raise RecordExistsError if a folder holds a run, unless that ended before its first row."""
+    held = (folder / "config.json").exists()
+    if held and (folder.resolve() in OPEN or not _is_without_rows(folder)):
         raise RecordExistsError(
             f"{folder} already holds a run; choose another folder, or continue with resume=True"
         )
+
+
+def _is_without_rows(folder: Path) -> bool:
+    """Whether a folder holds the configuration of a run, and nothing else."""
+    if any(path.name not in ("config.json", *OURS) for path in folder.iterdir()):
+        return False
+    try:
+        made = json.loads((folder / "config.json").read_text())
+    except ValueError:
+        return False
+    return isinstance(made, dict) and {"config", "versions", "created"} <= made.keys()
 
 
 def _open(folder: Path, config: Mapping[str, Any] | None) -> dict[str, Any]:
