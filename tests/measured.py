@@ -1,14 +1,28 @@
-"""What tests look at in measurements: their numbers, their steps, the memory that they take."""
+"""What tests look at in measurements: numbers, steps, operations, the memory that they take."""
 
 import gc
+from collections import Counter
 from collections.abc import Callable
 
 from torch.autograd.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unitfisher import Monitor
 
 THEORY = ("mean_q", "s", "k", "corrected_mean", "n_eff", "damping_share", "mean_share_q")
 WITH_GRADIENT = ("cosine", "bias_shift_share_gradient", "bias_shift_share_natural")
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count[function._schema.name] += 1
+        return function(*args, **(kwargs or {}))
 
 
 def measured_steps(monitor: Monitor) -> list[int]:

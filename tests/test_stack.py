@@ -1,17 +1,15 @@
 """A stack of columns sent back in one pass: the same errors as column by column, or none at all."""
 
-from collections import Counter
-
 import numpy as np
 import pytest
 import torch
+from measured import Operations
 from nonlinearities import ELEMENTWISE
 from strategies import TOL, normal, seeded
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from unitfisher.backward import Backward, _stacked
 from unitfisher.stack import Stack
@@ -68,23 +66,11 @@ def test_what_a_stack_does_not_know_goes_another_way_with_the_same_errors(functi
     assert_close(found, one_by_one(z, edges, block()), **TOL)
 
 
-class Counted(TorchDispatchMode):
-    """Counts operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count[function._schema.name] += 1
-        return function(*args, **(kwargs or {}))
-
-
 def test_columns_go_together_through_a_convolution():
     x = normal(seeded(1), 5, 2, 4).requires_grad_()
     z = nn.Conv1d(2, 4, 4).double()(x.sin()).mT
     edges = [get_gradient_edge(x)]
-    with Counted() as counted:
+    with Operations() as counted:
         ((found,),) = Backward(z, edges).send_all_back(iter([block()]))
     assert counted.count["aten::convolution_backward"] == 1
     assert_close(found, one_by_one(z, edges, block()), **TOL)
