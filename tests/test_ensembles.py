@@ -324,7 +324,9 @@ def test_a_training_whose_loss_is_not_finite_stops_and_keeps_the_last_checkpoint
     with Trainer(preset, preset.members, few(), tmp_path) as trainer:
         trainer.save()
         kept = trainer.checkpoint.read_bytes()
-        with pytest.raises(DivergedError, match=r"checkpoint.pt holds the last finite state"):
+        with pytest.raises(
+            DivergedError, match=r"checkpoint.pt was written when the loss was still finite"
+        ):
             for _ in trainer:
                 pass
         assert trainer.checkpoint.read_bytes() == kept

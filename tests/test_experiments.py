@@ -81,14 +81,31 @@ def test_absent_mnist_without_a_network_says_what_to_copy_where(
         load("mnist", tmp_path)
 
 
-def test_labels_of_other_images_are_refused(tmp_path: Path) -> None:
-    raw = tmp_path / "MNIST" / "raw"
+def write_idx(root: Path, train_labels: int) -> None:
+    """Write an MNIST of three black images each for training and testing."""
+    raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for part, count in (("train", 2), ("t10k", 3)):
+    for part, count in (("train", train_labels), ("t10k", 3)):
         for kind, sizes in (("images-idx3", (3, 28, 28)), ("labels-idx1", (count,))):
             head = bytes([0, 0, 8, len(sizes)]) + b"".join(n.to_bytes(4, "big") for n in sizes)
             (raw / f"{part}-{kind}-ubyte").write_bytes(head + bytes(prod(sizes)))
+
+
+def test_labels_of_other_images_are_refused(tmp_path: Path) -> None:
+    write_idx(tmp_path, train_labels=2)
     with pytest.raises(DamagedDataError, match=r"raw has 3 images and 2 labels for training"):
+        load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x[:20], lambda x: x[:2], lambda x: b"x" * len(x)])
+@pytest.mark.parametrize("damaged", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+def test_a_damaged_file_is_named(
+    damaged: str, spoil: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    write_idx(tmp_path, train_labels=3)
+    file = tmp_path / "MNIST" / "raw" / damaged
+    file.write_bytes(spoil(file.read_bytes())[:-1])
+    with pytest.raises(DamagedDataError, match=f"{damaged} is damaged"):
         load("mnist", tmp_path)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hypothesis import given
-from routes import per_route
+from routes import kernels, per_native, per_route
 from systems import benign, factored, systems
 from torch import nn
 from torch.testing import assert_close
@@ -102,3 +102,23 @@ def test_a_measurement_says_the_same(monkeypatch, dtype):
     assert not found.s.equal(expected.s)  # it was another way
     step = found.natural_gradient(*expected.gradient)
     assert_close(step.dw, direct.dw, rtol=0, atol=1e-8 * float(direct.dw.abs().max()))
+
+
+@per_native
+@pytest.mark.parametrize("damping", [1e-3, 1e-6])
+def test_natural_gradients_with_little_damping_are_those_of_factors_in_double(
+    native, damping, monkeypatch
+):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 16), nn.ELU(), nn.Linear(16, 3)).double()
+    x = torch.randn(90, 100, dtype=torch.float64) * torch.logspace(0, -4, 100, dtype=torch.float64)
+
+    def step() -> torch.Tensor:
+        monitor = Monitor(model, ["0"], damping=damping, solver="direct")
+        with monitor, kernels(native):
+            found = monitor.measure(x, torch.arange(90) % 3)["0"]
+            return found.natural_gradient(*found.gradient).dw
+
+    expected = step()
+    monkeypatch.setattr(refinement, "REFINED", 2)
+    assert_equal_solutions(step(), expected, 1e-14 / damping)

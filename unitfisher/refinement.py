@@ -1,8 +1,9 @@
 """Systems diag(v) K diag(v) + ε I of some hundred cases, factored in single precision.
 
 That takes half the time. Iterative refinement brings solutions to double precision: residuals are
-computed in double, by products that the units share, and solved for with the same factor. Units too
-ill-conditioned for that are factored in double.
+computed in double, by products that the units share, and solved for with the same factor, until
+they are as small as a factor in double leaves them: natural gradients, which are differences of
+such solutions divided by ε, need that. Units too ill-conditioned for it are factored in double.
 """
 
 import torch
@@ -16,7 +17,7 @@ from unitfisher.native import Kernel
 from unitfisher.solvers import outer, substituted
 
 MANY_UNITS = 16  # of a group at least: they share products and fill vectors
-RESIDUAL = 1e-12  # relative, at which a unit stops
+RESIDUAL = 4 * torch.finfo(torch.float64).eps  # of the solution's norm, at which a unit stops
 STEPS = 12
 SLOW = 0.1  # a step that leaves more of the residual shows a factor of little use
 TOGETHER = 16  # units a thread: the floats of the longest vector register
@@ -70,7 +71,8 @@ def _of_part(
         before, left = left, torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
         ratio = left / torch.where(before > 0, before, 1.0)
         y += factors.solve(rest, left)
-        done |= left * ratio <= RESIDUAL * size  # the residual expected after this step
+        # the residual expected after this step, and what Cholesky in double precision leaves
+        done |= left * ratio <= RESIDUAL * torch.linalg.vector_norm(y, dim=-1, keepdim=True)
         if bool((done | ~(ratio <= SLOW)).all()):
             break
     Y = y.view_as(rhs) / divisor.unsqueeze(1)

@@ -126,6 +126,8 @@ def _read(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
     )
 
     reader = {"mnist": MNIST, "fashion-mnist": FashionMNIST}[name]
+    for file in sorted((root / reader.__name__ / "raw").glob("*-ubyte")):
+        _require_whole(file)
     try:
         part = reader(root, train=train)
     except RuntimeError:  # torchvision's word for absent
@@ -137,6 +139,20 @@ def _read(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
             "delete them to have them downloaded again"
         )
     return part.data.flatten(1).float() / 255, part.targets.long()
+
+
+def _require_whole(file: Path) -> None:
+    """Refuse an idx file that is not as long as its header says."""
+    with file.open("rb") as opened:
+        head = opened.read(4 + 4 * 3)  # magic number, sizes of at most three axes
+    axes = head[3] if len(head) > 3 else 0
+    start = 4 + 4 * axes
+    sizes = np.frombuffer(head[4:start], ">u4") if len(head) >= start else None
+    if head[:3] != b"\0\0\x08" or sizes is None or file.stat().st_size != start + sizes.prod():
+        raise DamagedDataError(
+            f"{file} is damaged: it is not as long as its header says; delete it to have it "
+            "downloaded again"
+        )
 
 
 def _download(reader: "type[MNIST]", name: str, root: Path, *, train: bool) -> "MNIST":

@@ -51,7 +51,7 @@ class Losses:
         before, self.diverged = self.diverged, self.diverged | ~self.sum.isfinite().cpu()
         news = self.diverged & ~before
         if self.diverged.all():
-            kept = f"{self.checkpoint} holds the last finite state that was kept"
+            kept = f"{self.checkpoint} was written when the loss was still finite"
             raise DivergedError(
                 f"by step {step} the loss of {named(self.members)} is NaN or infinite; "
                 f"{kept if self.checkpoint.exists() else 'no checkpoint was kept'}. "
