@@ -188,6 +188,17 @@ def test_what_did_not_converge_says_so(monkeypatch, tmp_path):
         found.natural_gradient(torch.ones(4, 18), torch.ones(4))
 
 
+def test_the_warning_of_it_has_one_text_which_python_shows_once(monkeypatch):
+    model, x = convolution()
+    monkeypatch.setattr(unitfisher.products, "ITERATIONS", 2)
+    monitor = Monitor(model, layers="0", solver="iterative")
+    with pytest.warns(UnconvergedWarning) as told:
+        for batch in (x, 2 * x.flip(0), x.cos()):
+            monitor.measure(batch)
+    assert len(told) == 3
+    assert len({str(each.message) for each in told}) == 1
+
+
 def test_a_pass_that_was_not_finite_did_not_converge():
     model, x = convolution()
     with warnings.catch_warnings():

@@ -222,7 +222,7 @@ def name_unconverged(
 
     The text has no measured number: Python shows each text once.
     """
-    if any(bool((~(residual <= m.tolerance)).any()) for m, residual in solved):
+    if torch.cat([~(residual <= m.tolerance) for m, residual in solved]).any():
         allowed, cases = min(m.tolerance for m, _ in solved), solved[0][0].cases
         warnings.warn(
             f"conjugate gradients left a residual above {allowed:.0e} in some units{where} after "
