@@ -192,11 +192,11 @@ def test_the_warning_of_it_has_one_text_which_python_shows_once(monkeypatch):
     model, x = convolution()
     monkeypatch.setattr(unitfisher.products, "ITERATIONS", 2)
     monitor = Monitor(model, layers="0", solver="iterative")
-    with pytest.warns(UnconvergedWarning) as told:
-        for batch in (x, 2 * x.flip(0), x.cos()):
-            monitor.measure(batch)
-    assert len(told) == 3
-    assert len({str(each.message) for each in told}) == 1
+    with pytest.warns(UnconvergedWarning) as first:
+        monitor.measure(x)
+    with pytest.warns(UnconvergedWarning) as later:
+        monitor.measure(2 * x.flip(0))
+    assert str(first[0].message) == str(later[0].message)
 
 
 def test_a_pass_that_was_not_finite_did_not_converge():
