@@ -97,14 +97,23 @@ def test_labels_of_other_images_are_refused(tmp_path: Path) -> None:
         load("mnist", tmp_path)
 
 
-@pytest.mark.parametrize("spoil", [lambda x: x[:20], lambda x: x[:2], lambda x: b"x" * len(x)])
+SPOILS = {
+    "cut": lambda x: x[:-1],
+    "cut in its header": lambda x: x[:5],
+    "empty": lambda x: b"",
+    "longer": lambda x: x + b"x",
+    "written over": lambda x: b"x" * len(x),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
 @pytest.mark.parametrize("damaged", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
 def test_a_damaged_file_is_named(
     damaged: str, spoil: Callable[[bytes], bytes], tmp_path: Path
 ) -> None:
     write_idx(tmp_path, train_labels=3)
     file = tmp_path / "MNIST" / "raw" / damaged
-    file.write_bytes(spoil(file.read_bytes())[:-1])
+    file.write_bytes(spoil(file.read_bytes()))
     with pytest.raises(DamagedDataError, match=f"{damaged} is damaged"):
         load("mnist", tmp_path)
 
