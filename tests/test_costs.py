@@ -15,6 +15,7 @@ import unitfisher.condensed
 from unitfisher import Monitor
 from unitfisher.cases import UnitCases
 from unitfisher.condensed import Condensed
+from unitfisher.convergence import Convergence
 from unitfisher.costs import (
     DAMPED,
     RATES,
@@ -76,7 +77,7 @@ def test_every_route_gives_what_the_dense_fisher_gives(of):
     found = Theory.of(m, damped, of.cases.dead)
     steps = unit_steps(damped, Gradient(of.g[:, :D], of.g[:, D]))
     assert held.route == of.route
-    assert bool(found.converged.all())
+    assert bool(Convergence.of(damped).converged.all())
     for unit, F in enumerate(fishers(of.cases, of.damping)):
         if of.cases.dead[unit]:
             assert found.s[unit].isnan()

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -147,7 +148,7 @@ def test_a_monitor_iterates_where_that_was_planned(monkeypatch):
     with Monitor(model, layers="0", solver="direct") as monitor:
         direct = monitor.measure(x)["0"]
     assert direct.route == "sums"
-    monkeypatch.setattr(unitfisher.planner, "route_of", lambda *_: "products")
+    monkeypatch.setattr(unitfisher.planner, "route_of", lambda *_, **__: "products")
     with Monitor(model, layers="0") as monitor:
         found = monitor.measure(x)["0"]
         assert found.route == "products"
@@ -178,14 +179,55 @@ def test_what_did_not_converge_says_so(monkeypatch, tmp_path):
     model, x = convolution()
     monkeypatch.setattr(unitfisher.products, "ITERATIONS", 2)
     monitor = Monitor(model, layers="0", solver="iterative", record=tmp_path / "run")
-    with pytest.warns(UnconvergedWarning, match=r"some units after 2 iterations"):
+    with pytest.warns(UnconvergedWarning, match=r"after 2 iterations in some units"):
         found = monitor.measure(x)["0"]
     assert not found.converged.all()
     table = monitor.to_pandas()
     assert table["converged"].tolist() == found.converged.tolist()
     assert (table["residual"] > 1e-9).any()
-    with pytest.warns(UnconvergedWarning):
+    with pytest.warns(UnconvergedWarning, match=r"units 0, 1, 2, 3 of layer '0': .*direct"):
         found.natural_gradient(torch.ones(4, 18), torch.ones(4))
+
+
+def halves_in_opposite_units() -> tuple[nn.Module, Tensor, Tensor]:
+    """A layer whose constant is easy and whose gradient is not.
+
+    Half of the cases repeat the others with the last inputs' sign turned: E_q(a) lies in the other
+    inputs, where all units agree, the gradient in the last ones, where they do not.
+    """
+    torch.manual_seed(0)
+    n, common, own, units = 100, 2, 78, 6
+    shared, turned = torch.randn(n, common) / 2 + 1, torch.randn(n, own) / 2 + 1
+    x = torch.cat([torch.cat([shared, turned], 1), torch.cat([shared, -turned], 1)]).double()
+    model = nn.Sequential(
+        nn.Linear(common + own, units), nn.Tanh(), nn.Linear(units, 6, bias=False)
+    )
+    readout = torch.randn(3, units)
+    with torch.no_grad():
+        model[0].weight.zero_()[:, common:] = torch.randn(units, own) * 3 / own**0.5
+        model[0].bias.zero_()
+        model[2].weight.copy_(torch.cat([readout, -readout]))
+    return model.double(), x, torch.randint(6, (2 * n,))
+
+
+@pytest.mark.parametrize("asked_later", [False, True])
+def test_a_gradient_that_did_not_converge_says_so(asked_later):
+    model, x, y = halves_in_opposite_units()
+    monitor = Monitor(model, ["0"], solver="iterative", every=1, damping=1e-5)
+    loss = F.cross_entropy(model(x), y)
+    if asked_later:
+        assert monitor.latest["0"].converged.all()
+        loss.backward()
+        with pytest.warns(UnconvergedWarning, match="layers '0'"):
+            monitor.natural_gradient()
+    else:
+        loss.backward()
+        with pytest.warns(UnconvergedWarning, match="layers '0'"):
+            monitor.natural_gradient()
+    found = monitor.latest["0"]
+    assert found.residual.max() > 1e-9
+    assert not found.converged.all()
+    assert monitor.to_pandas()["converged"].tolist() == found.converged.tolist()
 
 
 def test_the_warning_of_it_has_one_text_which_python_shows_once(monkeypatch):

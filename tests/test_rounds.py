@@ -349,7 +349,8 @@ def test_a_unit_of_few_cases_is_named_if_nothing_is_damped():
 def test_what_did_not_converge_says_so_once(monkeypatch):
     model, x, y = prepared("mlp")
     monkeypatch.setattr(unitfisher.products, "ITERATIONS", 2)
-    with pytest.warns(UnconvergedWarning, match=r"layers '0', '2', '4' after 2 .*memory=") as told:
+    every = r"after 2 .*layers '0', '2', '4' .*memory="
+    with pytest.warns(UnconvergedWarning, match=every) as told:
         found = measured(model, batches(x, y))
     assert len(told) == 1
     table = found.to_pandas()

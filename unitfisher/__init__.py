@@ -1,6 +1,7 @@
 """unitfisher: the unit natural gradient and bias shift of any PyTorch model, in live training."""
 
 from unitfisher.attachment import TiedWeightsWarning as TiedWeightsWarning
+from unitfisher.convergence import UnconvergedWarning as UnconvergedWarning
 from unitfisher.fisher import unit_fisher as unit_fisher
 from unitfisher.forward import activation_statistics as activation_statistics
 from unitfisher.kinds import LayerSelectionError as LayerSelectionError
@@ -21,7 +22,6 @@ from unitfisher.outputs import UnitMeans as UnitMeans
 from unitfisher.per_sample import per_sample_gradients as per_sample_gradients
 from unitfisher.plan import MemoryBudgetError as MemoryBudgetError
 from unitfisher.plan import Plan as Plan
-from unitfisher.products import UnconvergedWarning as UnconvergedWarning
 from unitfisher.record import DamagedRecordError as DamagedRecordError
 from unitfisher.record import RecordExistsError as RecordExistsError
 from unitfisher.record import Run as Run

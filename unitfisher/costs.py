@@ -64,12 +64,15 @@ class Sizes(NamedTuple):
         return self.joined > 0
 
 
-def route_of(s: Sizes, solver: str = "auto", damping: float = 0.0) -> str:
+def route_of(
+    s: Sizes, solver: str = "auto", damping: float = 0.0, *, smallest: bool = False
+) -> str:
     """Choose the fastest exact route that fits into the workspace; if none fits, the smallest.
 
     Args:
         solver: "auto", "direct" or "iterative"; or a route, which is returned.
         damping: The least relative damping that will be asked for.
+        smallest: Choose the route that takes least beside the workspace instead of the fastest.
     """
     if solver in ROUTES:
         return solver
@@ -81,7 +84,7 @@ def route_of(s: Sizes, solver: str = "auto", damping: float = 0.0) -> str:
     fitting = [route for route in routes if least(s, route) <= workspace()]
     if not fitting:
         return min(routes, key=lambda route: least(s, route))
-    return min(fitting, key=lambda route: seconds(s, route))
+    return min(fitting, key=lambda route: (bytes_of_group if smallest else seconds)(s, route))
 
 
 def admissible(s: Sizes, damping: float) -> list[str]:

@@ -77,7 +77,7 @@ class Moments(Protocol):
         def fit(self) -> ConstantFit: ...
         @property
         def residual(self) -> Float[Tensor, " u"]:
-            """Relative residual of the systems that s and k come from; 0 if solved directly."""
+            """The largest relative residual of systems solved so far; 0 if solved directly."""
 
         @property
         def tolerance(self) -> float:

@@ -112,8 +112,9 @@ def too_large(plan: Plan, *, summed: bool) -> MemoryBudgetError:
     takes = {x.layer: x.kept + x.solving + PIECES * x.least for x in plan.layers}
     largest: Sequence[str] = sorted(takes, key=lambda name: -takes[name])[:3]
     named = ", ".join(f"{name!r} {readable(takes[name])}" for name in largest)
+    without = "" if plan.known else " (and its cases, which are not known yet)"
     return MemoryBudgetError(
-        f"a measurement would hold {readable(plan.least)} at least, and may hold "
+        f"a measurement would hold {readable(plan.least)} at least{without}, and may hold "
         f"{readable(plan.memory)}; most of it {named}: observe fewer units (units=...), leave "
         f"layers out (layers=...), {'' if summed else BY_CASES}or allow more (memory=...)"
     )

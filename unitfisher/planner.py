@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from unitfisher.costs import bytes_of_group, bytes_of_passes, bytes_of_sums, least, route_of
+from unitfisher.costs import ROUTES, bytes_of_group, bytes_of_passes, bytes_of_sums, least, route_of
 from unitfisher.memory import AMPLE, AMPLE_ON_GPU, DEFAULT, within
 from unitfisher.patches import UNFOLDED_WHOLE
 from unitfisher.plan import PIECES, LayerPlan, Plan, too_large
@@ -69,9 +69,10 @@ class Budget:
         kept = {name: self._kept(name, s, alike[s] > 1) for name, s in shapes.items()}
         left = self.memory - (self.beside or 0) - sum(kept.values())
         most = AMPLE_ON_GPU if any(s.engine == "cuda" for s in shapes.values()) else AMPLE
-        with within(min(most, left // (2 * PIECES))):  # the other half is for solved systems
-            layers = tuple(self._of_layer(name, s, kept[name]) for name, s in shapes.items())
-        plan = Plan(self.memory, layers, self.beside or 0, 0, column)
+        room = min(most, left // (2 * PIECES))  # the other half is for solved systems
+        plan = self._within(room, shapes, kept, column)
+        if plan.least > self.memory:
+            plan = self._smallest(shapes, kept, column)
         if plan.least > self.memory:
             if (largest := self._largest_sums(shapes)) is not None:
                 return replace(self, passing=self.passing | {largest}).plan(shapes, column)
@@ -82,7 +83,31 @@ class Budget:
         room = min(most, (self.memory - plan.held) // (2 * PIECES))
         plan = replace(plan, workspace=max(room, plan.least_workspace))
         with within(plan.workspace):
-            return replace(plan, layers=tuple(layer.parted() for layer in layers))
+            return replace(plan, layers=tuple(layer.parted() for layer in plan.layers))
+
+    def _within(
+        self,
+        room: int,
+        shapes: Mapping[str, Shape],
+        kept: Mapping[str, int],
+        column: int,
+        *,
+        smallest: bool = False,
+    ) -> Plan:
+        """Plan with the routes that are best within a workspace, which is not divided yet."""
+        with within(room):
+            layers = tuple(
+                self._of_layer(name, shape, kept[name], smallest=smallest)
+                for name, shape in shapes.items()
+            )
+        return Plan(self.memory, layers, self.beside or 0, 0, column)
+
+    def _smallest(self, shapes: Mapping[str, Shape], kept: Mapping[str, int], column: int) -> Plan:
+        """Find the plan that needs least: one route may need the workspace, another room beside."""
+        sizes = {shape.sizes(self._solved(shape)) for shape in shapes.values()}
+        rooms = {least(s, route) for s in sizes for route in ROUTES} | {-(-column // PIECES)}
+        plans = [self._within(room, shapes, kept, column, smallest=True) for room in rooms]
+        return min(plans, key=lambda plan: plan.least)
 
     def _largest_sums(self, shapes: Mapping[str, Shape]) -> str | None:
         """Name the layer that saves most by route "passes" instead of "sums"; None if none does."""
@@ -118,13 +143,13 @@ class Budget:
         pooled = self.window * shape.cases
         return pooled if self.rows is None else min(self.rows, pooled)
 
-    def _of_layer(self, name: str, shape: Shape, kept: int) -> LayerPlan:
+    def _of_layer(self, name: str, shape: Shape, kept: int, *, smallest: bool) -> LayerPlan:
         sizes, units = shape.sizes(self._solved(shape)), shape.units
         if not sizes.rows:
             return LayerPlan(name, sizes, "", units, kept, shape.bytes_of_results, 0)
         if name in self.passing:
             return LayerPlan(name, sizes, "passes", units, kept, 0, 0)
-        route = route_of(sizes, self.solver, self.damping)
+        route = route_of(sizes, self.solver, self.damping, smallest=smallest)
         whole = self._as_it_came(shape) and not sizes.joint
         unfolded = shape.bytes_to_unfold if whole or shape.bytes_to_unfold <= UNFOLDED_WHOLE else 0
         solving = bytes_of_group(sizes, route) + unfolded + 2 * shape.bytes_of_results

@@ -6,9 +6,7 @@ share. These are whitened first, by the second moment under the units' mean weig
 have to resolve how a unit's own weights differ from that mean.
 """
 
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -38,10 +36,6 @@ RESIDUAL = {torch.float32: 1e-6, torch.float64: 1e-11}  # relative, at which a s
 SLACK = 100  # a unit has converged if its true residual is up to this many times larger
 
 
-class UnconvergedWarning(UserWarning):
-    """Conjugate gradients stopped before every unit had converged."""
-
-
 @dataclass(frozen=True)
 class UnitProducts:
     """Each unit's cases, weighted by q with Σ q = 1; fields as in `rows.UnitRows`."""
@@ -56,6 +50,7 @@ class UnitProducts:
     cases: CaseProducts  # about the origin
     patience: int | None = None  # iterations before Cholesky solves the rest; None: it never does
     known: tuple[tuple[Tensor, Solution], ...] = ()  # right-hand sides solved for before
+    residuals: list[Tensor] = field(default_factory=list, init=False)  # of all systems solved
 
     @classmethod
     def of(
@@ -116,8 +111,10 @@ class UnitProducts:
 
     @property
     def residual(self) -> Float[Tensor, " u"]:
-        """Relative residual of the system that s and k come from."""
-        return self._constant.residual
+        """The largest relative residual of the systems solved so far, or else of the constant's."""
+        if not self.residuals:
+            return self._constant.residual
+        return torch.stack(self.residuals).amax(0)
 
     @property
     def tolerance(self) -> float:
@@ -161,13 +158,9 @@ class UnitProducts:
         )
 
     def solve_to_residual(self, rhs: Float[Tensor, "u d"]) -> Solution:
-        """Solve for all units at once; warn of those that have not converged."""
-        for solved_rhs, solution in self.known:
-            if solved_rhs.equal(rhs):
-                x = solution.x.clone()  # callers scale it in place
-                return Solution(x, solution.residual)
-        solution = self.whitened.cases.answer(self.solving(rhs))
-        name_unconverged([(self, solution.residual)])
+        """Solve for all units at once, and keep the residual."""
+        solution = self._known(rhs) or self.whitened.cases.answer(self.solving(rhs))
+        self.residuals.append(solution.residual)
         return solution
 
     def solving(self, rhs: Float[Tensor, "u d"]) -> Solving:
@@ -193,6 +186,12 @@ class UnitProducts:
         V.diagonal().add_(self.epsilon[unit])
         return V
 
+    def _known(self, rhs: Float[Tensor, "u d"]) -> Solution | None:
+        for solved_rhs, solution in self.known:
+            if solved_rhs.equal(rhs):
+                return Solution(solution.x.clone(), solution.residual)  # callers scale x in place
+        return None
+
     def _solved_directly(self, unit: int, rhs: Float64[Tensor, " d"]) -> Float64[Tensor, " d"]:
         V, dtype = self.covariance(unit), self.origin.dtype
         squares = V.diagonal() + self.mean_about[unit] ** 2  # as before the mean was subtracted
@@ -213,21 +212,3 @@ class UnitProducts:
     def _grouped(self, x: Tensor) -> Tensor:
         grouped: Tensor = x.unflatten(0, (len(self.origin), -1))
         return grouped
-
-
-def name_unconverged(
-    solved: Sequence[tuple[UnitProducts, Float[Tensor, " _"]]], where: str = ""
-) -> None:
-    """Warn if the residual of any unit is above its tolerance.
-
-    The text has no measured number: Python shows each text once.
-    """
-    if torch.cat([~(residual <= m.tolerance) for m, residual in solved]).any():
-        allowed, cases = min(m.tolerance for m, _ in solved), solved[0][0].cases
-        warnings.warn(
-            f"conjugate gradients left a residual above {allowed:.0e} in some units{where} after "
-            f"{ITERATIONS} iterations (statistics have it as residual, and converged): raise "
-            f"damping=, or {cases.instead}",
-            UnconvergedWarning,
-            stacklevel=2,
-        )

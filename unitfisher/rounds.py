@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from unitfisher.cases import UnitCases
-from unitfisher.loader import Batches, named
+from unitfisher.loader import Batches
 from unitfisher.moments import Part
 from unitfisher.observation import Gradient
-from unitfisher.products import UnitProducts, name_unconverged
+from unitfisher.products import UnitProducts
 from unitfisher.solvers import SingularFisherError, squared
 from unitfisher.theorems import about_mu_q
 from unitfisher.weighted import Solution, Solving, Weighted
@@ -36,10 +36,6 @@ class Passed:
     sum_aa: Float64[Tensor, "g d d"]  # Σ (a - origin)(a - origin)ᵀ, by weights that units share
     mass: Shaped[Tensor, " g"]  # Σ of those weights
     inverse: Float[Tensor, "g d d"] | None = None  # L⁻¹, which whitens; None: not whitened
-
-    @property
-    def instead(self) -> str:
-        return "allow more (memory=...) so that sums fit"
 
     def shared_moment(self) -> Float64[Tensor, "g d d"]:
         """Return Σ q̄ (a - origin)(a - origin)ᵀ of the first pass, q̄ near the living units' mean."""
@@ -212,11 +208,6 @@ def solve_together(layers: Sequence[tuple[Rounds, Gradient | None]], damping: fl
     found = answers([(rows, [m.solving(b) for b in rhs]) for m, rows, rhs in wanted])
     for (layer, _), (m, _, rhs), solutions in zip(layers, wanted, found, strict=True):
         layer.solved = {damping: replace(m, known=tuple(zip(rhs, solutions, strict=True)))}
-    residuals = [torch.stack([x.residual for x in solutions]).amax(0) for solutions in found]
-    name_unconverged(
-        [(m, residual) for (m, *_), residual in zip(wanted, residuals, strict=True)],
-        f" of layers {named(layer.layer for layer, _ in layers)}",
-    )
 
 
 def _wanted(

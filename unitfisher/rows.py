@@ -91,7 +91,7 @@ class UnitRows:
 
     @property
     def residual(self) -> Float[Tensor, " u"]:
-        """Relative residual of the systems that s and k come from; 0 if solved directly."""
+        """Relative residual of the first systems solved; 0 if solved directly."""
         return self._constant.residual
 
     @property

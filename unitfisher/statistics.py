@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from unitfisher.blocks import Block, blocks, joined_gradients
+from unitfisher.convergence import Convergence, warn_of_layers, warn_of_units
 from unitfisher.diagnostics import mean_share
 from unitfisher.kinds import Turn, as_it_is, turning
 from unitfisher.observation import Gradient, Observation
@@ -49,8 +50,8 @@ class UnitStatistics:
     dead: Bool[Tensor, " u"]
     n_eff: Float[Tensor, " u"]  # 1 / Σ w², the effective number of cases under q
     damping_share: Float[Tensor, " u"]  # the share of s that is due to the damping
-    residual: Float[Tensor, " u"]  # relative; 0 where systems were solved directly
-    converged: Bool[Tensor, " u"]  # whether the residual is within the tolerance
+    residual: Float[Tensor, " u"]  # the largest, relative; 0 where systems were solved directly
+    converged: Bool[Tensor, " u"]  # whether it is within the tolerance, the gradient's included
     route: str  # how systems were solved: "rows", "sums", "products" or "passes"
     c_error: Float[Tensor, " u"]  # standard error
     mean_q_error: Float[Tensor, "u d"]
@@ -95,8 +96,9 @@ class UnitStatistics:
                 f"{'no bias gradient' if g0 is None else tuple(g0.shape)}"
             )
         gradient = Gradient(rows, g0).measurable()
-        step = in_shape_of(gradient, natural_gradient(self.alone, self.damping, gradient))
-        return step.turned(self.turn).on(g.device)
+        solved = natural_gradient(self.alone, self.damping, gradient)
+        warn_of_units(self.alone, solved.convergence.converged)
+        return in_shape_of(gradient, solved.step).turned(self.turn).on(g.device)
 
     def damped(self, damping: float) -> "UnitStatistics":
         """Return the same measurement at another relative damping.
@@ -106,8 +108,14 @@ class UnitStatistics:
             LoaderError: The loader that has to be read again has changed, or the model has.
             SingularFisherError: A unit's Fisher has no inverse at this damping.
         """
-        found = theory(self.alone.suited_to(damping), damping, self.gradient)
+        suited = self.alone.suited_to(damping)
+        found = theory(suited, damping, self.gradient)
+        warn_of_units(suited, found.theory["converged"])
         return replace(self, damping=damping, **found.theory)
+
+    @property
+    def convergence(self) -> Convergence:
+        return Convergence(self.residual, self.converged)
 
     @property
     def cases(self) -> Cases:
@@ -138,10 +146,12 @@ def statistics(
     biased = [name for name in observations if layers[name].bias is not None]
     measured: dict[str, UnitStatistics] = {}
     steps: dict[str, LayerStep] = {}
+    solved: list[tuple[Block, Tensor]] = []
     for block in blocks(observations, units, biased):
         cases = block.cases
         gradients = {name: observations[name].gradient for name in block.layers}
         found, natural = theory(block, damping, joined_gradients(gradients.values()))
+        solved.append((block, found["converged"]))
         of_units = {**found, "dead": cases.dead, "n_eff": cases.n_eff}
         parted = {key: block.split(x) for key, x in of_units.items()}
         spare -= _kept(block, spare)
@@ -170,6 +180,7 @@ def statistics(
             )
         if natural is not None:
             steps |= in_shapes_of({n: g for n, g in gradients.items() if g is not None}, natural)
+    warn_of_layers(solved)
     return Measured({name: measured[name] for name in observations}, steps)
 
 
@@ -182,20 +193,30 @@ def with_gradients(
     """
     steps: dict[str, LayerStep] = {}
     completed = dict(measured)
+    solved: list[tuple[Block, Tensor]] = []
     for block in {id(each.block): each.block for each in measured.values()}.values():
         given = {name: gradients[name] for name in block.layers if name in gradients}
         whole = len(given) == len(block.layers)
         for part in [block] if whole else [measured[name].alone for name in given]:
             gradient = joined_gradients(given[name] for name in part.layers)
             assert gradient is not None
-            natural = natural_gradient(part, measured[part.layers[0]].damping, gradient)
+            natural, convergence = natural_gradient(
+                part, measured[part.layers[0]].damping, gradient
+            )
+            solved.append((part, convergence.converged))
             steps |= in_shapes_of({name: given[name] for name in part.layers}, natural)
             angles = Angles.of(part.center(slice(None)), gradient, natural)
-            of_layers = zip(*map(part.split, angles), strict=True)
-            for name, of_layer in zip(part.layers, of_layers, strict=True):
-                known = Angles(*of_layer)._asdict()
-                completed[name] = replace(measured[name], gradient=gradients[name], **known)
+            for i, name in enumerate(part.layers):
+                of_layer = Angles(*(part.split(x)[i] for x in angles))
+                now = Convergence(*(part.split(x)[i] for x in convergence))
+                completed[name] = replace(
+                    measured[name],
+                    gradient=gradients[name],
+                    **of_layer._asdict(),
+                    **now.joined(measured[name].convergence)._asdict(),
+                )
             spare -= _kept(part, spare)
+    warn_of_layers(solved)
     return Measured(completed, steps)
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unitfisher.blocks import Block, together
+from unitfisher.convergence import Convergence
 from unitfisher.diagnostics import cosine
 from unitfisher.kinds import Turn
 from unitfisher.moments import Moments
@@ -30,18 +31,28 @@ class LayerStep(NamedTuple):
         return LayerStep(self.dw.to(device), None if self.dw0 is None else self.dw0.to(device))
 
 
-def natural_gradient(block: Block, damping: float, gradient: Gradient) -> LayerStep:
+class Solved(NamedTuple):
+    """A block's step, and how well its systems were solved."""
+
+    step: LayerStep
+    convergence: Convergence
+
+
+def natural_gradient(block: Block, damping: float, gradient: Gradient) -> Solved:
     """Return F⁻¹ (g, g0) of a block's units in double precision, (u, d) and (u,)."""
     if not block.finite:
         dw = block.cases.mean.new_full((block.cases.units, block.cases.inputs), torch.nan)
-        return LayerStep(dw, None if gradient.g0 is None else dw[:, 0])
-    steps = []
+        step = LayerStep(dw, None if gradient.g0 is None else dw[:, 0])
+        return Solved(step, Convergence.unknown(dw[:, 0]))
+    steps, solved = [], []
     for part, _, damped in block.held.damped_parts(damping):
         try:
             steps.append(unit_steps(damped, gradient.of_units(part), block.unmoved(part)))
         except SingularFisherError as error:
             raise block.named(error, part) from None
-    return joined_steps(steps)
+        solved.append(Convergence.of(damped))
+    convergence = Convergence(*(together(parts) for parts in zip(*solved, strict=True)))
+    return Solved(joined_steps(steps), convergence)
 
 
 def joined_steps(parts: Sequence[LayerStep]) -> LayerStep:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unitfisher.blocks import Block, together
 from unitfisher.cases import UnitCases
+from unitfisher.convergence import Convergence
 from unitfisher.diagnostics import mean_share
 from unitfisher.moments import Moments, corrected_mean
 from unitfisher.observation import Gradient
@@ -27,8 +28,6 @@ class Theory(NamedTuple):
     k: Float[Tensor, " u"]
     corrected_mean: Float[Tensor, "u d"]
     damping_share: Float[Tensor, " u"]
-    residual: Float[Tensor, " u"]
-    converged: Bool[Tensor, " u"]
     mean_share_q: Float[Tensor, " u"]
 
     @classmethod
@@ -42,8 +41,6 @@ class Theory(NamedTuple):
             k=k,
             corrected_mean=corrected_mean(m, k),
             damping_share=damping_share(damped) * living,
-            residual=damped.residual,
-            converged=damped.residual <= damped.tolerance,
             mean_share_q=mean_share(m.mu_q_squared, m.trace_Var_q) * living,
         )
 
@@ -52,8 +49,7 @@ class Theory(NamedTuple):
         """NaN for every quantity: the pass was not finite."""
         wide = cases.mean.new_full((cases.units, cases.inputs), torch.nan)
         of_inputs = ("mean_q", "corrected_mean")
-        nothing = cls(*(wide if name in of_inputs else wide[:, 0] for name in cls._fields))
-        return nothing._replace(converged=torch.zeros_like(cases.dead))
+        return cls(*(wide if name in of_inputs else wide[:, 0] for name in cls._fields))
 
 
 class Found(NamedTuple):
@@ -69,9 +65,9 @@ def theory(block: Block, damping: float, gradient: Gradient | None) -> Found:
     if not block.finite:
         unknown = Theory.unknown(cases)
         errors = StandardErrors.alike(torch.nan, unknown.mean_q)
-        angles = Angles.unknown(unknown.c)
-        natural = None if gradient is None else natural_gradient(block, damping, gradient)
-        return Found({**unknown._asdict(), **errors._asdict(), **angles._asdict()}, natural)
+        angles, solved = Angles.unknown(unknown.c), Convergence.unknown(unknown.c)
+        natural = None if gradient is None else natural_gradient(block, damping, gradient).step
+        return Found(_fields(unknown, errors, angles, solved), natural)
     parts, steps = [], []
     for part, m, damped in block.held.damped_parts(damping):
         try:
@@ -83,11 +79,15 @@ def theory(block: Block, damping: float, gradient: Gradient | None) -> Found:
                 angles = Angles.of(block.center(part), of_units, steps[-1])
             of_part = Theory.of(m, damped, cases.dead[part])
             errors = _errors(cases, part, m, damped)
-            parts.append({**of_part._asdict(), **errors._asdict(), **angles._asdict()})
+            parts.append(_fields(of_part, errors, angles, Convergence.of(damped)))
         except SingularFisherError as error:
             raise block.named(error, part) from None
     joined = {name: together([of_part[name] for of_part in parts]) for name in parts[0]}
     return Found(joined, joined_steps(steps) if steps else None)
+
+
+def _fields(*parts: Theory | StandardErrors | Angles | Convergence) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part._asdict().items()}
 
 
 def _errors(cases: Cases, part: slice, m: Moments, damped: Moments) -> StandardErrors:

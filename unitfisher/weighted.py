@@ -27,10 +27,6 @@ class CaseProducts(Protocol):
     """What conjugate gradients need of the cases, in memory or from a loader."""
 
     @property
-    def instead(self) -> str:
-        """Advice for the warning that units have not converged."""
-
-    @property
     def support(self) -> Float[Tensor, " u"]:
         """Number of cases that carry weight for each unit."""
 
@@ -64,10 +60,6 @@ class Weighted(NamedTuple):
         """Weigh by q = D / total; all is kept in the precision of the activations."""
         q = (D / torch.where(total > 0, total, 1.0)).to(a.dtype).T
         return cls(a - origin.unsqueeze(1), q.unflatten(0, (len(a), -1)).contiguous())
-
-    @property
-    def instead(self) -> str:
-        return "solve directly with solver='direct'"
 
     @property
     def support(self) -> Float[Tensor, " u"]:
