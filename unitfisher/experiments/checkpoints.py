@@ -18,7 +18,7 @@ from unitfisher.experiments.presets import Member, named
 from unitfisher.experiments.ranks import Ranks
 from unitfisher.table import write_atomically
 
-FORMAT: Final = 2  # increased when the contents of `Trainer.state` take another form
+FORMAT: Final = 3  # increased when the contents of `Trainer.state` take another form
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def require_own(
             f"{path} is of {named(found)}, not of {named(members)}; "
             "resume with the same activations, rates and seeds, or choose another folder"
         )
-    each = len(random_states(device))
+    each = _generators(device) + len(members)
     if len(state["random"]) != each * ranks.size:
         raise ValueError(
             f"{path} is of {len(state['random']) // each} processes on one kind of device, "
@@ -98,16 +98,30 @@ def require_form(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: P
         )
 
 
-def random_states(device: torch.device) -> list[Tensor]:
-    """Return the states of torch's global generators in this process."""
-    if device.type == "cpu":
-        return [torch.get_rng_state()]
-    return [torch.get_rng_state(), torch.get_device_module(device).get_rng_state(device)]
+def random_states(device: torch.device, chances: Sequence[torch.Generator]) -> list[Tensor]:
+    """Return the states of torch's global generators in this process, and of the members' own."""
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return [*states, *(chance.get_state() for chance in chances)]
 
 
-def load_random(states: Sequence[Tensor], device: torch.device, ranks: Ranks) -> None:
+def load_random(
+    states: Sequence[Tensor],
+    device: torch.device,
+    chances: Sequence[torch.Generator],
+    ranks: Ranks,
+) -> None:
     """Restore this process's generators; ``states`` are those of all processes, by rank."""
-    own = states[len(random_states(device)) * ranks.rank :]
+    each, first = _generators(device) + len(chances), _generators(device)
+    own = states[each * ranks.rank : each * (ranks.rank + 1)]
     torch.set_rng_state(own[0])
     if device.type != "cpu":
         torch.get_device_module(device).set_rng_state(own[1], device)
+    for chance, state in zip(chances, own[first:], strict=True):
+        chance.set_state(state)
+
+
+def _generators(device: torch.device) -> int:
+    """Count torch's global generators that a training on this device draws from."""
+    return 1 if device.type == "cpu" else 2

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils._pytree import tree_map
 
+from unitfisher.experiments.dropout import MemberDropout
 from unitfisher.experiments.norms import SharedBatchNorm
 
 
@@ -25,14 +26,20 @@ class Ensemble(nn.Module):
 
     Args:
         members: Sequential networks, of which this takes copies.
+        chances: Each member's generator, which its dropout draws from; on the device to train on.
+            None: all draw from torch's global one.
 
     Raises:
         ValueError: The members are not of one form; says where they differ.
     """
 
-    def __init__(self, members: Sequence[nn.Sequential]) -> None:
+    def __init__(
+        self,
+        members: Sequence[nn.Sequential],
+        chances: Sequence[torch.Generator] | None = None,
+    ) -> None:
         super().__init__()
-        self.stacked = _stacked(members, "")
+        self.stacked = _stacked(members, "", chances)
         self._forms = tuple(members)
 
     def forward(self, x: Float[Tensor, "m n ..."]) -> Any:
@@ -53,17 +60,21 @@ class Ensemble(nn.Module):
         return self._forms
 
 
-def _stacked(modules: Sequence[nn.Module], name: str) -> nn.Module:
+def _stacked(
+    modules: Sequence[nn.Module], name: str, chances: Sequence[torch.Generator] | None
+) -> nn.Module:
     first = modules[0]
     _require_one_form(modules, name)
     if isinstance(first, nn.Sequential):
         parts = OrderedDict(
-            (child, _stacked([m.get_submodule(child) for m in modules], f"{name}.{child}"))
+            (child, _stacked([m.get_submodule(child) for m in modules], f"{name}.{child}", chances))
             for child, _ in first.named_children()
         )
         return nn.Sequential(parts)
     if type(first) is nn.Linear:
         return StackedLinear(modules)
+    if chances is not None and (drops := [m for m in modules if type(m) is nn.Dropout]):
+        return MemberDropout(drops, chances)
     if not first.state_dict():
         return Memberwise(modules)
     return Vmapped(modules)

@@ -153,7 +153,7 @@ class Preset:
 # [R] everything but what follows, and 10 runs, of which [I] one is the default; [I] batch (100 is
 # stated for the larger network only), the L2 penalty on biases too, and on γ, β and PReLU's slope
 # where there are any, batch normalisation before the activation, padding as Caffe has it, dropout
-# between activation and pooling, its masks not those of another activation of the same seed, half
+# between activation and pooling, its masks the same for every activation of a seed, half
 # of He's initial variance: from He's, SReLU's and ELU's networks of 11 layers diverge at the
 # paper's rate on whitened images (results/divergence)
 _CIFAR11 = Preset(

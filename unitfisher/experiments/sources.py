@@ -13,9 +13,9 @@ from unitfisher.experiments.orders import Orders
 from unitfisher.experiments.photographs import PhotographSets
 from unitfisher.experiments.presets import Member, Preset
 from unitfisher.experiments.ranks import ALONE, Ranks
+from unitfisher.experiments.seeds import CROPS, mixed
 from unitfisher.experiments.streams import Stream
 
-CROPS = 2**32  # added to a seed, for the generator of crops and flips
 EVALUATED = 2_000_000  # input numbers in one batch of an evaluation
 PROBE_SEED = 1  # the same probe set in every run
 
@@ -77,7 +77,7 @@ def source_of(
             raise ValueError(f"photographs are read for one seed at a time, not for {seeds}")
         seed = members[0].seed
         return Read(data, size, seed, len(members), workers=workers, ranks=ranks)
-    crops = {m.seed: torch.Generator().manual_seed(CROPS + m.seed) for m in members}
+    crops = {m.seed: torch.Generator().manual_seed(mixed(m.seed, CROPS)) for m in members}
     augment = [crops[member.seed] for member in members] if preset.augmented else []
     return Held(data, size, generators, augment, ranks=ranks)
 

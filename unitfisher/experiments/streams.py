@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from itertools import tee
 from typing import TypedDict
 
-import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from unitfisher.experiments.images import Batch, Crops, cropped, draw_crops
 from unitfisher.experiments.photographs import Photographs
 from unitfisher.experiments.ranks import ALONE, Ranks
+from unitfisher.experiments.seeds import mixed
 
 
 class StreamState(TypedDict):
@@ -122,5 +122,4 @@ def _draws(
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
-    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1)
-    return torch.Generator().manual_seed(int(mixed[0]))
+    return torch.Generator().manual_seed(mixed(seed, epoch))

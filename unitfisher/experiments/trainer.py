@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from unitfisher.experiments import checkpoints
 from unitfisher.experiments.comparisons import classifiers
 from unitfisher.experiments.data import Dataset
+from unitfisher.experiments.dropout import generators_of
 from unitfisher.experiments.ensembles import Ensemble
 from unitfisher.experiments.losses import Losses
 from unitfisher.experiments.members import networks_of
@@ -30,6 +31,7 @@ from unitfisher.experiments.norms import share_norms
 from unitfisher.experiments.photographs import PhotographSets
 from unitfisher.experiments.presets import Member, Phase, Preset
 from unitfisher.experiments.ranks import ALONE, Ranks
+from unitfisher.experiments.seeds import MASKS, mixed
 from unitfisher.experiments.sgd import SGD
 from unitfisher.experiments.sources import source_of
 from unitfisher.experiments.stacks import set_dropout
@@ -37,8 +39,6 @@ from unitfisher.experiments.tasks import TASKS
 from unitfisher.experiments.watching import Moment, Watches
 from unitfisher.locks import FolderLock
 from unitfisher.record import RecordExistsError
-
-DROPOUT_SEED = 2**33  # added for every further process, for its own dropout
 
 
 class Progress(NamedTuple):
@@ -98,7 +98,8 @@ class Trainer:
         if ranks.size > 1:
             for network in networks:
                 share_norms(network)
-        self.ensemble = Ensemble(networks).to(self.device)
+        self._chances = generators_of(members, self.device, ranks.rank)
+        self.ensemble = Ensemble(networks, self._chances).to(self.device)
         self.parameters: list[Tensor] = list(self.ensemble.parameters())
         self.optimizer = SGD(
             self.parameters,
@@ -116,8 +117,8 @@ class Trainer:
         self._clock = time.perf_counter()  # the time up to which seconds are counted
         self.stopped = self._stop_asked = False
         self.losses = Losses(self.members, self.device, self.checkpoint, aloud=ranks.is_first)
-        # for dropout, which draws from torch's global generator
-        torch.manual_seed(members[0].seed + DROPOUT_SEED * ranks.rank)
+        # for what draws from torch's global generator: dropout inside other modules, if compiled
+        torch.manual_seed(mixed(members[0].seed, MASKS, ranks.rank))
         self._opened = ExitStack()
         try:
             self._begin(resume)
@@ -232,7 +233,7 @@ class Trainer:
             "source": self.source.state(),
             **self.losses.state(),
             "watches": self.watches.state(),
-            "random": self.ranks.gathered(checkpoints.random_states(self.device)),
+            "random": self.ranks.gathered(checkpoints.random_states(self.device, self._chances)),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -251,7 +252,7 @@ class Trainer:
         self.losses.load(state)
         if self.ranks.is_first:
             self.watches.load(state["watches"])
-        checkpoints.load_random(state["random"], self.device, self.ranks)
+        checkpoints.load_random(state["random"], self.device, self._chances, self.ranks)
 
     def close(self) -> None:
         """Write what was recorded, and leave the folder to others; safe to call twice."""
