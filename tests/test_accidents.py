@@ -49,6 +49,18 @@ def exit_without_closing(folder, step):
     sys.exit("an error")
 
 
+def exit_with_a_full_disk(folder, step):
+    run = Run(folder, flush_interval=1000)
+    run.append("units", {"step": step})
+    run.flush()
+    run.append("units", {"step": step + 1})
+
+    def no_space(descriptor):
+        raise OSError(28, "No space left on device")
+
+    os.fsync, sys.stderr = no_space, sys.stdout
+
+
 def fork_while_writing(folder, step):
     run = Run(folder, flush_interval=1000)
     run.append("units", {"step": step})
@@ -189,6 +201,13 @@ def test_a_full_disk_keeps_the_rows_in_memory(tmp_path, monkeypatch):
     assert [path.name for path in run.folder.glob(".*")] == [".lock"]
     run.close()
     assert run.read()["step"].tolist() == [0, 1, 2]
+
+
+def test_what_a_full_disk_costs_is_told_at_exit(tmp_path, writers):
+    start(writers, "exit_with_a_full_disk", tmp_path / "run")
+    (said,) = what_is_said(writers)
+    assert "part-00000.parquet was not written (No space left on device); its newest rows" in said
+    assert pd.read_parquet(tmp_path / "run" / "units")["step"].tolist() == [0]
 
 
 def test_a_full_disk_is_told_once_and_tried_again(tmp_path, monkeypatch):

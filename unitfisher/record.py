@@ -12,6 +12,7 @@ A table can be read at any time and by anyone: ``pandas.read_parquet(folder / "u
 import atexit
 import json
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -104,7 +105,7 @@ class Run:
         self._process = os.getpid()
         self._closed = self._warned = False
         self._holding_back: list[Callable[[], None]] = []
-        atexit.register(self.close)
+        atexit.register(self._end)
 
     @property
     def tables(self) -> list[str]:
@@ -220,10 +221,19 @@ class Run:
             with self._state:
                 self._closed = True
             self.flush()
-            atexit.unregister(self.close)
+            atexit.unregister(self._end)
             if os.getpid() == self._process:
                 self._lock.release()
                 OPEN.pop(self.folder.resolve(), None)
+
+    def _end(self) -> None:
+        """Close when the interpreter exits; if rows cannot be written even now, say so."""
+        try:
+            self.close()
+        except OSError as error:
+            failed = str(error.strerror).partition(";")[0]
+            line = f"unitfisher: {failed}; its newest rows are lost, earlier ones stay"
+            print(line, file=sys.stderr)
 
     def __enter__(self) -> "Run":
         return self
