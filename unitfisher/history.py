@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from unitfisher.measurement import Measurement
@@ -39,14 +40,14 @@ def columns_of(measured: Collection[UnitStatistics], phase: str) -> Columns:
 def _joined(values: Sequence[Any], units: Sequence[int]) -> Any:
     """Concatenate the layers' tensors; repeat values per unit if they differ between layers."""
     if isinstance(values[0], Tensor):
-        return torch.cat([x.to(values[0].device) for x in values])
+        device = values[0].device
+        return torch.cat([x if x.device == device else x.to(device) for x in values])
     if len(set(values)) == 1:
         return values[0]
     return [value for value, n in zip(values, units, strict=True) for _ in range(n)]
 
 
 def _columns_of_layer(measured: UnitStatistics, phase: str) -> Columns:
-    norm = torch.linalg.vector_norm
     return {
         "step": measured.step,
         "layer": measured.layer,
@@ -56,11 +57,11 @@ def _columns_of_layer(measured: UnitStatistics, phase: str) -> Columns:
         "s": measured.s,
         "k": measured.k,
         "sc": measured.s * measured.c,
-        "mean_norm": norm(measured.mean, dim=-1).expand_as(measured.c),
-        "mean_q_norm": norm(measured.mean_q, dim=-1),
-        "corrected_mean_norm": norm(measured.corrected_mean, dim=-1),
+        "mean_norm": _norm(measured.mean).expand_as(measured.c),
+        "mean_q_norm": _norm(measured.mean_q),
+        "corrected_mean_norm": _norm(measured.corrected_mean),
         "c_error": measured.c_error,
-        "mean_q_error": norm(measured.mean_q_error, dim=-1),
+        "mean_q_error": _norm(measured.mean_q_error),
         "s_error": measured.s_error,
         "k_error": measured.k_error,
         "n_eff": measured.n_eff,
@@ -79,6 +80,12 @@ def _columns_of_layer(measured: UnitStatistics, phase: str) -> Columns:
         "dead": measured.dead,
         "finite": measured.finite,
     }
+
+
+def _norm(x: Float[Tensor, "*u d"]) -> Float[Tensor, "*u"]:
+    """Norm over inputs; of a value that all of them share, without adding it up."""
+    norm: Tensor = torch.linalg.vector_norm(x if x.stride(-1) else x[..., :1], dim=-1)
+    return norm if x.stride(-1) else norm * x.shape[-1] ** 0.5
 
 
 def columns_of_activations(averages: Averages, step: int) -> Columns:

@@ -36,9 +36,11 @@ def kept(model: nn.Module) -> Iterator[None]:
 
     Sending errors back may run forward passes too, of checkpointed segments.
     """
-    owned = [(module, dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers() if not _overlaps(buffer)]
-    devices = {p.device for p in model.parameters()}
+    modules = list(model.modules())
+    owned = [(module, dict(module._buffers)) for module in modules if module._buffers]
+    distinct = {id(b): b for _, own in owned for b in own.values() if b is not None}
+    values = [(b, b.clone()) for b in distinct.values() if not _overlaps(b)]
+    devices = {p.device for m in modules for p in m._parameters.values() if p is not None}
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng([]))
