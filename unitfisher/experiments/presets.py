@@ -5,6 +5,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
@@ -12,12 +13,13 @@ from unitfisher.experiments.convnets import DROPOUT
 from unitfisher.experiments.data import DatasetName
 from unitfisher.experiments.models import HE, ActivationName
 from unitfisher.experiments.options import (
-    PHASE_RANGES,
     PRESET_RANGES,
     require_fitting,
     require_ranges,
     require_several,
 )
+from unitfisher.experiments.schedules import Phase as Phase
+from unitfisher.experiments.schedules import phase_at, require_schedule
 from unitfisher.experiments.tasks import TaskName
 
 PresetData = Literal[DatasetName, "cifar-10", "cifar-100", "photographs"]
@@ -35,18 +37,14 @@ class Member(NamedTuple):
     def name(self) -> str:
         return f"{self.activation}-lr{self.rate:g}-s{self.seed}"
 
+    @property
+    def form(self) -> str:
+        """Members of one form have the same parameters: PReLU has some of its own."""
+        return self.activation if self.activation == "prelu" else ""
+
 
 def named(members: Iterable[Member]) -> str:
     return ", ".join(member.name for member in members)
-
-
-class Phase(NamedTuple):
-    """Learning rate and dropout from a step on, until the next phase."""
-
-    start: int
-    factor: float = 1.0  # of the learning rate
-    dropout: tuple[float, ...] = ()  # a rate for each stack; empty: unchanged
-    dropped: Literal["last", "all"] = "last"  # layers of a stack
 
 
 @dataclass(frozen=True)
@@ -115,11 +113,7 @@ class Preset:
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         require_several(options, "activations", "seeds", "rates", "dampings")
         require_ranges(options, PRESET_RANGES)
-        for i, phase in enumerate(self.phases):
-            require_ranges(phase._asdict(), PHASE_RANGES, f"phases.{i}.")
-        starts = [phase.start for phase in self.phases]
-        if starts != sorted(set(starts)):
-            raise ValueError(f"phases start at {starts}: name them in order, once each")
+        require_schedule(self.phases)
         require_fitting(options)
 
     @property
@@ -132,6 +126,12 @@ class Preset:
             for seed in self.seeds
         ]
 
+    @property
+    def forms(self) -> dict[str, list[Member]]:
+        """The members by the form of their networks, each form to be trained by a Trainer."""
+        by = groupby(sorted(self.members, key=lambda m: m.form), key=lambda m: m.form)
+        return {form: list(alike) for form, alike in by}
+
     def steps(self, per_epoch: int) -> int:
         """Count the steps of the whole training, given those of an epoch."""
         return self.iterations or self.epochs * per_epoch
@@ -142,12 +142,7 @@ class Preset:
 
     def phase(self, iteration: int) -> Phase:
         """Return the phase at a step; dropout that it does not set is that of earlier phases."""
-        now = Phase(0)
-        for phase in self.phases:
-            if phase.start <= iteration:
-                as_it_was = now._replace(start=phase.start, factor=phase.factor)
-                now = phase if phase.dropout else as_it_was
-        return now
+        return phase_at(self.phases, iteration)
 
 
 # [R] everything but what follows, and 10 runs, of which [I] one is the default; [I] batch (100 is
