@@ -31,8 +31,8 @@ from unitfisher.experiments.convnets import (
 from unitfisher.experiments.ensembles import Ensemble
 from unitfisher.experiments.models import ACTIVATIONS, mlp
 from unitfisher.experiments.networks import NETWORKS, build
-from unitfisher.experiments.options import TAKERS
-from unitfisher.experiments.presets import PRESETS
+from unitfisher.experiments.options import STACKS, TAKERS
+from unitfisher.experiments.presets import PRESETS, Phase
 from unitfisher.experiments.stacks import Conv, HalvingPool, Maker, Stack, set_dropout
 
 PLAN = ((Conv(4, 3),), (Conv(5, 1), Conv(6, 2)))
@@ -507,6 +507,26 @@ def test_presets_and_builders_agree_on_who_takes_an_option(option: str) -> None:
         ("cifar10-11", {"network": "maxout"}, r"weight_variance=.*; .*activations=\('own',\)"),
         ("cifar10-11", {"network": "torchvision:vgg11", "norm": "batch"}, "not take norm='batch'"),
         ("cifar10-11", {"task": "reconstruction"}, "'cifar11' has no decoder"),
+        (
+            "cifar10-18",
+            {"network": "cifar11"},
+            r"'cifar11' has 6 stacks, not the 7 of phases.0.dropo",
+        ),
+        (
+            "cifar10-18",
+            {"network": "imagenet15"},
+            r"'imagenet15' has 4 stacks, not the 7 of phases.0",
+        ),
+        (
+            "cifar10-18",
+            {"network": "dsn", "weight_variance": None},
+            r"'dsn' has its own dropout, .*: give phases.0.dropout=\(\) .* phases.3.dropout=\(\)$",
+        ),
+        (
+            "cifar10-11",
+            {"phases": (Phase(0), Phase(5, 1.0, (0.1,)))},
+            r"not the 1 of phases.1.dropout=\(0.1,\): .*, or .* with phases.1.dropout=\(\)$",
+        ),
         ("imagenet-15", {"augmented": True}, "photographs does not take augmented=True"),
         ("imagenet-15", {"crop": 300}, "crop=300 is more than side=256"),
         ("imagenet-15", {"network": "dsn", "weight_variance": None}, "32 pixels: give crop=32"),
@@ -518,3 +538,14 @@ def test_presets_refuse_what_their_network_or_data_do_not_take(
 ) -> None:
     with pytest.raises(ValueError, match=told):
         replace(PRESETS[name], **change)
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "mlp"])
+def test_presets_and_networks_agree_on_the_number_of_stacks(name: str) -> None:
+    sizes = (4, 3, 2)
+    with torch.device("meta"):
+        built = mlp(sizes, "elu", seeded(0)) if name == "mlp" else build(name, 9, None, seeded(0))
+    network = built if isinstance(built, nn.Sequential) else nn.Sequential(built)
+    told = f"99 dropout rates for {STACKS.get(name, 0)} stacks"
+    with pytest.raises(ValueError, match=told):
+        set_dropout(network, (0.25,) * 99)

@@ -412,6 +412,16 @@ def test_what_a_user_can_mend_is_told_in_a_line_with_the_options_as_typed(
     assert "\n" not in str(ended.value.code)
 
 
+def test_dropout_of_another_number_of_stacks_is_refused_with_the_options_that_take_it_away() -> (
+    None
+):
+    given = ["--preset", "cifar10-18", "--network", "dsn", "--weight-variance", "None"]
+    with pytest.raises(SystemExit, match="dsn has its own dropout, .*: give (.*)") as ended:
+        scripts.run(lambda: train.parse(given), Preset)
+    _, preset, _ = train.parse([*given, *str(ended.value.code).partition("give ")[2].split()])
+    assert [phase.dropout for phase in preset.phases] == [()] * 4
+
+
 def test_a_folder_that_holds_a_training_says_how_to_go_on(whole: Path) -> None:
     with pytest.raises(SystemExit, match=r"already holds a training.* or continue with --resume$"):
         scripts.run(

@@ -1,15 +1,19 @@
 """Which values of an experiment's options are possible, and which network and data take which."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import torch
 
+from unitfisher.experiments.convnets import CIFAR11, CIFAR18, IMAGENET15
 from unitfisher.experiments.networks import require_known
 
-PAPERS: Final = ("cifar11", "cifar18", "imagenet15")
+STACKS: Final = MappingProxyType(
+    {"cifar11": len(CIFAR11), "cifar18": len(CIFAR18), "imagenet15": len(IMAGENET15)}
+)
+PAPERS: Final = tuple(STACKS)
 OF_ONE_SIZE: Final = ("cuda-convnet", "dsn", "maxout")  # fully connected behind images of 32×32
 SIZE: Final = 32
 FLAT: Final = ("digits", "mnist", "fashion-mnist")
@@ -115,6 +119,7 @@ def require_fitting(options: Mapping[str, Any]) -> None:
     network, dataset = options["network"], options["dataset"]
     require_known(network, also=("mlp",))
     found = [*_misplaced(options), *_unfit_activations(network, options["activations"])]
+    found += _unfit_dropout(network, options["phases"])
     if (network == "mlp") != (dataset in FLAT):
         takes = FLAT if network == "mlp" else (*CIFAR, "photographs")
         found.append(f"network={network!r} takes {', '.join(takes)}, not dataset={dataset!r}")
@@ -146,3 +151,24 @@ def _unfit_activations(network: str, activations: tuple[str, ...]) -> list[str]:
     if network == "mlp" and "own" in activations:
         return ["mlp has no activation of its own: name others in activations"]
     return []
+
+
+def _unfit_dropout(network: str, phases: Sequence[Any]) -> list[str]:
+    """Say which phases have dropout rates for another number of stacks than the network's."""
+    unfit = {
+        f"phases.{i}.dropout": phase.dropout
+        for i, phase in enumerate(phases)
+        if phase.dropout and len(phase.dropout) != STACKS.get(network)
+    }
+    if not unfit or network == "mlp":
+        return []
+    own = " ".join(f"{name}=()" for name in unfit)
+    if network not in STACKS:
+        return [
+            f"network={network!r} has its own dropout, of which phases change nothing: give {own}"
+        ]
+    name, rates = next(iter(unfit.items()))
+    return [
+        f"network={network!r} has {STACKS[network]} stacks, not the {len(rates)} of "
+        f"{name}={rates!r}: give a rate for each stack, or leave it the dropout it has with {own}"
+    ]
