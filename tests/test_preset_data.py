@@ -10,6 +10,7 @@ import torch
 
 import unitfisher.experiments
 from unitfisher.experiments import PRESETS, Trainer, data_of
+from unitfisher.experiments.data import held_out
 
 TINY = replace(
     PRESETS["mnist"],
@@ -69,3 +70,31 @@ def test_data_of_a_preset_are_whitened_if_it_says_so(
     data = data_of(PRESETS["cifar10-11"], data_root, cache=tmp_path)
     assert told == [("cifar-10", tmp_path)]
     assert torch.equal(data.test_x, plain.test_x)
+
+
+def test_validation_cases_are_left_out_of_training_and_evaluated_on(tmp_path: Path) -> None:
+    data = data_of(TINY)
+    preset = replace(TINY, activations=("elu",), validation=300)
+    with Trainer(preset, preset.members, data, tmp_path) as trainer:
+        assert trainer.source.cases == len(data.train_x) - 300
+        trained = trainer.source.data.train_x
+        ((held, y),) = trainer.source.test()
+    cases = [x.tobytes() for x in torch.cat([trained, held]).numpy()]
+    assert sorted(cases) == sorted(x.tobytes() for x in data.train_x.numpy())
+    at = {
+        x.tobytes(): int(label) for x, label in zip(data.train_x.numpy(), data.train_y, strict=True)
+    }
+    assert [at[x.tobytes()] for x in held.numpy()] == y.tolist()
+    assert y.unique().tolist() == list(range(10))
+
+
+def test_validation_cases_are_the_same_every_time() -> None:
+    data = data_of(TINY)
+    assert torch.equal(held_out(data, 9).test_x, held_out(data, 10).test_x[:9])
+
+
+def test_validation_must_leave_something_to_train_on(tmp_path: Path) -> None:
+    data = data_of(TINY)
+    preset = replace(TINY, validation=len(data.train_x))
+    with pytest.raises(ValueError, match=r"validation=\d+ leaves none of \d+ cases to train on"):
+        Trainer(preset, preset.members, data, tmp_path)

@@ -39,11 +39,12 @@ PHASE_RANGES: Final = MappingProxyType({"start": NATURAL, "factor": POSITIVE, "d
 PRESET_RANGES: Final = MappingProxyType(
     {
         **dict.fromkeys(("epochs", "iterations", "every", "batch_size", "probe", "tested"), COUNT),
-        **dict.fromkeys(("units", "rows", "hidden", "side", "crop"), COUNT),
+        **dict.fromkeys(("units", "rows", "hidden", "side", "crop", "validation"), COUNT),
+        **dict.fromkeys(("stride", "pyramid"), COUNT),
         **dict.fromkeys(("rates", "weight_variance"), POSITIVE),
         **dict.fromkeys(("weight_decay", "dampings"), NATURAL),
         "seeds": SEED,
-        "momentum": SHARE,
+        **dict.fromkeys(("momentum", "dropout"), SHARE),
         "measurements": MEASUREMENTS,
     }
 )
@@ -61,10 +62,13 @@ TAKERS: Final = MappingProxyType(
     {
         "hidden": Takers((), "network", ("mlp",)),
         "weight_variance": Takers(None, "network", ("mlp", *PAPERS)),
+        "initial": Takers(None, "network", ("mlp", *PAPERS)),
         "norm": Takers("none", "network", ("mlp", *PAPERS, "nin", "dsn", "all-cnn-c")),
         "padding": Takers(None, "network", PAPERS),
+        **dict.fromkeys(("stride", "pyramid", "dropout"), Takers(None, "network", ("imagenet15",))),
         "preprocessing": Takers("none", "dataset", CIFAR),
         "augmented": Takers(False, "dataset", CIFAR),
+        "validation": Takers(None, "dataset", FLAT),
         "side": Takers(256, "dataset", ("photographs",)),
         "crop": Takers(224, "dataset", ("photographs",)),
     }
@@ -87,9 +91,11 @@ def require_ranges(
 
 
 def require_several(options: Mapping[str, Any], *names: str) -> None:
-    """Refuse lists that are empty, or name something twice."""
+    """Refuse lists that are empty, or name something twice; None is allowed."""
     for name in names:
         values = options[name]
+        if values is None:
+            continue
         if not values:
             raise ValueError(f"{name} is empty: name at least one")
         if len(set(values)) < len(values):
