@@ -398,7 +398,7 @@ def test_bias_shift_with_and_without_norm_stand_together() -> None:
     assert [ax.get_title() for ax in figure.axes[:3]] == [
         "iteration 0",
         "iteration 80,000",
-        "iteration 165,000",
+        "iteration 125,000",
     ]
 
 
@@ -418,6 +418,66 @@ def test_what_is_mostly_made_by_the_damping_is_told(empty: Path) -> None:
     preset = replace(PHOTOGRAPHS, dampings=(0.6, 0.1))  # recorded with shares as large
     made(empty, "imagenet-15", preset, (0, 100))
     assert "(its share comes to 0.6 at damping 0.6)" in foot(
+def with_norm_at(empty: Path, without: Sequence[int], normalised: Sequence[int]) -> Figure:
+    made(empty, "cifar100-11", SHORT, without)
+    made(empty, "cifar100-11-bn", replace(SHORT, norm="batch"), normalised)
+    return bias_shift_per_layer.draw("cifar100-11")
+
+
+@pytest.mark.parametrize(
+    ("without", "normalised", "shown"),
+    [
+        ((0, 100, 300, 1000, 3000), (0, 100, 300, 1000), (0, 300, 1000)),
+        ((0, 100, 200, 400), (0, 50, 100, 400), (0, 100, 400)),
+        ((0, 100, 200), (0, 50, 200), (0, 200)),
+    ],
+    ids=str,
+)
+def test_columns_are_times_at_which_both_were_measured(
+    without: Sequence[int], normalised: Sequence[int], shown: Sequence[int], empty: Path
+) -> None:
+    figure = with_norm_at(empty, without, normalised)
+    top = figure.axes[: len(shown)]
+    assert [ax.get_title() for ax in top] == [f"iteration {time:,}" for time in shown]
+    assert len(figure.axes) == 3 * len(shown)
+    for ax, time in zip(top, shown, strict=True):
+        for line, name in (("-", "cifar100-11"), ("--", "cifar100-11-bn")):
+            layers = Summary.read(name).layers.query(
+                "activation == 'elu' and damping == 0.01 and layer != 'stem'"
+            )
+            expected = layers.loc[layers["iteration"] == time, "mean_share"]
+            assert curves(ax)[f"ELU {line}"] == pytest.approx(expected.to_numpy())
+
+
+@pytest.mark.parametrize(
+    ("without", "normalised", "columns"),
+    [((0, 100, 200), (0, 50, 150), 2), ((100, 200), (50, 150), 1)],
+    ids=["one common", "none common"],
+)
+def test_each_is_shown_at_its_last_measurement_where_few_times_are_common(
+    without: Sequence[int], normalised: Sequence[int], columns: int, empty: Path
+) -> None:
+    figure = with_norm_at(empty, without, normalised)
+    assert len(figure.axes) == 3 * columns
+    last = figure.axes[columns - 1]
+    assert last.get_title() == "iteration 200 without batch norm,\n150 with batch norm"
+    for line, name, time in (("-", "cifar100-11", 200), ("--", "cifar100-11-bn", 150)):
+        layers = Summary.read(name).layers.query(
+            "activation == 'elu' and damping == 0.01 and layer != 'stem'"
+        )
+        expected = layers.loc[layers["iteration"] == time, "mean_share"]
+        assert curves(last)[f"ELU {line}"] == pytest.approx(expected.to_numpy())
+
+
+def test_titles_are_clear_of_the_letters_beside_them(empty: Path) -> None:
+    figure = with_norm_at(empty, (0, 100, 200), (0, 50, 150))
+    figure.canvas.draw()
+    for ax in figure.axes[:2]:
+        title, letter = (text.get_window_extent() for text in (ax.title, ax._left_title))
+        assert not title.overlaps(letter)
+        assert title.x1 < figure.bbox.x1
+
+
         bias_shift_over_time.draw("imagenet-15")
     )
 
