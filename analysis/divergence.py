@@ -20,12 +20,9 @@ import pandas as pd
 import tyro
 from tables import markdown, save
 from tqdm import trange
-from train import Where, opened
 
-from unitfisher.experiments import DataNotFoundError, scripts
+from unitfisher.experiments import PRESETS, DataNotFoundError, Trainer, data_of, scripts
 from unitfisher.experiments.models import HE
-from unitfisher.experiments.presets import PRESETS
-from unitfisher.experiments.trainer import Trainer
 from unitfisher.provenance import plain, provenance
 
 BEGINNINGS = {  # networks, and how many steps are enough to see them diverge
@@ -96,7 +93,7 @@ def begun(name: str, config: Config) -> Iterator[dict[str, object]]:
     photographs = preset.dataset == "photographs"
     root = config.photographs if photographs and config.photographs else config.data_root
     try:
-        data = opened(preset, Where(data_root=root), config.cache)
+        data = data_of(preset, root, cache=config.cache)
     except DataNotFoundError as error:
         print(f"{name} is left out: {error}", file=sys.stderr)
         return

@@ -15,26 +15,24 @@ Feeds the scripts in ``paper_figs/``.
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 import tyro
 from interrupts import INTERRUPTED, first_interrupt
 from tqdm import tqdm
 
-from unitfisher.experiments import Dataset, DatasetName, load, scripts
+from unitfisher.experiments import PRESETS, Preset, Trainer, data_of, scripts
 from unitfisher.experiments.allocation import keep_freed_memory
-from unitfisher.experiments.data import data_root
-from unitfisher.experiments.images import load_cifar
 from unitfisher.experiments.options import COUNT, NATURAL, require_device, require_ranges
-from unitfisher.experiments.photographs import PhotographSets, load_photographs
-from unitfisher.experiments.presets import PRESETS, Member, Preset
 from unitfisher.experiments.ranks import Ranks
-from unitfisher.experiments.trainer import Trainer
-from unitfisher.experiments.whitening import whitened
 
+PLURALS = {"--activation": "--activations", "--seed": "--seeds", "--rate": "--rates"}
+ALSO = (
+    "--activation, --seed and --rate stand for --activations, --seeds and --rates; where both are "
+    "given, the last counts."
+)
 WHERE_RANGES = {"threads": COUNT, "workers": NATURAL, "checkpoint_every": NATURAL}
 
 
@@ -86,8 +84,14 @@ def main(name: str, preset: Preset, where: Where) -> int:
 def train_all(name: str, preset: Preset, where: Where, ranks: Ranks) -> int:
     """Train the members form by form."""
     folder = where.out or Path("runs") / name
-    data = opened(preset, where, where.cache or folder / "cache")
-    for form, members in by_form(preset.members):
+    data = data_of(
+        preset,
+        where.data_root,
+        cache=where.cache or folder / "cache",
+        device=where.device,
+        workers=where.workers,
+    )
+    for form, members in preset.forms.items():
         with Trainer(
             preset,
             members,
@@ -109,29 +113,6 @@ def train_all(name: str, preset: Preset, where: Where, ranks: Ranks) -> int:
             if ranks.is_first:
                 print(conclusion(trainer))
     return 0
-
-
-def opened(preset: Preset, where: Where, cache: Path) -> Dataset | PhotographSets:
-    """Load a preset's data, preprocessed."""
-    name = preset.dataset
-    if name in get_args(DatasetName):
-        return load(name, where.data_root).to(where.device)
-    root = data_root(name, where.data_root)
-    if name == "photographs":
-        sizes = {"side": preset.side, "seen": preset.crop}
-        return load_photographs(root, cache, **sizes, workers=where.workers).to(where.device)
-    images = load_cifar(name, root).to(where.device)
-    return whitened(images, name, cache) if preset.preprocessing == "zca" else images
-
-
-def by_form(members: Sequence[Member]) -> list[tuple[str, list[Member]]]:
-    """Group members whose networks have the same parameters: PReLU has some of its own."""
-    by = groupby(sorted(members, key=_form), key=_form)
-    return [(form, list(alike)) for form, alike in by]
-
-
-def _form(member: Member) -> str:
-    return member.activation if member.activation == "prelu" else ""
 
 
 def follow(trainer: Trainer, title: str) -> None:
@@ -164,9 +145,7 @@ def conclusion(trainer: Trainer) -> str:
 
 def parse(arguments: Sequence[str]) -> tuple[str, Preset, Where]:
     """Read the preset's name first, so that --help shows that preset's values."""
-    arguments = [
-        part for a in arguments for part in (a.split("=", 1) if a.startswith("--preset=") else [a])
-    ]
+    arguments = [part for a in arguments for part in _in_full(a)]
     if "--preset" not in arguments:
         if {"--help", "-h"} & set(arguments):
             print(f"{__doc__}\n{listed(PRESETS)}")
@@ -184,7 +163,20 @@ def parse(arguments: Sequence[str]) -> tuple[str, Preset, Where]:
     ) -> tuple[Preset, Where]:
         return preset, where
 
-    return name, *tyro.cli(both, args=rest, prog=f"train.py --preset {name}")
+    return name, *tyro.cli(
+        both,
+        args=rest,
+        prog=f"train.py --preset {name}",
+        description=f"{described(PRESETS[name])}. {ALSO}",
+    )
+
+
+def _in_full(argument: str) -> list[str]:
+    """Split --preset=NAME, and put an option that names one thing for that which names several."""
+    option, *value = argument.split("=", 1)
+    if option == "--preset":
+        return [option, *value]
+    return ["=".join([PLURALS.get(option, option), *value])]
 
 
 def listed(presets: Mapping[str, Preset]) -> str:

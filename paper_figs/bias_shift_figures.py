@@ -5,6 +5,7 @@ from functools import partial
 from typing import Annotated
 
 import pandas as pd
+import settings
 import style
 import tyro
 from matplotlib.figure import Figure
@@ -32,7 +33,10 @@ def foot(found: Mapping[str, Summary]) -> str:
     """The caption: what is averaged over which units, and where the damping makes most of s."""
     first = next(iter(found.values()))
     units = f"layers after the first, mean or median over {first.config['units']} units of each"
-    return "; ".join([*together(found), units, first.spread, *_mostly_damped(found.values())])
+    fisher = settings.of_fisher(first.config)
+    return "; ".join(
+        [*together(found), fisher, units, first.spread, *_mostly_damped(found.values())]
+    )
 
 
 def _mostly_damped(summaries: Iterable[Summary]) -> Iterator[str]:

@@ -8,6 +8,7 @@ published.toml, ours from all committed tables of these data sets.
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 from typing import NamedTuple
@@ -143,8 +144,12 @@ def _notes(recorded: Sequence[Summary]) -> Iterator[str]:
     published = style.published()
     yield f"test error in %; italics: published ({'; '.join(published['source'].values())})"
     yield from (f"{row['label']}: {row['note']}" for row in published["cifar"] if "note" in row)
-    shown = [s.at_one_rate() for s in recorded]
-    yield from (f"ours, {s.name}: {s.conditions}{_sampled(s)}" for s in shown)
+    names: dict[str, str] = {}  # of the first training of these settings, but for normalisation
+    for s in (each.at_one_rate() for each in recorded):
+        plain = replace(s, provenance=s.provenance | {"config": s.config | {"norm": "none"}})
+        first = names.setdefault(plain.settings, s.name)
+        as_first = f"as {first} with {s.config['norm']} norm; {s.achieved}"
+        yield f"ours, {s.name}: {s.conditions if first == s.name else as_first}{_sampled(s)}"
     if not recorded:
         yield "none of ours is recorded yet"
 

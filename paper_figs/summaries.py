@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+import settings
 import tyro
 from summary import NETWORK, Summary
 
@@ -81,11 +82,12 @@ def _changes(activations: pd.DataFrame) -> pd.DataFrame:
 
 def _provenance(runs: Sequence[Path], training: pd.DataFrame) -> dict[str, Any]:
     made = [json.loads((run / "config.json").read_text()) for run in runs]
-    config = {k: v for k, v in made[0]["config"].items() if k not in NETWORK}
+    config, *others = (_shared(run["config"]) for run in made)
+    for run, other in zip(runs[1:], others, strict=True):
+        if other != config:
+            raise ValueError(f"{run} was configured differently from {runs[0]}")
     networks: dict[tuple[Any, ...], Path] = {}
     for run, other in zip(runs, made, strict=True):
-        if {k: v for k, v in other["config"].items() if k not in NETWORK} != config:
-            raise ValueError(f"{run} was configured differently from {runs[0]}")
         network = tuple(other["config"][key] for key in NETWORK)
         if (twin := networks.setdefault(network, run)) != run:
             raise ValueError(f"{run} and {twin} are of one network; leave one of them out")
@@ -105,6 +107,11 @@ def _provenance(runs: Sequence[Path], training: pd.DataFrame) -> dict[str, Any]:
         "seconds": float(last["seconds"].max()),
         "seconds_of_monitors": float(last["monitoring"].max()),
     }
+
+
+def _shared(config: dict[str, Any]) -> dict[str, Any]:
+    """What is common to all networks, as it took effect."""
+    return {key: v for key, v in settings.effective(config).items() if key not in NETWORK}
 
 
 def _all(values: Iterable[str]) -> str:

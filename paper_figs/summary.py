@@ -7,14 +7,13 @@ normalisation is another, ``<preset>-bn``. summaries.py makes them.
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import settings
 
-from unitfisher.experiments.models import HE
 from unitfisher.experiments.plotting import label
 from unitfisher.experiments.presets import PRESETS
 
@@ -23,7 +22,6 @@ NORMALISED = "-bn"  # ends the name of a summary with batch normalisation
 NORMS = ("without batch norm", "with batch norm")
 NETWORK = ["activation", "rate", "seed"]
 PARTS = ("training", "layers", "changes")
-UNLESS_ZERO = {"momentum": "momentum", "weight_decay": "L2"}
 DIGITS = 5  # significant, in the files
 SPREAD = "mean ± sd over seeds, on logarithmic axes not below the lowest seed"
 TRAINING_LOSS = "training loss: mean over the steps since the evaluation before, as trained"
@@ -55,6 +53,7 @@ class Summary:
             raise FileNotFoundError(f"no tables of {name}; make them with {_commands(name)}")
         training, layers, changes = (pd.read_csv(folder / f"{part}.csv") for part in PARTS)
         provenance = json.loads((folder / "provenance.json").read_text())
+        provenance["config"] = settings.effective(provenance["config"])
         return cls(name, training, layers, changes, provenance)
 
     def write(self) -> Path:
@@ -117,12 +116,23 @@ class Summary:
 
     @property
     def conditions(self) -> str:
-        """One line for the foot of a figure: data, network, settings, outcome, device."""
+        """One line for the foot of a figure: settings, outcome, device."""
+        return f"{self.settings}; {self.achieved}"
+
+    @property
+    def settings(self) -> str:
+        """What was trained on what, and how."""
+        rates = self.provenance.get("rates", [])
+        others = [rate for rate in rates if rate not in self.rates]
+        return settings.in_words(self.config, self.rates, others)
+
+    @property
+    def achieved(self) -> str:
+        """How far that came, and on what device."""
         at = self.provenance
         torch = ", ".join(version.split("+")[0] for version in at["versions"]["torch"].split(", "))
-        device = f"{at['device']}, torch {torch}"
         note = [at["note"]] if at.get("note") else []
-        return "; ".join([", ".join([*self._settings(), self.outcome]), *note, device])
+        return "; ".join([self.outcome, *note, f"{at['device']}, torch {torch}"])
 
     @property
     def outcome(self) -> str:
@@ -131,32 +141,6 @@ class Summary:
         absent = [f"{networks} of {asked_for} networks"] if networks < asked_for else []
         seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
         return ", ".join([self._extent(), seeds, *absent, *self._losses()])
-
-    def _settings(self) -> Iterator[str]:
-        config = self.config
-        runs = [(width, len(list(same))) for width, same in groupby(config["hidden"])]
-        hidden = "-".join(f"{n}×{width}" if n > 1 else str(width) for width, n in runs)
-        yield config["dataset"]
-        if config["dataset"] == "photographs":
-            yield f"{config['train_cases']:,} of {config['classes']:,} classes"
-            yield f"crops of {config['crop']} from {config['side']} pixels"
-        yield f"hidden {hidden}" if hidden else f"network {config['network']}"
-        if config.get("norm", "none") != "none":
-            yield f"{config['norm']} norm"
-        if config.get("weight_variance") not in (None, HE):
-            yield f"initial variance {config['weight_variance']:.3g} / fan-in"
-        yield f"batch {config['batch_size']}"
-        shown = ", ".join(f"{rate:g}" for rate in self.rates)
-        others = [
-            f"{rate:g}" for rate in self.provenance.get("rates", []) if rate not in self.rates
-        ]
-        not_shown = f" (not shown: {', '.join(others)})" if others else ""
-        yield f"rate{'s' if len(self.rates) > 1 else ''} {shown}{not_shown}"
-        if config.get("precision", "float32") != "float32":
-            yield f"products in {config['precision']}"
-        yield from (f"{said} {config[key]:g}" for key, said in UNLESS_ZERO.items() if config[key])
-        if config.get("tested"):
-            yield f"first {config['tested']:,} test cases"
 
     def _extent(self) -> str:
         """Steps or epochs done, of those of the whole preset where these are more."""

@@ -31,15 +31,15 @@ from unitfisher.experiments.convnets import (
 from unitfisher.experiments.ensembles import Ensemble
 from unitfisher.experiments.models import ACTIVATIONS, mlp
 from unitfisher.experiments.networks import NETWORKS, build
-from unitfisher.experiments.options import TAKERS
-from unitfisher.experiments.presets import PRESETS
+from unitfisher.experiments.options import STACKS, TAKERS
+from unitfisher.experiments.presets import PRESETS, Phase
 from unitfisher.experiments.stacks import Conv, HalvingPool, Maker, Stack, set_dropout
 
 PLAN = ((Conv(4, 3),), (Conv(5, 1), Conv(6, 2)))
 SMALL = sorted(set(NETWORKS) - {"imagenet15"})  # its 165 million numbers are made on no device
 
 
-def on_no_device(builder: Callable[..., nn.Module], classes: int, **options: str) -> nn.Module:
+def on_no_device(builder: Callable[..., nn.Module], classes: int, **options: object) -> nn.Module:
     with torch.device("meta"):
         return builder(classes, seeded(0), **options)
 
@@ -195,6 +195,22 @@ def test_initial_weights_fill_the_interval_of_he_and_biases_are_zero(name: str) 
             assert not layer.bias.any()
 
 
+def test_normal_weights_have_the_same_variance_in_no_interval() -> None:
+    uniform, normal = (cifar11(10, seeded(0), initial=initial) for initial in ("uniform", "normal"))
+    for name, weight in weights(normal).items():
+        bound = uniform.get_parameter(name).abs().max()
+        assert 0.9 < weight.std() / uniform.get_parameter(name).std() < 1.1
+        assert 0.05 < (weight.abs() > bound).float().mean() < 0.12  # 8.3 % beyond sqrt(3) sd
+    assert not normal.output.bias.any()
+
+
+def test_fully_connected_networks_can_begin_with_normal_weights() -> None:
+    normal = mlp((100, 100, 3), "elu", seeded(0), initial="normal").hidden1.weight
+    assert normal.std().item() == pytest.approx(sqrt(2 / 100), rel=0.03)
+    assert (normal.abs() > sqrt(6 / 100)).float().mean() > 0.05
+    assert torch.equal(normal, mlp((100, 100, 3), "relu", seeded(0), initial="normal")[0].weight)
+
+
 def test_half_of_hes_variance_is_the_same_draw_scaled() -> None:
     he, half = (cifar11(10, seeded(0), weight_variance=variance) for variance in (2.0, 1.0))
     for name, weight in weights(he).items():
@@ -290,6 +306,26 @@ def test_a_first_stride_is_taken() -> None:
     plan = narrow(((Conv(96, 6, stride=2),), *IMAGENET15[1:]))
     network = pyramidal(plan, (4,), 10, Maker(seeded(0)))
     assert walk(network, 224) == [224, 113, 57, 29, 15, 8]
+    built = on_no_device(imagenet15, 10, stride=2)
+    convs = [m for m in built.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.stride for m in convs] == [(2, 2)] + [(1, 1)] * 11
+
+
+def test_other_bins_of_the_pyramid_make_other_features() -> None:
+    assert on_no_device(imagenet15, 1000, pyramid=(6, 3, 2, 1)).hidden1.in_features == 1024 * 50
+    network = pyramidal(PLAN, (8,), 3, Maker(seeded(0)), bins=(3, 1))
+    x = torch.randn(2, 3, 24, 24)
+    features = network[:3](x)
+    assert features.shape == (2, 6 * 10)
+    assert_close(features[:, -6:], network[:2](x).amax((2, 3)))
+
+
+def test_dropout_of_the_fully_connected_layers_is_taken() -> None:
+    network = on_no_device(imagenet15, 10, dropout=0.25)
+    assert [network.drop1.p, network.drop2.p] == [0.25, 0.25]
+    assert not any(
+        drop.p for stack in network[:4] for drop in stack if isinstance(drop, nn.Dropout)
+    )
 
 
 def test_larger_images_are_averaged() -> None:
@@ -396,11 +432,12 @@ def test_unknown_networks_are_refused_and_the_known_ones_named(name: str) -> Non
         build(name, 10, "elu", seeded(0))
 
 
-@pytest.mark.parametrize("option", ["activation", "norm", "padding"])
+@pytest.mark.parametrize("option", ["activation", "norm", "padding", "initial"])
 def test_unknown_options_are_refused_and_the_known_ones_named(option: str) -> None:
     options = {"activation": "elu", option: "step"}
-    known = {"activation": "'relu', 'lrelu'", "norm": "'none', 'batch'"}.get(option, "'caffe'")
-    with pytest.raises(ValueError, match=f"{option} must be one of {known}.* got 'step'"):
+    known = {"activation": "'relu', 'lrelu'", "norm": "'none', 'batch'", "padding": "'caffe'"}
+    named = known.get(option, "'uniform', 'normal'")
+    with pytest.raises(ValueError, match=f"{option} must be one of {named}.* got 'step'"):
         build("cifar11", 10, generator=seeded(0), **options)
 
 
@@ -411,6 +448,10 @@ def test_unknown_options_are_refused_and_the_known_ones_named(option: str) -> No
         ("cuda-convnet", {"norm": "batch"}),
         ("nin", {"padding": "same"}),
         ("all-cnn-c", {"weight_variance": 2.0}),
+        ("nin", {"initial": "normal"}),
+        ("cifar11", {"stride": 2}),
+        ("cifar18", {"pyramid": (2, 1)}),
+        ("dsn", {"dropout": 0.0}),
         ("torchvision:resnet18", {"norm": "batch"}),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
@@ -486,7 +527,10 @@ def test_a_monitor_measures_dsn_in_both_modes() -> None:
     assert len(trained) == 9
 
 
-@pytest.mark.parametrize("option", ["norm", "padding", "weight_variance"])
+@pytest.mark.parametrize(
+    "option",
+    ["norm", "padding", "weight_variance", "initial", "stride", "pyramid", "dropout"],
+)
 def test_presets_and_builders_agree_on_who_takes_an_option(option: str) -> None:
     builders = {"mlp": mlp, **NETWORKS}
     takers = {name for name, builder in builders.items() if option in signature(builder).parameters}
@@ -507,7 +551,48 @@ def test_presets_and_builders_agree_on_who_takes_an_option(option: str) -> None:
         ("cifar10-11", {"network": "maxout"}, r"weight_variance=.*; .*activations=\('own',\)"),
         ("cifar10-11", {"network": "torchvision:vgg11", "norm": "batch"}, "not take norm='batch'"),
         ("cifar10-11", {"task": "reconstruction"}, "'cifar11' has no decoder"),
+        (
+            "cifar10-18",
+            {"network": "cifar11"},
+            r"'cifar11' has 6 stacks, not the 7 of phases.0.dropo",
+        ),
+        (
+            "cifar10-18",
+            {"network": "imagenet15"},
+            r"'imagenet15' has 4 stacks, not the 7 of phases.0",
+        ),
+        (
+            "cifar10-18",
+            {"network": "dsn", "weight_variance": None},
+            r"'dsn' has its own dropout, .*: give phases.0.dropout=\(\) .* phases.3.dropout=\(\)$",
+        ),
+        (
+            "cifar10-11",
+            {"phases": (Phase(0), Phase(5, 1.0, (0.1,)))},
+            r"not the 1 of phases.1.dropout=\(0.1,\): .*, or .* with phases.1.dropout=\(\)$",
+        ),
         ("imagenet-15", {"augmented": True}, "photographs does not take augmented=True"),
+        ("cifar10-11", {"stride": 2}, "cifar11 does not take stride=2, which is for imagenet15"),
+        (
+            "mnist",
+            {"pyramid": (2, 1)},
+            r"mlp does not take pyramid=\(2, 1\), .*: give pyramid=None",
+        ),
+        (
+            "cifar10-11",
+            {"dropout": 0.0},
+            "cifar11 does not take dropout=0.0, .*: give dropout=None",
+        ),
+        (
+            "cifar10-11",
+            {"validation": 9},
+            "cifar-10 does not take validation=9, which is for digits",
+        ),
+        ("imagenet-15", {"pyramid": ()}, "pyramid is empty"),
+        ("imagenet-15", {"pyramid": (4, 0)}, r"pyramid=\(4, 0\), but must be 1 or more"),
+        ("imagenet-15", {"stride": 0}, "stride=0, but must be 1 or more"),
+        ("imagenet-15", {"dropout": 1.0}, "dropout=1.0, but must be 0 or more and below 1"),
+        ("mnist", {"validation": 0}, "validation=0, but must be 1 or more"),
         ("imagenet-15", {"crop": 300}, "crop=300 is more than side=256"),
         ("imagenet-15", {"network": "dsn", "weight_variance": None}, "32 pixels: give crop=32"),
     ],
@@ -518,3 +603,14 @@ def test_presets_refuse_what_their_network_or_data_do_not_take(
 ) -> None:
     with pytest.raises(ValueError, match=told):
         replace(PRESETS[name], **change)
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "mlp"])
+def test_presets_and_networks_agree_on_the_number_of_stacks(name: str) -> None:
+    sizes = (4, 3, 2)
+    with torch.device("meta"):
+        built = mlp(sizes, "elu", seeded(0)) if name == "mlp" else build(name, 9, None, seeded(0))
+    network = built if isinstance(built, nn.Sequential) else nn.Sequential(built)
+    told = f"99 dropout rates for {STACKS.get(name, 0)} stacks"
+    with pytest.raises(ValueError, match=told):
+        set_dropout(network, (0.25,) * 99)

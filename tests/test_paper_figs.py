@@ -32,6 +32,7 @@ from summary import Summary
 
 from unitfisher.experiments import plotting
 from unitfisher.experiments.markdown import spread
+from unitfisher.experiments.panels import panels
 from unitfisher.experiments.presets import PRESETS, Member, Preset
 
 CIFAR = replace(PRESETS["cifar100-11"], seeds=tuple(range(6)), dampings=(0.1, 0.01))
@@ -198,28 +199,34 @@ def test_summaries_need_records(empty: Path) -> None:
     [
         (
             "cifar100-11",
-            "cifar-100, network cifar11, initial variance 1 / fan-in, batch 100, rate 0.01, "
-            "momentum 0.9, L2 0.0005, 165,000 iterations, 6 seeds; ",
-        ),
-        (
-            "cifar100-11-bn",
-            "cifar-100, network cifar11, batch norm, initial variance 1 / fan-in, batch 100, "
-            "rate 0.01, momentum 0.9, L2 0.0005, 125,000 of 165,000 iterations, 2 seeds; ",
+            "cifar-100, GCN and ZCA, padded by 4, cropped and mirrored, evaluated on the test set, "
+            "probe set of 256 training cases; network cifar11, Caffe's padding, dropout "
+            "0-0.1-0.2-0.3-0.4-0.5 behind each stack, uniform initial weights of variance "
+            "1/fan-in; batch 100, rate 0.01 (×0.5 from 35k, ×0.05 from 85k, ×0.005 from 135k), "
+            "momentum 0.9, L2 0.0005 on all parameters; 165,000 iterations, 6 seeds; ",
         ),
         (
             "imagenet-15",
-            "photographs, 700 of 10 classes, crops of 224 from 256 pixels, network imagenet15, ",
+            "photographs, 700 of 10 classes, less their mean image, cropped at random to 224 of "
+            "256 pixels and mirrored, evaluated on at most 5,000 validation photographs, probe set "
+            "of 64 training cases; network imagenet15, Caffe's padding, first stride 1, pyramid "
+            "4-2-1, dropout 0.5 of fully connected layers, uniform initial weights of variance ",
         ),
         (
             "mnist-autoencoder",
-            "mnist, hidden 1000-500-250-30-250-500-1000, initial variance 0.333 / fan-in, "
-            "batch 64, rates 0.01, 0.001, 250 of 500 epochs, 3 seeds, "
+            "mnist, pixels in [0, 1], evaluated on the test set, probe set of 4,096 training "
+            "cases; hidden 1000-500-250-30-250-500-1000, uniform initial weights of variance "
+            "0.333/fan-in; batch 64, rates 0.01, 0.001 throughout; 250 of 500 epochs, 3 seeds, "
             "diverged at rate 0.01: ELU (2 of 3 by epoch 1), SReLU (1 of 3 by epoch 1); ",
         ),
     ],
 )
 def test_conditions_of_every_preset(name: str, said: str) -> None:
     assert Summary.read(name).conditions.startswith(said)
+
+
+def test_conditions_name_batch_normalisation() -> None:
+    assert "; network cifar11, batch norm, Caffe" in Summary.read("cifar100-11-bn").conditions
 
 
 def test_a_note_is_in_the_conditions(empty: Path) -> None:
@@ -276,7 +283,8 @@ def test_cifar100_names_the_published_errors_in_words_before(empty: Path) -> Non
     figure = cifar100.draw()
     assert not any(published(ax) for ax in figure.axes)
     assert "published, after 165,000 iterations: test error ELU 28.75, SReLU" in foot(figure)
-    assert "first 500 test cases, 200 of 165,000 iterations, 1 seed" in foot(figure)
+    assert "evaluated on the first 500 test cases, " in foot(figure)
+    assert "; 200 of 165,000 iterations, 1 seed; " in foot(figure)
     assert "a single seed: lines without spread" in foot(figure)
     assert "no significance test: 1 pair of runs" in foot(figure)
 
@@ -367,6 +375,14 @@ def test_table_has_rows_that_nobody_published() -> None:
     assert ["ELU, 11 convolutions, batch norm", "yes", "–", "–"] in rows
 
 
+def test_table_tells_settings_once_where_only_the_norm_differs() -> None:
+    ours = [line for line in cifar_table.markdown().splitlines() if line.startswith("- ours")]
+    assert [note.split(";")[0] for note in ours if "-bn" in note] == [
+        "- ours, cifar100-11-bn: as cifar100-11 with batch norm"
+    ]
+    assert sum("GCN and ZCA" in note for note in ours) == len(ours) - 1
+
+
 def test_table_is_published_values_alone_without_ours(empty: Path) -> None:
     figure = cifar_table.draw()
     red = [text for text in figure.axes[0].texts if text.get_color() == style.PUBLISHED]
@@ -398,8 +414,68 @@ def test_bias_shift_with_and_without_norm_stand_together() -> None:
     assert [ax.get_title() for ax in figure.axes[:3]] == [
         "iteration 0",
         "iteration 80,000",
-        "iteration 165,000",
+        "iteration 125,000",
     ]
+
+
+def with_norm_at(empty: Path, without: Sequence[int], normalised: Sequence[int]) -> Figure:
+    made(empty, "cifar100-11", SHORT, without)
+    made(empty, "cifar100-11-bn", replace(SHORT, norm="batch"), normalised)
+    return bias_shift_per_layer.draw("cifar100-11")
+
+
+@pytest.mark.parametrize(
+    ("without", "normalised", "shown"),
+    [
+        ((0, 100, 300, 1000, 3000), (0, 100, 300, 1000), (0, 300, 1000)),
+        ((0, 100, 200, 400), (0, 50, 100, 400), (0, 100, 400)),
+        ((0, 100, 200), (0, 50, 200), (0, 200)),
+    ],
+    ids=str,
+)
+def test_columns_are_times_at_which_both_were_measured(
+    without: Sequence[int], normalised: Sequence[int], shown: Sequence[int], empty: Path
+) -> None:
+    figure = with_norm_at(empty, without, normalised)
+    top = figure.axes[: len(shown)]
+    assert [ax.get_title() for ax in top] == [f"iteration {time:,}" for time in shown]
+    assert len(figure.axes) == 3 * len(shown)
+    for ax, time in zip(top, shown, strict=True):
+        for line, name in (("-", "cifar100-11"), ("--", "cifar100-11-bn")):
+            layers = Summary.read(name).layers.query(
+                "activation == 'elu' and damping == 0.01 and layer != 'stem'"
+            )
+            expected = layers.loc[layers["iteration"] == time, "mean_share"]
+            assert curves(ax)[f"ELU {line}"] == pytest.approx(expected.to_numpy())
+
+
+@pytest.mark.parametrize(
+    ("without", "normalised", "columns"),
+    [((0, 100, 200), (0, 50, 150), 2), ((100, 200), (50, 150), 1)],
+    ids=["one common", "none common"],
+)
+def test_each_is_shown_at_its_last_measurement_where_few_times_are_common(
+    without: Sequence[int], normalised: Sequence[int], columns: int, empty: Path
+) -> None:
+    figure = with_norm_at(empty, without, normalised)
+    assert len(figure.axes) == 3 * columns
+    last = figure.axes[columns - 1]
+    assert last.get_title() == "iteration 200 without batch norm,\n150 with batch norm"
+    for line, name, time in (("-", "cifar100-11", 200), ("--", "cifar100-11-bn", 150)):
+        layers = Summary.read(name).layers.query(
+            "activation == 'elu' and damping == 0.01 and layer != 'stem'"
+        )
+        expected = layers.loc[layers["iteration"] == time, "mean_share"]
+        assert curves(last)[f"ELU {line}"] == pytest.approx(expected.to_numpy())
+
+
+def test_titles_are_clear_of_the_letters_beside_them(empty: Path) -> None:
+    figure = with_norm_at(empty, (0, 100, 200), (0, 50, 150))
+    figure.canvas.draw()
+    for ax in figure.axes[:2]:
+        title, letter = (text.get_window_extent() for text in (ax.title, ax._left_title))
+        assert not title.overlaps(letter)
+        assert title.x1 < figure.bbox.x1
 
 
 def test_layers_are_numbered_from_the_input() -> None:
@@ -530,6 +606,16 @@ def test_no_text_is_smaller_than_print_allows() -> None:
     assert figure.get_figwidth() <= 6.75
     written = [text for text in figure.findobj(Text) if text.get_text()]
     assert min(text.get_fontsize() for text in written) >= 6
+
+
+def test_a_long_foot_takes_nothing_from_the_panels() -> None:
+    heights = []
+    for conditions in ("short", "as long as " + "a foot with many words " * 60):
+        figure, ((ax,),) = panels(1, 1, 1.5)
+        style.finish(figure, {}, conditions)
+        figure.canvas.draw()
+        heights.append(ax.get_window_extent().height)
+    assert heights[1] > 0.75 * heights[0]
 
 
 def test_dashed_lines_have_hollow_markers() -> None:

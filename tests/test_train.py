@@ -21,7 +21,7 @@ from interrupts import first_interrupt, interrupts_ignored
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from unitfisher.experiments import Dataset, scripts
+from unitfisher.experiments import Dataset, data_of, scripts
 from unitfisher.experiments.data import DamagedDataError
 from unitfisher.experiments.losses import DivergedError
 from unitfisher.experiments.photographs import PhotographSets
@@ -62,13 +62,13 @@ def arguments(name: str, data_root: Path, out: Path, cache: Path) -> list[str]:
 def first_cases(dataset: str, root: Path) -> Dataset:
     """Load a set of data whole, and keep as many cases as any process can be given."""
     of_it = next(preset for preset in PRESETS.values() if preset.dataset == dataset)
-    whole = train.opened(replace(of_it, preprocessing="none"), train.Where(root), root)
+    whole = data_of(replace(of_it, preprocessing="none"), root)
     return Dataset(*(getattr(whole, part.name)[:500].clone() for part in fields(whole)))
 
 
 def loaded(preset: Preset, root: Path, cache: Path) -> Dataset | PhotographSets:
     if preset.dataset == "photographs":
-        return train.opened(preset, train.Where(root), cache)
+        return data_of(preset, root, cache=cache)
     return first_cases(preset.dataset, root)
 
 
@@ -76,7 +76,7 @@ def logged(log: Path, given: Sequence[str], data: Dataset | PhotographSets | Non
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     if data is None:
         command(*given)
-    train.opened = lambda *_: data
+    train.data_of = lambda *_, **__: data
     train.main(*train.parse(given))
 
 
@@ -134,7 +134,7 @@ def test_a_training_that_was_killed_ends_bit_identical(
     data = loaded(preset, where.data_root, cache)
     code, said = sent(signal.SIGKILL, given, cut / "checkpoint.pt", tmp_path / "log", data)
     assert code == -signal.SIGKILL, said
-    monkeypatch.setattr(train, "opened", lambda *_: data)
+    monkeypatch.setattr(train, "data_of", lambda *_, **__: data)
     done = torch.load(cut / "checkpoint.pt", weights_only=True)["iteration"]
     assert 0 < done < preset.iterations
 
@@ -404,12 +404,22 @@ def test_what_a_user_can_mend_is_told_in_a_line_with_the_options_as_typed(
     given: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    monkeypatch.setattr(train, "opened", lambda *_: images())
+    monkeypatch.setattr(train, "data_of", lambda *_, **__: images())
     arguments = [*TINY.split(), "--out", str(tmp_path), *given.split()]
     with pytest.raises(SystemExit) as ended:
         scripts.run(lambda: train.main(*train.parse(arguments)), Preset, train.Where)
     assert re.search(told, str(ended.value.code))
     assert "\n" not in str(ended.value.code)
+
+
+def test_dropout_of_another_number_of_stacks_is_refused_with_the_options_that_take_it_away() -> (
+    None
+):
+    given = ["--preset", "cifar10-18", "--network", "dsn", "--weight-variance", "None"]
+    with pytest.raises(SystemExit, match="dsn has its own dropout, .*: give (.*)") as ended:
+        scripts.run(lambda: train.parse(given), Preset)
+    _, preset, _ = train.parse([*given, *str(ended.value.code).partition("give ")[2].split()])
+    assert [phase.dropout for phase in preset.phases] == [()] * 4
 
 
 def test_a_folder_that_holds_a_training_says_how_to_go_on(whole: Path) -> None:
@@ -429,6 +439,33 @@ def test_help_lists_the_presets_and_says_how_to_see_their_options(
     assert "--preset NAME --help" in said
     for name in PRESETS:
         assert re.search(rf"^  {name} .*(steps|epochs)$", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("given", "option", "value"),
+    [
+        ("--activation elu", "activations", ("elu",)),
+        ("--activation=elu", "activations", ("elu",)),
+        ("--seed 3", "seeds", (3,)),
+        ("--seed 3 4", "seeds", (3, 4)),
+        ("--rate 0.5", "rates", (0.5,)),
+        ("--rates 0.5 --rate 0.1", "rates", (0.1,)),
+        ("--seed 3 --seeds 1 2", "seeds", (1, 2)),
+    ],
+)
+def test_one_activation_seed_or_rate_can_be_named_as_one(
+    given: str, option: str, value: tuple[object, ...]
+) -> None:
+    _, preset, _ = train.parse(["--preset", "mnist", *given.split()])
+    assert preset == replace(PRESETS["mnist"], **{option: value})
+
+
+def test_help_of_a_preset_names_these(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        train.parse(["--preset", "mnist", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--activation, --seed and --rate stand for --activations, --seeds and --rates" in said
+    assert set(train.PLURALS) == {"--activation", "--seed", "--rate"}
 
 
 def test_keywords_are_named_as_typed() -> None:

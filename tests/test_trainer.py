@@ -329,3 +329,14 @@ def test_a_second_process_waits_until_the_first_is_gone_however_it_went(tmp_path
     first.join()
     with Trainer(SMALL, SMALL.members, few(), tmp_path, resume=True) as trainer:
         trainer.step()
+
+
+def test_a_presets_penalty_reaches_what_the_preset_says(tmp_path: Path) -> None:
+    biases = []
+    for decayed in ("all", "weights"):
+        preset = replace(SMALL, weight_decay=10.0, decayed=decayed)
+        with Trainer(preset, preset.members, few(), tmp_path / decayed) as trainer:
+            for _ in range(3):  # biases begin at 0: the first step does not shrink them
+                trainer.step()
+        biases.append(trainer.ensemble.members[0].get_parameter("hidden1.bias").norm())
+    assert biases[0] < 0.99 * biases[1]

@@ -33,7 +33,7 @@ CIFAR18: Final[tuple[Stack, ...]] = (
     (Conv(1024, 1), Conv(1152, 2)),
     (Conv(1152, 1),),
 )
-# [R] the stacks; [I] no stride, since the paper names none
+# [R] the stacks, whose strides the paper does not name
 IMAGENET15: Final[tuple[Stack, ...]] = (
     (Conv(96, 6),),
     (Conv(512, 3),) * 3,
@@ -44,14 +44,23 @@ IMAGENET15: Final[tuple[Stack, ...]] = (
 DROPOUT: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.0)
 
 
+# [R] three levels; [I] their bins
+PYRAMID: Final = (4, 2, 1)
+
+
 class PyramidPool(nn.Module):
     """Spatial pyramid pooling: the maxima of 4×4, 2×2 and 1×1 bins of a map of any size.
+
+    Args:
+        bins: Of a side, level by level; others than 4, 2, 1 if given.
 
     References:
         He et al. (2014), Spatial pyramid pooling in deep convolutional networks, arXiv 1406.4729.
     """
 
-    bins: Final = (4, 2, 1)
+    def __init__(self, bins: Sequence[int] = PYRAMID) -> None:
+        super().__init__()
+        self.bins = tuple(bins)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
         return torch.cat([F.adaptive_max_pool2d(x, side).flatten(1) for side in self.bins], 1)
@@ -94,21 +103,26 @@ def pyramidal(
     hidden: Sequence[int],
     classes: int,
     make: Maker,
+    *,
+    bins: Sequence[int] = PYRAMID,
+    dropout: float = 0.5,
 ) -> nn.Sequential:
     """Stack ``stack1``, ..., ``pyramid``, ``hidden1``, ``act1``, ``drop1``, ..., ``output``.
 
     Args:
         plan: The stacks of convolutions, without dropout.
-        hidden: Units of the fully connected layers, each with dropout of rate 0.5.
+        hidden: Units of the fully connected layers, each with dropout.
         classes: How many outputs (n, classes) the network has, for images of any size.
         make: Makes the layers.
+        bins: Of the pyramid, as `PyramidPool` takes them.
+        dropout: Rate of the fully connected layers.
     """
     parts = stacks(plan, make)
-    parts["pyramid"] = pyramid = PyramidPool()
+    parts["pyramid"] = pyramid = PyramidPool(bins)
     inputs = pyramid.features(plan[-1][-1].units)
     for i, units in enumerate(hidden, start=1):
         parts |= make.hidden(i, inputs, units)
-        parts[f"drop{i}"] = nn.Dropout(0.5)
+        parts[f"drop{i}"] = nn.Dropout(dropout)
         inputs = units
     parts["output"] = make.draw(nn.Linear(inputs, classes, device="meta"))
     return nn.Sequential(parts)
@@ -122,12 +136,13 @@ def cifar11(
     norm: str = "none",
     padding: str = "caffe",
     weight_variance: float = HE,
+    initial: str = "uniform",
 ) -> nn.Sequential:
     """The paper's network for CIFAR-100 curves: 11 convolutions, 1.67 million parameters.
 
     A batch (n, 3, 32, 32) becomes (n, classes). For the options and their errors see ``Maker``.
     """
-    make = Maker(generator, activation, norm, padding, weight_variance)
+    make = Maker(generator, activation, norm, padding, weight_variance, initial)
     return all_convolutional(CIFAR11, classes, make, DROPOUT[: len(CIFAR11)])
 
 
@@ -139,12 +154,13 @@ def cifar18(
     norm: str = "none",
     padding: str = "caffe",
     weight_variance: float = HE,
+    initial: str = "uniform",
 ) -> nn.Sequential:
     """The paper's best network for CIFAR: 18 convolutions and the output, 39.3 million parameters.
 
     A batch (n, 3, 32, 32) becomes (n, classes). For the options and their errors see ``Maker``.
     """
-    make = Maker(generator, activation, norm, padding, weight_variance)
+    make = Maker(generator, activation, norm, padding, weight_variance, initial)
     return all_convolutional(CIFAR18, classes, make, DROPOUT)
 
 
@@ -156,12 +172,22 @@ def imagenet15(
     norm: str = "none",
     padding: str = "caffe",
     weight_variance: float = HE,
+    initial: str = "uniform",
+    stride: int = 1,
+    pyramid: Sequence[int] = PYRAMID,
+    dropout: float = 0.5,
 ) -> nn.Sequential:
     """The paper's network for ImageNet: 15 layers, 165 million parameters for 1000 classes.
 
-    A batch (n, 3, 224, 224), or of images of another size, becomes (n, classes). [R] three levels
-    of the pyramid; [I] their bins and a stride of 1. For the options and their errors see
-    ``Maker``.
+    A batch (n, 3, 224, 224), or of images of another size, becomes (n, classes). For the other
+    options and their errors see ``Maker``.
+
+    Args:
+        stride: Of the first convolution; [I] 1.
+        pyramid: Bins of the pyramid's levels. [R] three; [I] which.
+        dropout: [R] Rate of the fully connected layers.
     """
-    make = Maker(generator, activation, norm, padding, weight_variance)
-    return pyramidal(IMAGENET15, (4096, 4096), classes, make)
+    (first,), *others = IMAGENET15
+    make = Maker(generator, activation, norm, padding, weight_variance, initial)
+    plan = ((first._replace(stride=stride),), *others)
+    return pyramidal(plan, (4096, 4096), classes, make, bins=pyramid, dropout=dropout)

@@ -75,6 +75,23 @@ def probe(data: Dataset, cases: int, generator: torch.Generator) -> tuple[Tensor
     return data.train_x[chosen], data.train_y[chosen]
 
 
+def held_out(data: Dataset, cases: int) -> Dataset:
+    """Leave cases out of training, drawn at random but always the same ones, and test on them.
+
+    Raises:
+        ValueError: There are not more than that.
+    """
+    if cases >= len(data.train_x):
+        raise ValueError(
+            f"validation={cases} leaves none of {len(data.train_x)} cases to train on: name fewer"
+        )
+    order = torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    order = order.to(data.train_x.device)
+    held, left = order[:cases], order[cases:]
+    x, y = data.train_x, data.train_y
+    return Dataset(x[left], y[left], x[held], y[held])
+
+
 def _digits() -> Dataset:
     spec = find_spec("sklearn")  # importing it costs more seconds than the digits are worth
     if spec is None or spec.origin is None:

@@ -52,6 +52,10 @@ def build(
     norm: str | None = None,
     padding: str | None = None,
     weight_variance: float | None = None,
+    initial: str | None = None,
+    stride: int | None = None,
+    pyramid: Sequence[int] | None = None,
+    dropout: float | None = None,
 ) -> nn.Module:
     """Build a network by its name; an option that is None is the network's own.
 
@@ -62,9 +66,13 @@ def build(
         activation: A key of ``ACTIVATIONS``. In a package's model it takes the place of every
             ``nn.ReLU`` module; activations that the model calls as functions stay.
         generator: Draws the weights.
-        norm: As in ``Maker``, if the network's builder takes it.
-        padding: As in ``Maker``, if the network's builder takes it.
-        weight_variance: As in ``Maker``, if the network's builder takes it.
+        norm: As in ``Maker``, like the next three, if the network's builder takes it.
+        padding: "caffe" or "same".
+        weight_variance: Of the initial weights, times fan-in.
+        initial: Distribution of the initial weights.
+        stride: As in ``imagenet15``, like the next two.
+        pyramid: Bins of the pyramid's levels.
+        dropout: Rate of the fully connected layers.
 
     Raises:
         ValueError: The name is unknown, or the network does not take one of the options.
@@ -73,8 +81,9 @@ def build(
     require_known(name)
     package, _, model = name.partition(":")
     builder = NETWORKS.get(name) or partial(model_of, package, model)
-    given: dict[str, str | float | None] = {"activation": activation, "norm": norm}
-    given |= {"padding": padding, "weight_variance": weight_variance}
+    given: dict[str, object] = {"activation": activation, "norm": norm, "padding": padding}
+    given |= {"weight_variance": weight_variance, "initial": initial}
+    given |= {"stride": stride, "pyramid": pyramid, "dropout": dropout}
     options = {option: value for option, value in given.items() if value is not None}
     refused = [option for option in options if option not in signature(builder).parameters]
     if refused:

@@ -1,15 +1,19 @@
 """Which values of an experiment's options are possible, and which network and data take which."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import torch
 
+from unitfisher.experiments.convnets import CIFAR11, CIFAR18, IMAGENET15
 from unitfisher.experiments.networks import require_known
 
-PAPERS: Final = ("cifar11", "cifar18", "imagenet15")
+STACKS: Final = MappingProxyType(
+    {"cifar11": len(CIFAR11), "cifar18": len(CIFAR18), "imagenet15": len(IMAGENET15)}
+)
+PAPERS: Final = tuple(STACKS)
 OF_ONE_SIZE: Final = ("cuda-convnet", "dsn", "maxout")  # fully connected behind images of 32×32
 SIZE: Final = 32
 FLAT: Final = ("digits", "mnist", "fashion-mnist")
@@ -35,11 +39,12 @@ PHASE_RANGES: Final = MappingProxyType({"start": NATURAL, "factor": POSITIVE, "d
 PRESET_RANGES: Final = MappingProxyType(
     {
         **dict.fromkeys(("epochs", "iterations", "every", "batch_size", "probe", "tested"), COUNT),
-        **dict.fromkeys(("units", "rows", "hidden", "side", "crop"), COUNT),
+        **dict.fromkeys(("units", "rows", "hidden", "side", "crop", "validation"), COUNT),
+        **dict.fromkeys(("stride", "pyramid"), COUNT),
         **dict.fromkeys(("rates", "weight_variance"), POSITIVE),
         **dict.fromkeys(("weight_decay", "dampings"), NATURAL),
         "seeds": SEED,
-        "momentum": SHARE,
+        **dict.fromkeys(("momentum", "dropout"), SHARE),
         "measurements": MEASUREMENTS,
     }
 )
@@ -57,10 +62,13 @@ TAKERS: Final = MappingProxyType(
     {
         "hidden": Takers((), "network", ("mlp",)),
         "weight_variance": Takers(None, "network", ("mlp", *PAPERS)),
+        "initial": Takers(None, "network", ("mlp", *PAPERS)),
         "norm": Takers("none", "network", ("mlp", *PAPERS, "nin", "dsn", "all-cnn-c")),
         "padding": Takers(None, "network", PAPERS),
+        **dict.fromkeys(("stride", "pyramid", "dropout"), Takers(None, "network", ("imagenet15",))),
         "preprocessing": Takers("none", "dataset", CIFAR),
         "augmented": Takers(False, "dataset", CIFAR),
+        "validation": Takers(None, "dataset", FLAT),
         "side": Takers(256, "dataset", ("photographs",)),
         "crop": Takers(224, "dataset", ("photographs",)),
     }
@@ -83,9 +91,11 @@ def require_ranges(
 
 
 def require_several(options: Mapping[str, Any], *names: str) -> None:
-    """Refuse lists that are empty, or name something twice."""
+    """Refuse lists that are empty, or name something twice; None is allowed."""
     for name in names:
         values = options[name]
+        if values is None:
+            continue
         if not values:
             raise ValueError(f"{name} is empty: name at least one")
         if len(set(values)) < len(values):
@@ -115,6 +125,7 @@ def require_fitting(options: Mapping[str, Any]) -> None:
     network, dataset = options["network"], options["dataset"]
     require_known(network, also=("mlp",))
     found = [*_misplaced(options), *_unfit_activations(network, options["activations"])]
+    found += _unfit_dropout(network, options["phases"])
     if (network == "mlp") != (dataset in FLAT):
         takes = FLAT if network == "mlp" else (*CIFAR, "photographs")
         found.append(f"network={network!r} takes {', '.join(takes)}, not dataset={dataset!r}")
@@ -146,3 +157,24 @@ def _unfit_activations(network: str, activations: tuple[str, ...]) -> list[str]:
     if network == "mlp" and "own" in activations:
         return ["mlp has no activation of its own: name others in activations"]
     return []
+
+
+def _unfit_dropout(network: str, phases: Sequence[Any]) -> list[str]:
+    """Say which phases have dropout rates for another number of stacks than the network's."""
+    unfit = {
+        f"phases.{i}.dropout": phase.dropout
+        for i, phase in enumerate(phases)
+        if phase.dropout and len(phase.dropout) != STACKS.get(network)
+    }
+    if not unfit or network == "mlp":
+        return []
+    own = " ".join(f"{name}=()" for name in unfit)
+    if network not in STACKS:
+        return [
+            f"network={network!r} has its own dropout, of which phases change nothing: give {own}"
+        ]
+    name, rates = next(iter(unfit.items()))
+    return [
+        f"network={network!r} has {STACKS[network]} stacks, not the {len(rates)} of "
+        f"{name}={rates!r}: give a rate for each stack, or leave it the dropout it has with {own}"
+    ]

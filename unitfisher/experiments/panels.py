@@ -26,6 +26,8 @@ TEXT: Final = 5.5  # inches, of a column of text (ICLR)
 PAGE: Final = 6.75  # of a page of two columns (ICML)
 DPI: Final = 200
 FOOT: Final = 6.0  # points; nothing is smaller
+SHORT_FOOT: Final = 4  # lines for which the panels leave room; the figure grows by others
+FOOT_LINE: Final = 1.2 * FOOT / 72  # inches
 matplotlib.rcParams.update(
     {
         "font.size": 7,
@@ -71,11 +73,16 @@ def panels(
 
 
 def finish(figure: Figure, handles: Sequence[Artist], conditions: str) -> Figure:
-    """Put one legend above all panels, and the conditions of the runs below them."""
+    """Put one legend above all panels, and the conditions of the runs below them.
+
+    A figure with a long foot grows, so that its panels keep their size.
+    """
     if handles:
         look: dict[str, Any] = {"columnspacing": 1.3, "frameon": False}
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), **look)
     foot = _evenly(conditions, int(21 * figure.get_figwidth()))  # characters to the inch
+    further = max(0, len(foot.splitlines()) - SHORT_FOOT)
+    figure.set_figheight(figure.get_figheight() + further * FOOT_LINE)
     figure.supxlabel(foot, fontsize=FOOT, color="0.25")
     return figure
 

@@ -5,19 +5,22 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
 from unitfisher.experiments.convnets import DROPOUT
 from unitfisher.experiments.data import DatasetName
-from unitfisher.experiments.models import HE, ActivationName
+from unitfisher.experiments.models import HE, ActivationName, Initial
 from unitfisher.experiments.options import (
-    PHASE_RANGES,
     PRESET_RANGES,
     require_fitting,
     require_ranges,
     require_several,
 )
+from unitfisher.experiments.schedules import Phase as Phase
+from unitfisher.experiments.schedules import phase_at, require_schedule
+from unitfisher.experiments.sgd import Decayed
 from unitfisher.experiments.tasks import TaskName
 
 PresetData = Literal[DatasetName, "cifar-10", "cifar-100", "photographs"]
@@ -35,18 +38,14 @@ class Member(NamedTuple):
     def name(self) -> str:
         return f"{self.activation}-lr{self.rate:g}-s{self.seed}"
 
+    @property
+    def form(self) -> str:
+        """Members of one form have the same parameters: PReLU has some of its own."""
+        return self.activation if self.activation == "prelu" else ""
+
 
 def named(members: Iterable[Member]) -> str:
     return ", ".join(member.name for member in members)
-
-
-class Phase(NamedTuple):
-    """Learning rate and dropout from a step on, until the next phase."""
-
-    start: int
-    factor: float = 1.0  # of the learning rate
-    dropout: tuple[float, ...] = ()  # a rate for each stack; empty: unchanged
-    dropped: Literal["last", "all"] = "last"  # layers of a stack
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,19 @@ class Preset:
     weight_variance: float | None = None
     """Of the initial weights, times fan-in: 2 as of He, 1/3 as of torch's own layers. None: the
     network's own, He's of "mlp" and of the paper's; the others take nothing else."""
+    initial: Initial | None = None
+    """Distribution of the initial weights. None: the network's own, uniform of "mlp" and of the
+    paper's; the others take nothing else."""
     norm: Literal["none", "batch"] = "none"
     """Batch normalisation before every activation, or none."""
     padding: Literal["caffe", "same"] | None = None
     """Of convolutions: floor(size / 2) and pooling that rounds up, or the map's size kept."""
+    stride: int | None = None
+    """Of imagenet15's first convolution; None: 1."""
+    pyramid: tuple[int, ...] | None = None
+    """Bins of a side in each level of imagenet15's pyramid; None: 4 2 1."""
+    dropout: float | None = None
+    """Rate of imagenet15's fully connected layers, None: 0.5; phases have that of stacks."""
     task: TaskName = "classification"
     """What the output is for: a softmax over classes (or DSN's squared hinge), or the input again
     (½ Σ_pixels error² behind a linear output; cross-entropy behind a sigmoid, if Bernoulli)."""
@@ -78,6 +86,9 @@ class Preset:
     """Pixels of height and width that are seen of them: cropped at random, mirrored or not."""
     augmented: bool = False
     """Pad by 4 zeros, crop at random, flip half of the images: a draw for each image."""
+    validation: int | None = None
+    """Training cases of MNIST or the digits, drawn once, which are not trained but evaluated on, in
+    place of the test set; None: the test set."""
     activations: tuple[PresetActivation, ...] = ("relu", "lrelu", "srelu", "elu")
     """Activation functions to compare; "own" leaves a network the one it was published with."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -93,7 +104,9 @@ class Preset:
     batch_size: int = 64
     momentum: float = 0.0
     weight_decay: float = 0.0
-    """L2 penalty's factor: weight_decay · weight is added to the gradient, of biases too."""
+    """L2 penalty's factor: weight_decay · weight is added to the gradient."""
+    decayed: Decayed = "all"
+    """What the penalty is on: all parameters, or weights, not biases, γ, β and PReLU's slope."""
     phases: tuple[Phase, ...] = ()
     """Factor of the learning rate, and dropout, from which step on."""
     probe: int = 4096
@@ -113,13 +126,9 @@ class Preset:
 
     def __post_init__(self) -> None:
         options = {field.name: getattr(self, field.name) for field in fields(self)}
-        require_several(options, "activations", "seeds", "rates", "dampings")
+        require_several(options, "activations", "seeds", "rates", "dampings", "pyramid")
         require_ranges(options, PRESET_RANGES)
-        for i, phase in enumerate(self.phases):
-            require_ranges(phase._asdict(), PHASE_RANGES, f"phases.{i}.")
-        starts = [phase.start for phase in self.phases]
-        if starts != sorted(set(starts)):
-            raise ValueError(f"phases start at {starts}: name them in order, once each")
+        require_schedule(self.phases)
         require_fitting(options)
 
     @property
@@ -132,6 +141,12 @@ class Preset:
             for seed in self.seeds
         ]
 
+    @property
+    def forms(self) -> dict[str, list[Member]]:
+        """The members by the form of their networks, each form to be trained by a Trainer."""
+        by = groupby(sorted(self.members, key=lambda m: m.form), key=lambda m: m.form)
+        return {form: list(alike) for form, alike in by}
+
     def steps(self, per_epoch: int) -> int:
         """Count the steps of the whole training, given those of an epoch."""
         return self.iterations or self.epochs * per_epoch
@@ -142,20 +157,15 @@ class Preset:
 
     def phase(self, iteration: int) -> Phase:
         """Return the phase at a step; dropout that it does not set is that of earlier phases."""
-        now = Phase(0)
-        for phase in self.phases:
-            if phase.start <= iteration:
-                as_it_was = now._replace(start=phase.start, factor=phase.factor)
-                now = phase if phase.dropout else as_it_was
-        return now
+        return phase_at(self.phases, iteration)
 
 
 # [R] everything but what follows, and 10 runs, of which [I] one is the default; [I] batch (100 is
-# stated for the larger network only), the L2 penalty on biases too, and on γ, β and PReLU's slope
-# where there are any, batch normalisation before the activation, padding as Caffe has it, dropout
-# between activation and pooling, its masks the same for every activation of a seed, half
-# of He's initial variance: from He's, SReLU's and ELU's networks of 11 layers diverge at the
-# paper's rate on whitened images (results/divergence)
+# stated for the larger network only), the L2 penalty on all parameters (decayed), batch
+# normalisation before the activation, padding as Caffe has it, dropout between activation and
+# pooling, its masks the same for every activation of a seed, uniform initial weights
+# (initial), half of He's variance: from He's, SReLU's and ELU's networks of 11 layers diverge at
+# the paper's rate on whitened images (results/divergence)
 _CIFAR11 = Preset(
     "cifar-100",
     "cifar11",
@@ -204,6 +214,7 @@ PRESETS: Final = MappingProxyType(
     {
         # [R] network, rate, batch, epochs, He initialisation, 5 runs; [I] uniform, biases 0, no
         # momentum (binet, the authors' framework), the probe set's size, the test set to validate
+        # on, where binet has 10,000 training cases (validation)
         "mnist": Preset("mnist", hidden=(128,) * 8, weight_variance=HE),
         # [R] layers, batch, epochs, rates; [I] linear output with ½ Σ error² (binet), ELU's code
         # layer like all hidden ones, three seeds, torch's own initial variance: from He's, every
@@ -223,9 +234,10 @@ PRESETS: Final = MappingProxyType(
         "cifar100-18": _CIFAR18,
         "cifar10-18": replace(_CIFAR18, dataset="cifar-10"),
         # [R] network, L2, dropout, resizing, crops; [I] pixels in [0, 1] before the mean is
-        # subtracted, batch, momentum, steps, rate and its decay, bins of the pyramid, half of He's
-        # initial variance: from He's, ELU's network diverges at rate 1e-2, and at 1e-3 with batches
-        # of 8 small photographs (results/divergence)
+        # subtracted, batch, momentum, steps, rate and its decay, the penalty on all parameters
+        # (decayed), stride and pyramid, uniform initial weights (initial), half of He's variance:
+        # from He's, ELU's network diverges at rate 1e-2, and at 1e-3 with batches of 8 small
+        # photographs (results/divergence)
         "imagenet-15": Preset(
             "photographs",
             "imagenet15",

@@ -1,10 +1,15 @@
 """Stochastic gradient descent on stacked parameters, with a learning rate for each member."""
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from unitfisher.choices import require_choice
+
+Decayed = Literal["all", "weights"]
 
 
 class SGD:
@@ -17,6 +22,11 @@ class SGD:
         rates: Learning rate of each member.
         momentum: Heavy-ball momentum, without dampening.
         weight_decay: Factor of the L2 penalty's gradient.
+        decayed: What the penalty is on: "all" parameters, or "weights", not what is a vector in
+            each member: biases, γ and β of normalisation, PReLU's slope.
+
+    Raises:
+        ValueError: ``decayed`` is neither.
     """
 
     def __init__(
@@ -26,8 +36,11 @@ class SGD:
         *,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        decayed: str = "all",
     ) -> None:
+        require_choice("decayed", decayed, get_args(Decayed))
         self.parameters, self.momentum, self.weight_decay = parameters, momentum, weight_decay
+        self._decayed = [i for i, p in enumerate(parameters) if decayed == "all" or p.ndim > 2]
         self._one_rate = float(rates[0]) if (rates == rates[0]).all() else None
         self._rates = [rates.to(p).view(-1, *[1] * (p.ndim - 1)) for p in parameters]
         self.velocities = [torch.zeros_like(p) for p in parameters] if momentum else []
@@ -37,7 +50,10 @@ class SGD:
         """Move the parameters; ``factor`` scales every rate, as a schedule says."""
         steps = list(gradients)
         if self.weight_decay:
-            steps = list(torch._foreach_add(steps, self.parameters, alpha=self.weight_decay))
+            own, weights = ([of[i] for i in self._decayed] for of in (steps, self.parameters))
+            penalised = torch._foreach_add(own, weights, alpha=self.weight_decay)
+            for i, step in zip(self._decayed, penalised, strict=True):
+                steps[i] = step
         if self.velocities:
             torch._foreach_mul_(self.velocities, self.momentum)
             torch._foreach_add_(self.velocities, steps)

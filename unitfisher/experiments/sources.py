@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unitfisher.experiments.data import Dataset, probe
+from unitfisher.experiments.data import Dataset, held_out, probe
 from unitfisher.experiments.images import PAD, Batch, Crops, augmented, draw_crops
 from unitfisher.experiments.orders import Orders
 from unitfisher.experiments.photographs import PhotographSets
@@ -62,9 +62,12 @@ def source_of(
 
     Raises:
         ValueError: The members have several seeds, and the data are photographs; or the last batch
-            is too small to be shared by the processes, or to be normalised.
+            is too small to be shared by the processes, or to be normalised; or the preset's
+            validation leaves nothing to train on.
     """
     size = preset.batch_size
+    if preset.validation is not None and isinstance(data, Dataset):
+        data = held_out(data, preset.validation)
     cases = len(data.train if isinstance(data, PhotographSets) else data.train_x)
     if preset.norm == "batch" and _last(cases, size) == 1:
         raise ValueError(

@@ -1,14 +1,14 @@
 """Layers of convolutional networks, from the paper's notation: layers × units × receptive field.
 
 The paper leaves open the padding (both common conventions are here), the initialisation (uniform,
-biases 0, as the authors' framework has it; He's variance, or another), and that dropout stands
-between activation and pooling.
+biases 0, as the authors' framework has it, or normal; He's variance, or another), and that dropout
+stands between activation and pooling.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unitfisher.choices import require_choice
-from unitfisher.experiments.models import ACTIVATIONS, HE, Layer, drawn
+from unitfisher.experiments.models import ACTIVATIONS, HE, Initial, Layer, drawn
 
 Modules = OrderedDict[str, nn.Module]
 
@@ -40,12 +40,13 @@ class Maker:
     One seed gives the same initial weights for every activation, normalisation and padding.
 
     Args:
-        generator: Draws the weights from a uniform distribution about 0; biases start at 0.
+        generator: Draws the weights; biases start at 0.
         activation: A key of ``ACTIVATIONS``.
         norm: "none" or "batch", before the activation.
         padding: "caffe" (⌊size / 2⌋ zeros on every side, so that even sizes enlarge the map;
             pooling rounds up) or "same" (the map's size stays; pooling rounds down).
         weight_variance: Of the weights, times fan-in.
+        initial: Distribution of the weights about 0, "uniform" or "normal".
 
     Raises:
         ValueError: One of the names is unknown.
@@ -56,15 +57,17 @@ class Maker:
     norm: str = "none"
     padding: str = "caffe"
     weight_variance: float = HE
+    initial: str = "uniform"
 
     def __post_init__(self) -> None:
         require_choice("activation", self.activation, tuple(ACTIVATIONS))
         require_choice("norm", self.norm, ("none", "batch"))
         require_choice("padding", self.padding, ("caffe", "same"))
+        require_choice("initial", self.initial, get_args(Initial))
 
     def draw(self, layer: Layer) -> Layer:
         """Give a layer that was made on the meta device its initial weights."""
-        return drawn(layer, self.weight_variance, self.generator)
+        return drawn(layer, self.weight_variance, self.generator, self.initial)
 
     def convolution(self, i: int, channels: int, conv: Conv) -> Modules:
         """Make ``conv{i}`` and what follows it; before it ``pad{i}``, if sides differ."""

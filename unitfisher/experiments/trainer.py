@@ -106,6 +106,7 @@ class Trainer:
             torch.tensor([member.rate for member in members], device=self.device),
             momentum=preset.momentum,
             weight_decay=preset.weight_decay,
+            decayed=preset.decayed,
         )
         self._precision = torch.autocast(
             self.device.type, torch.bfloat16, enabled=precision == "bfloat16"
