@@ -40,6 +40,8 @@ class Result:
     discarded: int = 0
     note: str = ""
     points: dict[str, float] = field(default_factory=dict)  # ms by size
+    predicted_points: dict[str, float] = field(default_factory=dict)
+    predicted: float | None = None  # exponent
 
 
 def timed(row: Row, ratio: Ratio, note: str = "") -> Result:
@@ -70,9 +72,19 @@ def counted(row: Row, value: float, note: str = "") -> Result:
 
 def grown(row: Row, growth: Growth) -> Result:
     """A row whose value is an exponent."""
-    points = {str(size): ms for size, ms in zip(growth.sizes, growth.ms, strict=True)}
-    note = f"floor {growth.floor:.2f}; " + ", ".join(f"{s}: {t:.3g} ms" for s, t in points.items())
-    return Result(*_names(row), verdict="", value=growth.measured, note=note, points=points)
+    sizes = list(map(str, growth.sizes))
+    points = dict(zip(sizes, growth.ms, strict=True))
+    predicted = dict(zip(sizes, growth.predicted_ms, strict=True))
+    times = ", ".join(f"{s}: {points[s]:.3g} ms ({predicted[s]:.3g})" for s in sizes)
+    return Result(
+        *_names(row),
+        verdict="",
+        value=growth.measured,
+        note=f"predicted {growth.predicted:.2f}; {times}",
+        points=points,
+        predicted_points=predicted,
+        predicted=growth.predicted,
+    )
 
 
 def failed(row: Row, error: str) -> Result:

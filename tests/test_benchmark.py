@@ -18,7 +18,6 @@ import benchmark_training as training
 import pytest
 import torch
 from benchmark_rows import ROWS, Row, peer
-from benchmark_scaling import Sizes, slope
 from torch import nn
 
 from unitfisher.experiments.presets import PRESETS
@@ -169,14 +168,6 @@ def test_a_contest_is_decided_by_the_fastest_rival() -> None:
     mine, *others = measuring.contest(row, "cpu", EFFORT)
     assert mine.note.startswith("against fast")
     assert [other.verdict for other in others] == ["", "", "failed"]
-
-
-def test_slope_is_the_exponent_of_a_power_law() -> None:
-    assert slope([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2.0)
-
-
-def test_floor_grows_with_every_size() -> None:
-    assert Sizes(n=256).floor() > Sizes().floor() < Sizes(C=20).floor()
 
 
 @pytest.mark.skipif(not benchmark_memory.CLEAR.exists(), reason="peaks are Linux's here")
