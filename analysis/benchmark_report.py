@@ -133,8 +133,14 @@ def _cells(result: Result) -> tuple[str, ...]:
         short(result.ms),
         short(result.plain_ms),
         result.verdict,
-        result.note,
+        noted(result),
     )
+
+
+def noted(result: Result) -> str:
+    """The note, and what bounds a row that misses its bar."""
+    bound = result.bound if result.verdict == "missed" else ""
+    return "; ".join(text for text in (result.note, bound) if text)
 
 
 def short(number: float | None) -> str:

@@ -1,6 +1,6 @@
 """The result of a row, and its verdict against the bar."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from benchmark_rows import Kind, Row
@@ -39,6 +39,7 @@ class Result:
     rounds: int = 0
     discarded: int = 0
     note: str = ""
+    bound: str = ""  # what bounds it, if it misses its bar
     points: dict[str, float] = field(default_factory=dict)  # ms by size
     predicted_points: dict[str, float] = field(default_factory=dict)
     predicted: float | None = None  # exponent
@@ -46,7 +47,7 @@ class Result:
 
 def timed(row: Row, ratio: Ratio, note: str = "") -> Result:
     """A row whose value is a ratio of times."""
-    return compared(_names(row), ratio, judge(row, ratio.value), note)
+    return replace(compared(_names(row), ratio, judge(row, ratio.value), note), bound=row.bound)
 
 
 def compared(names: Names, ratio: Ratio, verdict: Verdict, note: str = "") -> Result:
@@ -67,7 +68,8 @@ def compared(names: Names, ratio: Ratio, verdict: Verdict, note: str = "") -> Re
 
 def counted(row: Row, value: float, note: str = "") -> Result:
     """A row whose value is not a time."""
-    return Result(*_names(row), verdict=judge(row, value), value=value, note=note)
+    verdict = judge(row, value)
+    return Result(*_names(row), verdict=verdict, value=value, note=note, bound=row.bound)
 
 
 def grown(row: Row, growth: Growth) -> Result:
@@ -88,7 +90,7 @@ def grown(row: Row, growth: Growth) -> Result:
 
 
 def failed(row: Row, error: str) -> Result:
-    return Result(*_names(row), verdict="failed", note=error)
+    return Result(*_names(row), verdict="failed", note=error, bound=row.bound)
 
 
 def judge(row: Row, value: float) -> Verdict:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import benchmark_peers as peers
 import benchmark_ways as ways
+from benchmark_bounds import BOUNDS
 from benchmark_cases import (
     CONV_64,
     CONV_768,
@@ -48,11 +49,17 @@ class Row:
     rivals: tuple["Row", ...] = ()
     peer: bool = False  # another library, which may be absent or fail
     threads: int | None = None  # CPU threads of its own
+    only: Literal["", "cpu", "gpu"] = ""  # where the row stands in the table; "": everywhere
 
     @property
     def key(self) -> str:
         """What --rows is matched with."""
         return f"{self.case.name}/{self.name}"
+
+    @property
+    def bound(self) -> str:
+        """What bounds it, if it misses its bar."""
+        return BOUNDS.get(self.key, "")
 
 
 def peer(case: Case, name: str, title: str, prepare: Callable[[Setting], Run]) -> Row:
@@ -60,10 +67,11 @@ def peer(case: Case, name: str, title: str, prepare: Callable[[Setting], Run]) -
     return Row(case, name, title, prepare, peer=True, threads=threads)
 
 
-def beside(row: Row) -> Row:
-    """The same row without the compiled kernel."""
+def both(row: Row) -> tuple[Row, Row]:
+    """The row, and the same without the compiled kernels, of which GPUs have none."""
     title, prepare = f"{row.title}, torch only", partial(ways.torch_only, row.prepare)
-    return Row(row.case, f"{row.name}-torch", title, prepare)
+    kind: Kind = "turns" if row.kind == "contest" else row.kind
+    return row, Row(row.case, f"{row.name}-torch", title, prepare, kind=kind, only="cpu")
 
 
 def contest(row: Row, *rivals: Row) -> Row:
@@ -106,13 +114,19 @@ NATURAL = "step + everything + all natural gradients"
 CONVOLVED = "step + all natural gradients, one sign"
 MATERIALISED = "exact unit Fishers, materialised"
 OVERHEAD = "Monitor(overhead=0.05): 1.05 ± 0.01"
-LARGE = "step + s, k of all units, one sign"
+MEASURED = "step + s, k of all units, one sign"
 
 ASDL_FISHER = peer(MNIST_64, "fisher-asdl", "... by ASDL, exact", asdl_exact)
 ASDL_EXACT = peer(MNIST_64, "asdl-exact", "... by ASDL, exact", asdl_natural_exact)
 ASDL_MC = peer(MNIST_64, "asdl-mc", "... by ASDL, MC", asdl_natural_mc)
 
-SOLVING = (
+KERNELS = (  # a compiled kernel takes part in these
+    Row(MNIST_64, "activations", ACTIVATIONS, ways.activation_statistics, 1.15, 1.05),
+    Row(CONV_64, "activations", ACTIVATIONS, ways.activation_statistics, 1.10, 1.03),
+    Row(MNIST_64, "d-sign", "step + D, one random sign", one_sign_D, 1.6, 1.4),
+    Row(CONV_64, "d-sign", "step + D, one random sign", one_sign_D, 1.4, 1.25),
+    Row(MNIST_64, "d-exact", "step + exact D", exact_D, 2.6, 2.0),
+    Row(MNIST_512, "d-exact", "step + exact D", exact_D, 3.3, 2.8),
     Row(MNIST_64, "all-exact", "step + everything, exact", exact_all, 12, 4.5),
     Row(MNIST_64, "all-sign", "step + everything, one sign", one_sign_all, 9, 3.0),
     Row(MNIST_64, "natural-exact", f"{NATURAL}, exact", exact_natural, 14, 5),
@@ -122,21 +136,20 @@ SOLVING = (
     Row(MNIST_512, "natural-64", f"{NATURAL}, exact, 64 rows", exact_64, 10, 2.5),
     Row(CONV_64, "natural-joint", f"{CONVOLVED}, true block (joint)", joint_alone, 2.5, 2.0),
     Row(CONV_64, "natural-512", f"{CONVOLVED}, 512 positions", expand_512),
-)
-ROWS = (
-    Row(MNIST_64, "hooks", "hooks when not measuring", ways.idle_hooks, 1.01, 1.00),
-    Row(MNIST_64, "activations", ACTIVATIONS, ways.activation_statistics, 1.15, 1.05),
-    Row(CONV_64, "activations", ACTIVATIONS, ways.activation_statistics, 1.10, 1.03),
-    Row(MNIST_64, "keep", "step that keeps a and δ", ways.keep, 1.10, 1.05),
-    Row(MNIST_64, "d-sign", "step + D, one random sign", one_sign_D, 1.6, 1.4),
-    Row(CONV_64, "d-sign", "step + D, one random sign", one_sign_D, 1.4, 1.25),
-    Row(MNIST_64, "d-exact", "step + exact D", exact_D, 2.6, 2.0),
-    Row(MNIST_512, "d-exact", "step + exact D", exact_D, 3.3, 2.8),
-    *(each for row in SOLVING for each in (row, beside(row))),
     Row(CONV_64, "natural-expand", f"{CONVOLVED}, every position", expand_all),
     Row(FIFTY, "every-50th", "everything each 50th step", ways.training_observed, 1.15, 1.08),
     Row(MANY, "overhead", OVERHEAD, ways.training_with_overhead, 1.06, kind="total"),
     contest(Row(MNIST_64, "fisher", MATERIALISED, ways.unit_fishers, 15, 25), ASDL_FISHER),
+)
+LARGE = (
+    Row(FC_4096, "measure", MEASURED, one_layer, 30, 5, kind="alone"),
+    Row(CONV_768, "measure", MEASURED, one_layer, 30, 5, kind="alone"),
+    Row(CONV_768, "measure-256", f"{MEASURED}, 256 positions", one_layer_256, kind="alone"),
+)
+ROWS = (
+    Row(MNIST_64, "hooks", "hooks when not measuring", ways.idle_hooks, 1.01, 1.00),
+    Row(MNIST_64, "keep", "step that keeps a and δ", ways.keep, 1.10, 1.05),
+    *(each for row in KERNELS for each in both(row)),
     Row(MNIST_64, "fisher-memory", MATERIALISED, ways.unit_fishers, 1.2, kind="result"),
     contest(
         Row(MNIST_64, "natural-asdl", f"{NATURAL}, exact", exact_natural, 300, 800), ASDL_EXACT
@@ -147,11 +160,9 @@ ROWS = (
     ),
     per_sample(MNIST_64),
     per_sample(CONV_64),
-    Row(FC_4096, "measure", LARGE, one_layer, 30, 5, kind="alone"),
-    Row(FC_4096, "memory", LARGE, one_layer, 4, kind="GiB"),
-    Row(CONV_768, "measure", LARGE, one_layer, 30, 5, kind="alone"),
-    Row(CONV_768, "measure-256", f"{LARGE}, 256 positions", one_layer_256, kind="alone"),
-    Row(CONV_768, "memory", LARGE, one_layer, 4, kind="GiB"),
+    *(each for row in LARGE for each in both(row)),
+    Row(FC_4096, "memory", MEASURED, one_layer, 4, kind="GiB"),
+    Row(CONV_768, "memory", MEASURED, one_layer, 4, kind="GiB"),
     peer(MNIST_64, "c-backpack", "BackPACK DiagGGNExact (c only)", peers.backpack_c),
     peer(MNIST_64, "kfac-asdl", "ASDL K-FAC, another quantity", peers.asdl_kfac),
     peer(MNIST_64, "kfac-curvlinops", "step + curvlinops K-FAC factors", peers.curvlinops_kfac),

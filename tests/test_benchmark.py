@@ -59,7 +59,9 @@ def test_time_on_the_cores_is_counted_for_one_thread_only() -> None:
 
 def test_a_pattern_chooses_rows_in_their_order() -> None:
     chosen = [row.key for row in benchmark.choose(ROWS, ["*training/*", "*/hooks"])]
-    assert chosen == ["mnist-64/hooks", "training/every-50th", "long-training/overhead"]
+    trainings = ["training/every-50th", "long-training/overhead"]
+    beside = [each for key in trainings for each in (key, f"{key}-torch")]
+    assert chosen == ["mnist-64/hooks", *beside]
 
 
 def test_names_of_rows_and_rivals_are_unique() -> None:
