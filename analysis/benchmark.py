@@ -31,7 +31,8 @@ Times what it costs to observe a training step in many ways, and says which meet
 
   measured    × plain: ratio of medians to one plain forward + backward pass of the same network
               and batch, in the same run, by turns. × faster: how often it fits into the time of
-              its fastest rival. × result, GiB: peak of memory. exponent: growth of time with a size
+              its fastest rival. × result, × step's, GiB: peak of memory. exponent: growth of time
+              with a size
   quartiles   of the same ratio, round by round
   of ms       the plain step, or the rival
   verdict     stretch, met, missed; disturbed: other work on the machine leaves nothing to conclude;
@@ -44,7 +45,7 @@ machine alone meanwhile: two threads that share a core with something else wait 
   python analysis/benchmark.py --rows 'mnist-64/*' '*/memory'
   python analysis/benchmark.py --device cuda
 
-On a GPU the rows without compiled kernels are left out.
+On a GPU the rows without compiled kernels are left out, and larger networks are added.
 """
 
 

@@ -15,6 +15,7 @@ UNITS: dict[Kind, str] = {
     "alone": "× plain",
     "contest": "× faster",
     "result": "× result",
+    "step": "× step's",
     "GiB": "GiB",
     "scaling": "exponent",
 }
@@ -43,6 +44,7 @@ class Result:
     points: dict[str, float] = field(default_factory=dict)  # ms by size
     predicted_points: dict[str, float] = field(default_factory=dict)
     predicted: float | None = None  # exponent
+    reached: dict[str, float] = field(default_factory=dict)  # see benchmark_reached.py
 
 
 def timed(row: Row, ratio: Ratio, note: str = "") -> Result:

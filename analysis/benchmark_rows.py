@@ -14,8 +14,10 @@ from benchmark_bounds import BOUNDS
 from benchmark_cases import (
     CONV_64,
     CONV_768,
+    CONV_768_64,
     FC_4096,
     FIFTY,
+    IMAGENET,
     MANY,
     MNIST_64,
     MNIST_512,
@@ -25,7 +27,7 @@ from benchmark_cases import (
 )
 from benchmark_scaling import SCALING, VARIED
 
-Kind = Literal["turns", "contest", "total", "alone", "GiB", "result", "scaling"]
+Kind = Literal["turns", "contest", "total", "alone", "GiB", "result", "step", "scaling"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Row:
     Kinds: "turns" takes turns with the plain step and other rows of its case, and counts plain
     steps; "total" does so by sums instead of medians, "alone" in a process of its own, because it
     may take too much memory; "contest" takes turns with its rivals, and counts how often it fits
-    into the fastest one's time; "GiB" and "result" are peaks of memory, in GiB and in sizes of the
-    result; "scaling" is the exponent of time in a size.
+    into the fastest one's time; "GiB", "result" and "step" are peaks of memory, in GiB, in sizes of
+    the result and in peaks of the plain step; "scaling" is the exponent of time in a size.
     """
 
     case: Case
@@ -101,8 +103,11 @@ exact_64 = partial(ways.natural_gradients, fisher="exact", rows=64)
 joint_alone = partial(ways.natural_gradients_alone, fisher="rademacher", sharing="joint")
 expand_all = partial(ways.natural_gradients_alone, fisher="rademacher")
 expand_512 = partial(ways.natural_gradients_alone, fisher="rademacher", rows=512)
-one_layer_256 = partial(ways.one_layer, fisher="rademacher", rows=256)
-one_layer = partial(ways.one_layer, fisher="rademacher")
+one_layer = partial(ways.measured_step, layers=["0"], fisher="rademacher")
+one_layer_256 = partial(one_layer, rows=256)
+one_natural = partial(ways.natural_gradients_alone, layers=["0"], fisher="rademacher")
+one_joint = partial(one_natural, sharing="joint")
+all_512 = partial(ways.measured_step, fisher="rademacher", rows=512)
 asdl_exact = partial(peers.asdl_unit_fishers, fisher="fisher_exact")
 asdl_natural_mc = partial(peers.asdl_natural_gradients, fisher="fisher_mc")
 asdl_natural_exact = partial(peers.asdl_natural_gradients, fisher="fisher_exact")
@@ -146,6 +151,17 @@ LARGE = (
     Row(CONV_768, "measure", MEASURED, one_layer, 30, 5, kind="alone"),
     Row(CONV_768, "measure-256", f"{MEASURED}, 256 positions", one_layer_256, kind="alone"),
 )
+LARGER = (
+    Row(FC_4096, "natural", CONVOLVED, one_natural, 3.0),
+    Row(CONV_768_64, "natural-joint", f"{CONVOLVED}, true block (joint)", one_joint, 2.2),
+    Row(IMAGENET, "measure", f"{MEASURED}, 512 positions", all_512, 20),
+    Row(IMAGENET, "natural", f"{CONVOLVED}, 512 positions", expand_512, 60),
+    Row(IMAGENET, "natural-joint", f"{CONVOLVED}, true block (joint)", joint_alone, 60),
+)
+ON_GPU = (
+    *(replace(row, kind="alone", only="gpu") for row in LARGER),
+    Row(IMAGENET, "memory", f"{CONVOLVED}, 512 positions", expand_512, 2, kind="step", only="gpu"),
+)
 ROWS = (
     Row(MNIST_64, "hooks", "hooks when not measuring", ways.idle_hooks, 1.01, 1.00),
     Row(MNIST_64, "keep", "step that keeps a and δ", ways.keep, 1.10, 1.05),
@@ -163,6 +179,7 @@ ROWS = (
     *(each for row in LARGE for each in both(row)),
     Row(FC_4096, "memory", MEASURED, one_layer, 4, kind="GiB"),
     Row(CONV_768, "memory", MEASURED, one_layer, 4, kind="GiB"),
+    *ON_GPU,
     peer(MNIST_64, "c-backpack", "BackPACK DiagGGNExact (c only)", peers.backpack_c),
     peer(MNIST_64, "kfac-asdl", "ASDL K-FAC, another quantity", peers.asdl_kfac),
     peer(MNIST_64, "kfac-curvlinops", "step + curvlinops K-FAC factors", peers.curvlinops_kfac),

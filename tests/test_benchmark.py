@@ -188,6 +188,14 @@ def test_a_process_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPat
     assert (found.verdict, found.note) == ("failed", "took more than 0 s")
 
 
+def test_a_process_on_a_gpu_has_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "LIMIT", 1e9)
+    monkeypatch.setattr(measuring, "LIMIT_ON_GPU", 0.5)
+    (row,) = benchmark.choose(ROWS, ["imagenet-15/measure"])
+    (found,) = measuring.apart(row, "cuda", replace(EFFORT, patience=0.25))
+    assert (found.verdict, found.note) == ("failed", "took more than 1 s")
+
+
 def test_rates_are_of_what_is_read_after_the_store() -> None:
     taken: list[int] = []
     rates = photographs.sustained(map(taken.append, range(100)), 4, rounds=2)

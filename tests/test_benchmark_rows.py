@@ -21,15 +21,33 @@ def keys(rows: Iterable[Row]) -> set[str]:
     return {row.key for row in rows}
 
 
-def test_the_table_of_a_gpu_has_no_row_without_kernels() -> None:
+def test_the_table_of_a_gpu_has_larger_networks_and_no_row_without_kernels() -> None:
     here, there = (keys(benchmark.choose(ROWS, (), device)) for device in ("cpu", "cuda:1"))
     assert here - there == {row.key for row in ROWS if row.key.endswith("-torch")}
+    assert there - here == {
+        "fc-4096/natural",
+        "conv-768-64/natural-joint",
+        *(f"imagenet-15/{name}" for name in ("measure", "natural", "natural-joint", "memory")),
+    }
 
 
 def test_a_row_asked_for_is_measured_anywhere() -> None:
+    assert keys(benchmark.choose(ROWS, ["fc-4096/nat*"], "cpu")) == {"fc-4096/natural"}
     assert keys(benchmark.choose(ROWS, ["*/d-sign-torch"], "cuda")) == {
         "mnist-64/d-sign-torch",
         "conv-64/d-sign-torch",
+    }
+
+
+def test_bars_for_larger_networks_are_the_ones_agreed_on() -> None:
+    bars = {row.key: row.bar for row in ROWS if row.only == "gpu"}
+    assert bars.pop("fc-4096/natural") == 3.0
+    assert bars.pop("conv-768-64/natural-joint") == 2.2
+    assert bars == {
+        "imagenet-15/measure": 20,
+        "imagenet-15/natural": 60,
+        "imagenet-15/natural-joint": 60,
+        "imagenet-15/memory": 2,
     }
 
 
