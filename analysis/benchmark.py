@@ -31,7 +31,8 @@ Times what it costs to observe a training step in many ways, and says which meet
 
   measured    × plain: ratio of medians to one plain forward + backward pass of the same network
               and batch, in the same run, by turns. × faster: how often it fits into the time of
-              its fastest rival. × result, GiB: peak of memory. exponent: growth of time with a size
+              its fastest rival. × result, × step's, GiB: peak of memory. exponent: growth of time
+              with a size
   quartiles   of the same ratio, round by round
   of ms       the plain step, or the rival
   verdict     stretch, met, missed; disturbed: other work on the machine leaves nothing to conclude;
@@ -43,6 +44,8 @@ machine alone meanwhile: two threads that share a core with something else wait 
   python analysis/benchmark.py --list
   python analysis/benchmark.py --rows 'mnist-64/*' '*/memory'
   python analysis/benchmark.py --device cuda
+
+On a GPU the rows without compiled kernels are left out, and larger networks are added.
 """
 
 
@@ -54,10 +57,10 @@ class BadUseError(ValueError):
 class Config:
     """Time what it costs to observe every unit."""
 
-    rows: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...")] = ("*",)
-    """Which rows, as shell patterns on the names that --list shows."""
+    rows: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...")] = ()
+    """Which rows, as shell patterns on their names; default: all that --list shows."""
     list: bool = False
-    """Print the names of the rows and stop."""
+    """Print the names of the device's rows and stop."""
     quick: bool = False
     """A few rounds each: to see that everything runs, not how fast."""
     device: str = "cpu"
@@ -93,7 +96,7 @@ def main(config: Config) -> int:
     """Measure the rows chosen, print and save the table; return the exit code."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    rows = choose(ROWS, config.rows)
+    rows = choose(ROWS, config.rows, config.device)
     if config.list:
         print("\n".join(f"{row.key:26} {row.title}, {row.case.title}" for row in rows))
         return 0
@@ -126,12 +129,15 @@ def all_there(rows: Sequence[Row], results: Sequence[Result]) -> bool:
     return {row.key for row in rows} <= {result.key for result in results}
 
 
-def choose(rows: Sequence[Row], patterns: Sequence[str]) -> list[Row]:
-    """Return the rows that match any pattern.
+def choose(rows: Sequence[Row], patterns: Sequence[str], device: str = "cpu") -> list[Row]:
+    """Return the rows that match any pattern; without patterns, those of the device.
 
     Raises:
         BadUseError: A pattern matches none.
     """
+    if not patterns:
+        here = "cpu" if torch.device(device).type == "cpu" else "gpu"
+        return [row for row in rows if row.only in ("", here)]
     for pattern in patterns:
         if not any(fnmatchcase(row.key, pattern) for row in rows):
             near = get_close_matches(pattern, [row.key for row in rows], cutoff=0.4)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unitfisher.experiments import mlp
+from unitfisher.experiments.convnets import imagenet15
 
 CLASSES = 10
 Run = Callable[[], object]
@@ -89,19 +90,26 @@ def conv_net() -> Batch:
         return model, torch.rand(64, 3, 32, 32), labels(64)
 
 
-def wide_layer() -> Batch:
-    """Linear 4096→4096 under a small readout; the step includes the gradient of its input."""
+def wide_layer(n: int, width: int) -> Batch:
+    """A square linear layer under a small readout; the step includes the gradient of its input."""
     with fixed_seed():
-        model = nn.Sequential(nn.Linear(4096, 4096), nn.ELU(), nn.Linear(4096, CLASSES))
-        return model, torch.randn(256, 4096).requires_grad_(), labels(256)
+        model = nn.Sequential(nn.Linear(width, width), nn.ELU(), nn.Linear(width, CLASSES))
+        return model, torch.randn(n, width).requires_grad_(), labels(n)
 
 
-def deep_convolution() -> Batch:
-    """Convolution 768→768, 3×3, on 14×14 positions, under a small readout."""
+def deep_convolution(n: int, channels: int) -> Batch:
+    """As many channels as before, by 3×3, on 14×14 positions, under a small readout."""
     with fixed_seed():
-        head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(768, CLASSES)
-        model = nn.Sequential(nn.Conv2d(768, 768, 3, padding=1), nn.ELU(), *head)
-        return model, torch.randn(8, 768, 14, 14).requires_grad_(), labels(8)
+        head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)
+        model = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ELU(), *head)
+        return model, torch.randn(n, channels, 14, 14).requires_grad_(), labels(n)
+
+
+def photographs_net(n: int, side: int) -> Batch:
+    """The paper's network of 15 layers for ImageNet's classes."""
+    chance = torch.Generator().manual_seed(0)
+    model = imagenet15(1000, chance)
+    return model, torch.randn(n, 3, side, side, generator=chance), labels(n, 1000)
 
 
 def labels(n: int, classes: int = CLASSES) -> Tensor:
@@ -121,5 +129,9 @@ MNIST_512 = Case("mnist-512", "MNIST net, n = 512", partial(mnist_net, 512), pla
 CONV_64 = Case("conv-64", "conv net, n = 64", conv_net, plain_step)
 FIFTY = Case("training", "50 training steps", MNIST_64.make, partial(plain_training, steps=50))
 MANY = Case("long-training", "10,000 steps", MNIST_64.make, partial(plain_training, steps=250))
-FC_4096 = Case("fc-4096", "fc 4096×4096, n = 256", wide_layer, plain_step)
-CONV_768 = Case("conv-768", "conv 768→768 3×3, 14×14, n = 8", deep_convolution, plain_step)
+FC_4096 = Case("fc-4096", "fc 4096×4096, n = 256", partial(wide_layer, 256, 4096), plain_step)
+CONV_768, CONV_768_64 = (
+    Case(name, f"conv 768→768 3×3, 14×14, n = {n}", partial(deep_convolution, n, 768), plain_step)
+    for name, n in (("conv-768", 8), ("conv-768-64", 64))
+)
+IMAGENET = Case("imagenet-15", "imagenet15, n = 64", partial(photographs_net, 64, 224), plain_step)

@@ -21,7 +21,7 @@ from benchmark_timing import PLAIN, Candidate, Effort, compare, faster, interlea
 
 BANDS = (0, 5, 50, float("inf"))  # in plain steps: only rows of similar duration take turns
 BLOCKS = 40  # rounds of a long training
-LIMIT = 120  # seconds for a process
+LIMIT, LIMIT_ON_GPU = 180, 600  # seconds for a process; networks for GPUs are larger
 
 
 def measure_all(rows: Sequence[Row], device: str, effort: Effort) -> Iterator[list[Result]]:
@@ -101,7 +101,8 @@ def apart(row: Row, device: str, effort: Effort) -> list[Result]:
     """Measure in a process of its own."""
     script = Path(__file__).with_name("benchmark_apart.py")
     asked = row.key, device, str(torch.get_num_threads()), json.dumps(asdict(effort))
-    command, limit = [sys.executable, str(script), *asked], LIMIT + effort.patience
+    command = [sys.executable, str(script), *asked]
+    limit = (LIMIT if device == "cpu" else LIMIT_ON_GPU) + effort.patience
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -124,5 +125,6 @@ OTHERWISE: Mapping[str, Callable[[Row, str, Effort], list[Result]]] = {
     "alone": apart,
     "GiB": apart,
     "result": apart,
+    "step": apart,
     "scaling": scaling,
 }

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from benchmark_peers import DISTRIBUTIONS
@@ -37,6 +37,7 @@ HEADINGS = (
     "verdict",
     "note",
 )
+LINE: Final = {"markersize": 3.2, "linewidth": 1.1}
 SIZES = {"n": "cases", "d": "inputs", "u": "units", "C": "classes", "P": "positions"}
 
 
@@ -88,14 +89,17 @@ def sentence(record: Mapping[str, Any], results: Sequence[Result]) -> str:
 
 
 def draw(grown: Sequence[Result], folder: Path, where: str) -> None:
-    """Plot the time of one measurement over each size, with the fitted exponent."""
+    """Plot the time of one measurement over each size, measured and predicted."""
     if not grown:
         return
     figure, (axes,) = panels(1, len(grown), 1.5, sharey="all")
     for ax, result in zip(axes, grown, strict=True):
         sizes, size = [int(each) for each in result.points], result.title.split()[-1]
-        ax.loglog(sizes, list(result.points.values()), "o-", markersize=3.2, linewidth=1.1)
-        ax.set(xlabel=f"{SIZES[size]} {size}", title=f"slope {result.value:.2f}")
+        found, expected = (list(x.values()) for x in (result.points, result.predicted_points))
+        lines = ax.loglog(sizes, found, "o-", label="measured", **LINE)
+        lines += ax.loglog(sizes, expected, "o--", label="predicted", markerfacecolor="w", **LINE)
+        title = f"slope {result.value:.2f} ({result.predicted:.2f})"
+        ax.set(xlabel=f"{SIZES[size]} {size}", title=title)
         ax.set_xticks(sizes, map(str, sizes))
         ax.minorticks_off()
         ax.grid(alpha=0.3)
@@ -104,9 +108,10 @@ def draw(grown: Sequence[Result], folder: Path, where: str) -> None:
     fixed = ", ".join(f"{name} = {size}" for name, size in asdict(Sizes()).items())
     finish(
         figure,
-        [],
-        f"slope: of the least-squares line through log time over log size; {fixed} "
-        f"where not varied; medians; {where}",
+        lines,
+        f"slope: of the least-squares line through log time over log size (predicted); {fixed} "
+        f"where not varied; medians, one thread; predicted: the cost model at this run's rates, "
+        f"the passes, and a constant that a tiny layer gives; {where}",
     )
     write_figure(figure, folder / "scaling")
 
@@ -128,8 +133,14 @@ def _cells(result: Result) -> tuple[str, ...]:
         short(result.ms),
         short(result.plain_ms),
         result.verdict,
-        result.note,
+        noted(result),
     )
+
+
+def noted(result: Result) -> str:
+    """The note, and what bounds a row that misses its bar."""
+    bound = result.bound if result.verdict == "missed" else ""
+    return "; ".join(text for text in (result.note, bound) if text)
 
 
 def short(number: float | None) -> str:

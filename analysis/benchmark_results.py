@@ -1,6 +1,6 @@
 """The result of a row, and its verdict against the bar."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from benchmark_rows import Kind, Row
@@ -15,6 +15,7 @@ UNITS: dict[Kind, str] = {
     "alone": "× plain",
     "contest": "× faster",
     "result": "× result",
+    "step": "× step's",
     "GiB": "GiB",
     "scaling": "exponent",
 }
@@ -39,12 +40,16 @@ class Result:
     rounds: int = 0
     discarded: int = 0
     note: str = ""
+    bound: str = ""  # what bounds it, if it misses its bar
     points: dict[str, float] = field(default_factory=dict)  # ms by size
+    predicted_points: dict[str, float] = field(default_factory=dict)
+    predicted: float | None = None  # exponent
+    reached: dict[str, float] = field(default_factory=dict)  # see benchmark_reached.py
 
 
 def timed(row: Row, ratio: Ratio, note: str = "") -> Result:
     """A row whose value is a ratio of times."""
-    return compared(_names(row), ratio, judge(row, ratio.value), note)
+    return replace(compared(_names(row), ratio, judge(row, ratio.value), note), bound=row.bound)
 
 
 def compared(names: Names, ratio: Ratio, verdict: Verdict, note: str = "") -> Result:
@@ -65,18 +70,29 @@ def compared(names: Names, ratio: Ratio, verdict: Verdict, note: str = "") -> Re
 
 def counted(row: Row, value: float, note: str = "") -> Result:
     """A row whose value is not a time."""
-    return Result(*_names(row), verdict=judge(row, value), value=value, note=note)
+    verdict = judge(row, value)
+    return Result(*_names(row), verdict=verdict, value=value, note=note, bound=row.bound)
 
 
 def grown(row: Row, growth: Growth) -> Result:
     """A row whose value is an exponent."""
-    points = {str(size): ms for size, ms in zip(growth.sizes, growth.ms, strict=True)}
-    note = f"floor {growth.floor:.2f}; " + ", ".join(f"{s}: {t:.3g} ms" for s, t in points.items())
-    return Result(*_names(row), verdict="", value=growth.measured, note=note, points=points)
+    sizes = list(map(str, growth.sizes))
+    points = dict(zip(sizes, growth.ms, strict=True))
+    predicted = dict(zip(sizes, growth.predicted_ms, strict=True))
+    times = ", ".join(f"{s}: {points[s]:.3g} ms ({predicted[s]:.3g})" for s in sizes)
+    return Result(
+        *_names(row),
+        verdict="",
+        value=growth.measured,
+        note=f"predicted {growth.predicted:.2f}; {times}",
+        points=points,
+        predicted_points=predicted,
+        predicted=growth.predicted,
+    )
 
 
 def failed(row: Row, error: str) -> Result:
-    return Result(*_names(row), verdict="failed", note=error)
+    return Result(*_names(row), verdict="failed", note=error, bound=row.bound)
 
 
 def judge(row: Row, value: float) -> Verdict:

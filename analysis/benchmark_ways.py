@@ -7,6 +7,7 @@ unless its name says otherwise.
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -122,22 +123,32 @@ def recording(at: Setting, **options: Any) -> unitfisher.Monitor:
     return at.after.enter_context(monitor)
 
 
-def one_layer(at: Setting, fisher: str, rows: int | None = None) -> Run:
-    """s, k and the rest of all units of the first layer."""
-    monitor = unitfisher.Monitor(at.model, ["0"], fisher=fisher, rows=rows, every=1)
-    at.after.enter_context(monitor)
-    return partial(training_step, at)
+@dataclass(frozen=True)
+class MeasuredStep:
+    """A training step that a Monitor observes, and then solves."""
+
+    at: Setting
+    monitor: unitfisher.Monitor
+    solve: Callable[[], object]
+
+    def __call__(self) -> object:
+        self.observe()
+        return self.solve()
+
+    def observe(self) -> None:
+        training_step(self.at)
 
 
-def natural_gradients_alone(at: Setting, **options: Any) -> Run:
-    """As `natural_gradients`, without a record."""
+def measured_step(at: Setting, **options: Any) -> MeasuredStep:
+    """s, k and the rest of all units, without a record."""
     monitor = at.after.enter_context(unitfisher.Monitor(at.model, every=1, **options))
+    return MeasuredStep(at, monitor, lambda: monitor.latest)
 
-    def run() -> object:
-        training_step(at)
-        return monitor.natural_gradient()
 
-    return run
+def natural_gradients_alone(at: Setting, **options: Any) -> MeasuredStep:
+    """As `natural_gradients`, without a record."""
+    measured = measured_step(at, **options)
+    return replace(measured, solve=measured.monitor.natural_gradient)
 
 
 def unit_fishers(at: Setting) -> Run:

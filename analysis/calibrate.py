@@ -62,18 +62,19 @@ def main(config: Config) -> None:
                 regrets(engine, config.damping, effort)
 
 
-def measured_rates(effort: Effort) -> Rates:
+def measured_rates(effort: Effort, where: str = "cpu") -> Rates:
     """Time each kernel alone, at typical shapes."""
-    x, y = torch.randn(512, 512), torch.randn(512, 512)
-    big = torch.randn(2**22)
+    x, y = torch.randn(2, 512, 512, device=where)
+    big = torch.randn(2**22, device=where)
     runs: dict[str, Run] = {
         "single": partial(torch.mm, x, y),
         "double": partial(torch.mm, x.double(), y.double()),
         "moved": partial(torch.add, big, 1.0),
-        "call": partial(torch.add, torch.zeros(1), 1.0),
+        "call": partial(torch.add, torch.zeros(1, device=where), 1.0),
     }
-    took = medians(runs, effort)
-    cubic, square = factor_rates(effort)
+    with exactly(torch.device(where)):
+        took = medians(runs, effort)
+        cubic, square = factor_rates(effort, where)
     flop = 2 * 512**3
     return Rates(
         flop / took["single"],
@@ -85,20 +86,22 @@ def measured_rates(effort: Effort) -> Rates:
     )
 
 
-def factor_rates(effort: Effort) -> tuple[float, float]:
+def factor_rates(effort: Effort, where: str = "cpu") -> tuple[float, float]:
     """Fit u (n³ / 3 / cubic + n² / square) to systems of several sizes, by relative error."""
     sizes = {n: max(16, 2**21 // n**2) for n in (32, 64, 128, 256, 512)}
-    took = medians({str(n): systems(n, u) for n, u in sizes.items()}, effort)
+    took = medians({str(n): systems(n, u, where) for n, u in sizes.items()}, effort)
     design = np.array([[u * n**3 / 3, u * n**2] for n, u in sizes.items()])
     each = np.array([took[str(n)] for n in sizes])
     cubic, square = np.linalg.lstsq(design / each[:, None], np.ones(len(each)), rcond=None)[0]
     return 1 / max(cubic, 1e-15), 1 / max(square, 1e-15)
 
 
-def systems(n: int, u: int) -> Run:
-    a = torch.randn(n, n, dtype=torch.float64)
-    v, epsilon = torch.rand(u, n, dtype=torch.float64), torch.ones(u, dtype=torch.float64)
-    rhs = torch.randn(u, 2, n, dtype=torch.float64)
+def systems(n: int, u: int, where: str) -> Run:
+    a, v, rhs = (
+        torch.randn(*shape, dtype=torch.float64, device=where)
+        for shape in ((n, n), (u, n), (u, 2, n))
+    )
+    epsilon = torch.ones_like(v[:, 0])
     return partial(solve_grams, a @ a.mT / n, v, epsilon, rhs)
 
 

@@ -18,7 +18,6 @@ import benchmark_training as training
 import pytest
 import torch
 from benchmark_rows import ROWS, Row, peer
-from benchmark_scaling import Sizes, slope
 from torch import nn
 
 from unitfisher.experiments.presets import PRESETS
@@ -60,7 +59,9 @@ def test_time_on_the_cores_is_counted_for_one_thread_only() -> None:
 
 def test_a_pattern_chooses_rows_in_their_order() -> None:
     chosen = [row.key for row in benchmark.choose(ROWS, ["*training/*", "*/hooks"])]
-    assert chosen == ["mnist-64/hooks", "training/every-50th", "long-training/overhead"]
+    trainings = ["training/every-50th", "long-training/overhead"]
+    beside = [each for key in trainings for each in (key, f"{key}-torch")]
+    assert chosen == ["mnist-64/hooks", *beside]
 
 
 def test_names_of_rows_and_rivals_are_unique() -> None:
@@ -171,14 +172,6 @@ def test_a_contest_is_decided_by_the_fastest_rival() -> None:
     assert [other.verdict for other in others] == ["", "", "failed"]
 
 
-def test_slope_is_the_exponent_of_a_power_law() -> None:
-    assert slope([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2.0)
-
-
-def test_floor_grows_with_every_size() -> None:
-    assert Sizes(n=256).floor() > Sizes().floor() < Sizes(C=20).floor()
-
-
 @pytest.mark.skipif(not benchmark_memory.CLEAR.exists(), reason="peaks are Linux's here")
 def test_peak_of_memory_is_that_of_one_call() -> None:
     def prepare(at: cases.Setting) -> cases.Run:
@@ -193,6 +186,14 @@ def test_a_process_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPat
     (row,) = benchmark.choose(ROWS, ["fc-4096/memory"])
     (found,) = measuring.apart(row, "cpu", EFFORT)
     assert (found.verdict, found.note) == ("failed", "took more than 0 s")
+
+
+def test_a_process_on_a_gpu_has_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "LIMIT", 1e9)
+    monkeypatch.setattr(measuring, "LIMIT_ON_GPU", 0.5)
+    (row,) = benchmark.choose(ROWS, ["imagenet-15/measure"])
+    (found,) = measuring.apart(row, "cuda", replace(EFFORT, patience=0.25))
+    assert (found.verdict, found.note) == ("failed", "took more than 1 s")
 
 
 def test_rates_are_of_what_is_read_after_the_store() -> None:
