@@ -41,15 +41,15 @@ def reached(row: Row, found: Result, device: str) -> Result:
         run = row.prepare(row.case.on(device, after))
         if not isinstance(run, MeasuredStep) or found.ms is None or found.plain_ms is None:
             return found
-        flop, moved, solving = needed(run), bytes_needed(run), seconds_of_solving(run)
+        flop, moved, solving = needed(run), bytes_needed(run), share_of_solving(run)
     machine, seconds = machine_rates(device), found.ms / 1e3
-    step, solve = found.plain_ms / found.ms, solving / seconds
+    step = found.plain_ms / found.ms
     shares = {
         "products": flop / seconds / machine.flop,
         "bandwidth": moved / seconds / machine.moved,
         "plain_step": step,
-        "solving": solve,
-        "observing": 1 - step - solve,
+        "solving": solving,
+        "observing": 1 - step - solving,
     }
     rates = {"flop_per_second": machine.flop, "bytes_per_second": machine.moved}
     return replace(found, note=_note(machine, shares), reached=shares | rates)
@@ -78,14 +78,16 @@ def bytes_needed(run: MeasuredStep) -> int:
     return 3 * parameters + run.monitor.plan.held
 
 
-def seconds_of_solving(run: MeasuredStep) -> float:
-    seconds = []
+def share_of_solving(run: MeasuredStep) -> float:
+    shares = []
     for _ in range(2):
-        run.observe()
         start = device_clock()
+        run.observe()
+        between = device_clock()
         run.solve()
-        seconds.append(device_clock() - start)
-    return median(seconds)
+        end = device_clock()
+        shares.append((end - between) / (end - start))
+    return median(shares)
 
 
 @cache

@@ -162,7 +162,7 @@ def test_what_is_reached_is_operations_over_time_over_rate(
 ) -> None:
     monkeypatch.setattr(reaching, "needed", lambda run: 3e9)
     monkeypatch.setattr(reaching, "bytes_needed", lambda run: 2e8)
-    monkeypatch.setattr(reaching, "seconds_of_solving", lambda run: 0.01)
+    monkeypatch.setattr(reaching, "share_of_solving", lambda run: 0.2)
     monkeypatch.setattr(reaching, "machine_rates", lambda device: reaching.Machine(1e11, 1e10))
     case = cases.Case("tiny", "", REDUCED["fc-4096"], cases.plain_step)
     row = Row(case, "row", "row", partial(measured_step, layers=["0"]), kind="alone")
@@ -182,6 +182,15 @@ def test_what_is_reached_is_operations_over_time_over_rate(
     assert found.note == (
         "60% of 100 GFLOP/s, 40% of 10 GB/s; plain step 40% of the time, solving 20%, the rest 40%"
     )
+
+
+def test_the_share_of_solving_is_of_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 3.0, 4.0, 10.0, 13.0, 14.0])
+    monkeypatch.setattr(reaching, "device_clock", lambda: next(now))
+    case = cases.Case("tiny", "", REDUCED["fc-4096"], cases.plain_step)
+    with ExitStack() as after:
+        run = measured_step(case.on("cpu", after), layers=["0"])
+        assert reaching.share_of_solving(run) == 0.25
 
 
 def test_rates_of_the_machine_are_of_the_product_and_the_copy(
