@@ -564,13 +564,14 @@ def test_presets_and_builders_agree_on_who_takes_an_option(option: str) -> None:
         (
             "cifar10-18",
             {"network": "dsn", "weight_variance": None},
-            r"'dsn' has its own dropout, .*: give phases.0.dropout=\(\) .* phases.3.dropout=\(\)$",
+            r"'dsn' has no stacks .*: give phases.0.dropout=\(\) .* phases.3.dropout=\(\)$",
         ),
         (
             "cifar10-11",
             {"phases": (Phase(0), Phase(5, 1.0, (0.1,)))},
             r"not the 1 of phases.1.dropout=\(0.1,\): .*, or .* with phases.1.dropout=\(\)$",
         ),
+        ("mnist", {"phases": (Phase(0), Phase(5, 1.0, (0.1,)))}, r"give phases.1.dropout=\(\)$"),
         ("imagenet-15", {"augmented": True}, "photographs does not take augmented=True"),
         ("cifar10-11", {"stride": 2}, "cifar11 does not take stride=2, which is for imagenet15"),
         (

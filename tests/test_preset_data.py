@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import unitfisher.experiments
-from unitfisher.experiments import PRESETS, Trainer, data_of
+from unitfisher.experiments import PRESETS, Dataset, Preset, Trainer, data_of
 from unitfisher.experiments.data import held_out
 
 TINY = replace(
@@ -70,6 +70,71 @@ def test_data_of_a_preset_are_whitened_if_it_says_so(
     data = data_of(PRESETS["cifar10-11"], data_root, cache=tmp_path)
     assert told == [("cifar-10", tmp_path)]
     assert torch.equal(data.test_x, plain.test_x)
+
+
+def small_images() -> Dataset:
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return Dataset(x, torch.arange(4), x[:1], torch.arange(1))
+
+
+def moved(preset: Preset, folder: Path) -> dict[str, torch.Tensor]:
+    """How far the parameters move in a step whose gradients are all zero."""
+    with Trainer(preset, preset.members, data_of(TINY), folder) as trainer:
+        with torch.no_grad():
+            for parameter in trainer.parameters:
+                parameter += 1.0
+        before = {name: p.detach().clone() for name, p in trainer.ensemble.named_parameters()}
+        trainer.optimizer.step([torch.zeros_like(p) for p in trainer.parameters])
+        after = trainer.ensemble.named_parameters()
+        return {name: (p - before[name]).abs().max() for name, p in after}
+
+
+@pytest.mark.parametrize(("decayed", "biases"), [("all", True), ("weights", False)])
+def test_the_penalty_of_a_preset_is_on_what_it_says(
+    decayed: str, biases: bool, tmp_path: Path
+) -> None:
+    preset = replace(TINY, activations=("elu",), norm="batch", weight_decay=0.1, decayed=decayed)
+    distances = moved(preset, tmp_path)
+    vectors = {name for name in distances if "weight" not in name or "norm" in name}
+    assert vectors == {name for name in distances if name.endswith("bias")} | {
+        "stacked.norm1.weight"
+    }
+    assert {name: bool(distance > 0) for name, distance in distances.items()} == {
+        name: biases or name not in vectors for name in distances
+    }
+
+
+@pytest.mark.parametrize("network", ["mlp", "cifar11"])
+def test_initial_weights_of_a_preset_are_drawn_as_it_says(network: str, tmp_path: Path) -> None:
+    preset = TINY if network == "mlp" else replace(PRESETS["cifar10-11"], preprocessing="none")
+    data = data_of(TINY) if network == "mlp" else small_images()
+    beyond = []
+    for initial in (None, "uniform", "normal"):
+        preset = replace(preset, activations=("elu",), probe=4, batch_size=2, initial=initial)
+        with Trainer(preset, preset.members, data, tmp_path / str(initial)) as trainer:
+            weight = next(p for p in trainer.parameters if p.ndim > 2)[0]
+        bound = (3 * preset.weight_variance / weight[0].numel()) ** 0.5
+        beyond.append((weight.abs() > bound).float().mean())
+    assert beyond[:2] == [0, 0]
+    assert beyond[2] > 0.05
+
+
+@pytest.mark.slow
+def test_pyramid_stride_and_dropout_of_a_preset_are_the_networks(tmp_path: Path) -> None:
+    preset = replace(
+        PRESETS["imagenet-15"],
+        activations=("elu",),
+        probe=1,
+        units=1,
+        stride=2,
+        pyramid=(2, 1),
+        dropout=0.25,
+    )
+    with Trainer(preset, preset.members, small_images(), tmp_path) as trainer:
+        network = trainer.ensemble.members[0]
+    assert network.stack1.conv1.stride == (2, 2)
+    assert network.hidden1.in_features == 1024 * 5
+    assert [network.drop1.p, network.drop2.p] == [0.25, 0.25]
 
 
 def test_validation_cases_are_left_out_of_training_and_evaluated_on(tmp_path: Path) -> None:

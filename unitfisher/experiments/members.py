@@ -39,7 +39,14 @@ def _network(
         inputs = source.shape.numel()
         sizes = [inputs, *preset.hidden, TASKS[preset.task].outputs(inputs, source.classes)]
         variance = HE if preset.weight_variance is None else preset.weight_variance
-        return mlp(sizes, member.activation, generator, weight_variance=variance, norm=preset.norm)
+        return mlp(
+            sizes,
+            member.activation,
+            generator,
+            weight_variance=variance,
+            norm=preset.norm,
+            initial=preset.initial or "uniform",
+        )
     norm = preset.norm if preset.norm != "none" else None
     built = build(
         preset.network,
@@ -49,5 +56,9 @@ def _network(
         norm=norm,
         padding=preset.padding,
         weight_variance=preset.weight_variance,
+        initial=preset.initial,
+        stride=preset.stride,
+        pyramid=preset.pyramid,
+        dropout=preset.dropout,
     )
     return built if isinstance(built, nn.Sequential) else nn.Sequential(OrderedDict(network=built))

@@ -166,13 +166,11 @@ def _unfit_dropout(network: str, phases: Sequence[Any]) -> list[str]:
         for i, phase in enumerate(phases)
         if phase.dropout and len(phase.dropout) != STACKS.get(network)
     }
-    if not unfit or network == "mlp":
+    if not unfit:
         return []
     own = " ".join(f"{name}=()" for name in unfit)
     if network not in STACKS:
-        return [
-            f"network={network!r} has its own dropout, of which phases change nothing: give {own}"
-        ]
+        return [f"network={network!r} has no stacks whose dropout phases could set: give {own}"]
     name, rates = next(iter(unfit.items()))
     return [
         f"network={network!r} has {STACKS[network]} stacks, not the {len(rates)} of "
