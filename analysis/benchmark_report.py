@@ -18,6 +18,7 @@ import torch
 from benchmark_peers import DISTRIBUTIONS
 from benchmark_results import Result
 from benchmark_scaling import Sizes
+from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from unitfisher.experiments.markdown import markdown_table
 from unitfisher.experiments.panels import finish, panels
@@ -98,20 +99,21 @@ def draw(grown: Sequence[Result], folder: Path, where: str) -> None:
         found, expected = (list(x.values()) for x in (result.points, result.predicted_points))
         lines = ax.loglog(sizes, found, "o-", label="measured", **LINE)
         lines += ax.loglog(sizes, expected, "o--", label="predicted", markerfacecolor="w", **LINE)
-        title = f"slope {result.value:.2f} ({result.predicted:.2f})"
+        title = f"{result.value:.2f} ({result.predicted:.2f})"
         ax.set(xlabel=f"{SIZES[size]} {size}", title=title)
         ax.set_xticks(sizes, map(str, sizes))
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-    axes[0].set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes[0].yaxis.set_major_formatter(ScalarFormatter())
     axes[0].set_ylabel("one measurement (ms)")
     fixed = ", ".join(f"{name} = {size}" for name, size in asdict(Sizes()).items())
     finish(
         figure,
         lines,
-        f"slope: of the least-squares line through log time over log size (predicted); {fixed} "
-        f"where not varied; medians, one thread; predicted: the cost model at this run's rates, "
-        f"the passes, and a constant that a tiny layer gives; {where}",
+        f"above: slope of the least-squares line through log time over log size, measured "
+        f"(predicted); {fixed} where not varied; medians, one thread; predicted: the cost model "
+        f"at this run's rates, the passes, and a constant that a tiny layer gives; {where}",
     )
     write_figure(figure, folder / "scaling")
 

@@ -1,5 +1,7 @@
 """Networks with batch normalisation, trained by one process or by several that share batches."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,20 +27,34 @@ PRESET = replace(
 
 def images() -> Dataset:
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(23, 3, 8, 8, generator=generator)
+    x = torch.rand(23, 3, 8, 8, generator=generator, dtype=torch.float64)
     return Dataset(x, torch.arange(23) % 10, x[:2], torch.arange(2))
 
 
 def trained(folder: str, ranks: Ranks | None = None) -> None:
-    """Take five steps, the fourth on what is left of an epoch: five cases."""
+    """Take five steps in double precision, the fourth on what is left of an epoch: five cases."""
     torch.set_num_threads(1)
     ranks = ranks or Ranks.joined()
-    with Trainer(PRESET, PRESET.members, images(), Path(folder), ranks=ranks) as trainer:
+    with (
+        in_double(),
+        Trainer(PRESET, PRESET.members, images(), Path(folder), ranks=ranks) as trainer,
+    ):
         for _ in range(5):
             trainer.step()
     found = trainer.ensemble.state_dict(), trainer.losses.sum
     torch.save(found, Path(folder, f"{ranks.rank}.pt"))
     ranks.leave()
+
+
+@contextmanager
+def in_double() -> Iterator[None]:
+    """Make what is made in double precision: rounding grows where a batch has a few cases."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def normalised(folder: str, ranks: Ranks | None = None) -> None:

@@ -135,6 +135,6 @@ def test_networks_with_batch_normalisation_train_as_in_one_process(tmp_path: Pat
         normed.saved(alone),
         *(normed.saved(pair, rank) for rank in range(2)),
     )
-    assert_close(one, state, rtol=1e-3, atol=1e-5)
+    assert_close(one, state, rtol=1e-6, atol=1e-9)
     assert_close(one, other, rtol=0, atol=0)
-    assert_close((loss_1, loss_2), (loss, loss), rtol=1e-4, atol=1e-5)
+    assert_close((loss_1, loss_2), (loss, loss), rtol=1e-6, atol=1e-6)
