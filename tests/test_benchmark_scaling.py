@@ -1,3 +1,4 @@
+import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -84,5 +85,20 @@ def test_the_figure_shows_measured_and_predicted_times(
     report.draw([results.grown(row, Growth([64, 128], [1.0, 4.0], [2.0, 4.0]))], tmp_path, "here")
     (ax,) = drawn[0].axes
     assert [list(line.get_ydata()) for line in ax.get_lines()] == [[1.0, 4.0], [2.0, 4.0]]
-    assert ax.get_title() == "slope 2.00 (1.00)"
+    assert ax.get_title() == "2.00 (1.00)"
     assert [t.get_text() for t in drawn[0].legends[0].get_texts()] == ["measured", "predicted"]
+
+
+def test_a_record_is_written_again_with_what_bounds_its_rows_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = Path(report.__file__).parents[1] / "results" / "benchmark-cpu"
+    for name in ("benchmark.json", "benchmark.md"):
+        shutil.copy(recorded / name, tmp_path)
+    report.again(tmp_path)
+    for name in ("benchmark.json", "benchmark.md"):
+        assert (tmp_path / name).read_text() == (recorded / name).read_text()
+    monkeypatch.setattr(report, "BOUNDS", {"mnist-64/d-exact": "the weather"})
+    report.again(tmp_path)
+    assert (tmp_path / "benchmark.md").read_text().count("the weather") == 1
+    assert (tmp_path / "scaling.png").exists()
