@@ -4,7 +4,7 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from unitfisher import MemoryBudgetError
@@ -46,6 +46,10 @@ def _bytes(choice: tuple[tuple[Shape, str], ...], column: int) -> int:
     return max(solving) + PIECES * max(-(-column // PIECES), *workspaces)
 
 
+WIDE = Shape(2048, 1, 784, 512, 1, 4, 0, False, "compiled")
+
+
+@example(layers=[WIDE], column=10**8)  # "sums" fits into the workspace that a column takes anyway
 @given(layers=st.lists(LAYERS, min_size=1, max_size=3), column=st.sampled_from([0, 10**6, 10**8]))
 def test_a_budget_is_refused_only_where_no_routes_fit(layers, column):
     shapes = {str(i): shape for i, shape in enumerate(layers)}

@@ -17,10 +17,12 @@ from torch.testing import assert_close
 from trainings import SMALL, ended, few
 
 from unitfisher import Monitor
-from unitfisher.experiments import Dataset, mlp
+from unitfisher.experiments import Dataset, checkpoints, mlp
 from unitfisher.experiments.allocation import keep_freed_memory
+from unitfisher.experiments.dropout import generators_of
 from unitfisher.experiments.losses import DivergedError
 from unitfisher.experiments.presets import PRESETS, Phase, Preset
+from unitfisher.experiments.ranks import Ranks
 from unitfisher.experiments.trainer import Trainer
 from unitfisher.locks import FolderInUseError
 from unitfisher.record import RecordExistsError
@@ -330,3 +332,18 @@ def test_a_second_process_waits_until_the_first_is_gone_however_it_went(tmp_path
     first.join()
     with Trainer(SMALL, SMALL.members, few(), tmp_path, resume=True) as trainer:
         trainer.step()
+
+
+def test_a_process_goes_on_with_its_own_random_states() -> None:
+    cpu = torch.device("cpu")
+    states = []
+    for rank in range(2):
+        torch.manual_seed(rank)
+        chances = generators_of(SMALL.members, cpu, rank)
+        states += checkpoints.random_states(cpu, chances)
+    chances = [torch.Generator() for _ in SMALL.members]
+    checkpoints.load_random(states, cpu, chances, Ranks(1, 2))
+    assert torch.initial_seed() == 1
+    expected = generators_of(SMALL.members, cpu, 1)
+    for found, own in zip(chances, expected, strict=True):
+        assert torch.equal(found.get_state(), own.get_state())

@@ -105,7 +105,7 @@ class Budget:
     def _smallest(self, shapes: Mapping[str, Shape], kept: Mapping[str, int], column: int) -> Plan:
         """Find the plan that needs least: one route may need the workspace, another room beside."""
         sizes = {shape.sizes(self._solved(shape)) for shape in shapes.values()}
-        rooms = {least(s, route) for s in sizes for route in ROUTES} | {-(-column // PIECES)}
+        rooms = {least(s, route) for s in sizes for route in ROUTES}
         plans = [self._within(room, shapes, kept, column, smallest=True) for room in rooms]
         return min(plans, key=lambda plan: plan.least)
 
