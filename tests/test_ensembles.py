@@ -247,3 +247,14 @@ def test_generators_do_not_repeat_one_another() -> None:
     seeds = {mixed(*each) % 2**32 for each in numbers}
     assert len(seeds - {0, 1}) == len(numbers)
     assert seeds == {mixed(*each) for each in numbers}
+
+
+def test_crops_are_not_drawn_from_the_numbers_that_order_the_cases(tmp_path: Path) -> None:
+    x = torch.rand(4, 3, 8, 8, generator=seeded(0))
+    data = Dataset(x, torch.arange(4), x[:1], torch.arange(1))
+    with Trainer(DROPPED, DROPPED.members, data, tmp_path) as trainer:
+        crops = trainer.source.state()["augment"]
+    assert len(crops) == len(DROPPED.members)
+    for state, member in zip(crops, DROPPED.members, strict=True):
+        assert not torch.equal(state, seeded(member.seed).get_state())
+        assert torch.equal(state, seeded(mixed(member.seed, CROPS)).get_state())
