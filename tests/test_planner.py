@@ -47,10 +47,10 @@ def _bytes(choice: tuple[tuple[Shape, str], ...], column: int) -> int:
 
 
 WIDE = Shape(2048, 1, 784, 512, 1, 4, 0, False, "compiled")
-TALL = Shape(12544, 1, 576, 128, 1, 4, 0, False, "compiled")  # "products" are faster, "sums" smaller
+TALL = Shape(12544, 1, 576, 128, 1, 4, 0, False, "compiled")
 
 
-@example(layers=[TALL], column=10**8)
+@example(layers=[TALL], column=10**8)  # "products" are faster, "sums" smaller
 @example(layers=[WIDE], column=10**8)  # "sums" fits into the workspace that a column takes anyway
 @given(layers=st.lists(LAYERS, min_size=1, max_size=3), column=st.sampled_from([0, 10**6, 10**8]))
 def test_a_budget_is_refused_only_where_no_routes_fit(layers, column):

@@ -6,7 +6,7 @@ share. These are whitened first, by the second moment under the units' mean weig
 have to resolve how a unit's own weights differ from that mean.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -50,7 +50,6 @@ class UnitProducts:
     cases: CaseProducts  # about the origin
     patience: int | None = None  # iterations before Cholesky solves the rest; None: it never does
     known: tuple[tuple[Tensor, Solution], ...] = ()  # right-hand sides solved for before
-    residuals: list[Tensor] = field(default_factory=list, init=False)  # of all systems solved
 
     @classmethod
     def of(
@@ -109,12 +108,10 @@ class UnitProducts:
         """Var_q⁻¹ μ_q."""
         return self._constant.x
 
-    @property
+    @cached_property
     def residual(self) -> Float[Tensor, " u"]:
         """The largest relative residual of the systems solved so far, or else of the constant's."""
-        if not self.residuals:
-            return self._constant.residual
-        return torch.stack(self.residuals).amax(0)
+        return self._constant.residual
 
     @property
     def tolerance(self) -> float:
@@ -158,9 +155,10 @@ class UnitProducts:
         )
 
     def solve_to_residual(self, rhs: Float[Tensor, "u d"]) -> Solution:
-        """Solve for all units at once, and keep the residual."""
+        """Solve for all units at once, and keep the largest residual."""
         solution = self._known(rhs) or self.whitened.cases.answer(self.solving(rhs))
-        self.residuals.append(solution.residual)
+        before = vars(self).get("residual", solution.residual)
+        vars(self)["residual"] = torch.maximum(before, solution.residual)
         return solution
 
     def solving(self, rhs: Float[Tensor, "u d"]) -> Solving:

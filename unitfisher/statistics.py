@@ -206,15 +206,11 @@ def with_gradients(
             solved.append((part, convergence.converged))
             steps |= in_shapes_of({name: given[name] for name in part.layers}, natural)
             angles = Angles.of(part.center(slice(None)), gradient, natural)
-            for i, name in enumerate(part.layers):
-                of_layer = Angles(*(part.split(x)[i] for x in angles))
-                now = Convergence(*(part.split(x)[i] for x in convergence))
-                completed[name] = replace(
-                    measured[name],
-                    gradient=gradients[name],
-                    **of_layer._asdict(),
-                    **now.joined(measured[name].convergence)._asdict(),
-                )
+            parted = (zip(*map(part.split, of), strict=True) for of in (angles, convergence))
+            for name, of_layer, now in zip(part.layers, *parted, strict=True):
+                joined = Convergence(*now).joined(measured[name].convergence)
+                known = Angles(*of_layer)._asdict() | joined._asdict()
+                completed[name] = replace(measured[name], gradient=gradients[name], **known)
             spare -= _kept(part, spare)
     warn_of_layers(solved)
     return Measured(completed, steps)
