@@ -6,7 +6,7 @@ from itertools import groupby
 from types import MappingProxyType
 from typing import Any, Final
 
-from unitfisher.experiments.convnets import CIFAR11, DROPOUT, IMAGENET15
+from unitfisher.experiments.convnets import STACKS
 from unitfisher.experiments.images import PAD
 from unitfisher.experiments.models import mlp
 from unitfisher.experiments.networks import NETWORKS
@@ -19,9 +19,6 @@ Config = Mapping[str, Any]
 LEFT: Final = ("weight_variance", "initial", "padding", "stride", "pyramid", "dropout")
 # options that some records are too old to name
 NEWER: Final = MappingProxyType({**dict.fromkeys(LEFT), "decayed": "all", "validation": None})
-STACKS: Final = MappingProxyType(
-    {"cifar11": DROPOUT[: len(CIFAR11)], "cifar18": DROPOUT, "imagenet15": (0.0,) * len(IMAGENET15)}
-)
 PADDINGS: Final = MappingProxyType({"caffe": "Caffe's padding", "same": '"same" padding'})
 
 

@@ -21,6 +21,7 @@ from unitfisher.experiments.convnets import (
     CIFAR18,
     DROPOUT,
     IMAGENET15,
+    STACKS,
     PyramidPool,
     all_convolutional,
     cifar11,
@@ -31,7 +32,7 @@ from unitfisher.experiments.convnets import (
 from unitfisher.experiments.ensembles import Ensemble
 from unitfisher.experiments.models import ACTIVATIONS, mlp
 from unitfisher.experiments.networks import NETWORKS, build
-from unitfisher.experiments.options import STACKS, TAKERS
+from unitfisher.experiments.options import TAKERS
 from unitfisher.experiments.presets import PRESETS, Phase
 from unitfisher.experiments.stacks import Conv, HalvingPool, Maker, Stack, set_dropout
 
@@ -612,6 +613,6 @@ def test_presets_and_networks_agree_on_the_number_of_stacks(name: str) -> None:
     with torch.device("meta"):
         built = mlp(sizes, "elu", seeded(0)) if name == "mlp" else build(name, 9, None, seeded(0))
     network = built if isinstance(built, nn.Sequential) else nn.Sequential(built)
-    told = f"99 dropout rates for {STACKS.get(name, 0)} stacks"
+    told = f"99 dropout rates for {len(STACKS.get(name, ()))} stacks"
     with pytest.raises(ValueError, match=told):
         set_dropout(network, (0.25,) * 99)

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -42,8 +43,10 @@ IMAGENET15: Final[tuple[Stack, ...]] = (
 )
 # [R] seven rates: the last is the 11-net's output's, [I] and the last hidden stack's of the 18-net
 DROPOUT: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.0)
-
-
+# of each stack's last layer, by network
+STACKS: Final = MappingProxyType(
+    {"cifar11": DROPOUT[: len(CIFAR11)], "cifar18": DROPOUT, "imagenet15": (0.0,) * len(IMAGENET15)}
+)
 # [R] three levels; [I] their bins
 PYRAMID: Final = (4, 2, 1)
 
@@ -143,7 +146,7 @@ def cifar11(
     A batch (n, 3, 32, 32) becomes (n, classes). For the options and their errors see ``Maker``.
     """
     make = Maker(generator, activation, norm, padding, weight_variance, initial)
-    return all_convolutional(CIFAR11, classes, make, DROPOUT[: len(CIFAR11)])
+    return all_convolutional(CIFAR11, classes, make, STACKS["cifar11"])
 
 
 def cifar18(
@@ -161,7 +164,7 @@ def cifar18(
     A batch (n, 3, 32, 32) becomes (n, classes). For the options and their errors see ``Maker``.
     """
     make = Maker(generator, activation, norm, padding, weight_variance, initial)
-    return all_convolutional(CIFAR18, classes, make, DROPOUT)
+    return all_convolutional(CIFAR18, classes, make, STACKS["cifar18"])
 
 
 def imagenet15(

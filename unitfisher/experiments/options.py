@@ -7,12 +7,9 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from unitfisher.experiments.convnets import CIFAR11, CIFAR18, IMAGENET15
+from unitfisher.experiments.convnets import STACKS
 from unitfisher.experiments.networks import require_known
 
-STACKS: Final = MappingProxyType(
-    {"cifar11": len(CIFAR11), "cifar18": len(CIFAR18), "imagenet15": len(IMAGENET15)}
-)
 PAPERS: Final = tuple(STACKS)
 OF_ONE_SIZE: Final = ("cuda-convnet", "dsn", "maxout")  # fully connected behind images of 32×32
 SIZE: Final = 32
@@ -164,7 +161,7 @@ def _unfit_dropout(network: str, phases: Sequence[Any]) -> list[str]:
     unfit = {
         f"phases.{i}.dropout": phase.dropout
         for i, phase in enumerate(phases)
-        if phase.dropout and len(phase.dropout) != STACKS.get(network)
+        if phase.dropout and len(phase.dropout) != len(STACKS.get(network, ()))
     }
     if not unfit:
         return []
@@ -173,6 +170,6 @@ def _unfit_dropout(network: str, phases: Sequence[Any]) -> list[str]:
         return [f"network={network!r} has no stacks whose dropout phases could set: give {own}"]
     name, rates = next(iter(unfit.items()))
     return [
-        f"network={network!r} has {STACKS[network]} stacks, not the {len(rates)} of "
+        f"network={network!r} has {len(STACKS[network])} stacks, not the {len(rates)} of "
         f"{name}={rates!r}: give a rate for each stack, or leave it the dropout it has with {own}"
     ]
